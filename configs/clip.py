@@ -1,0 +1,26 @@
+"""Stage 0 (optional): vision and text tower from nothing, by matching pictures with captions.
+
+    python -m nanovision_jax.train --config=configs/clip.py:tiny
+    python -m nanovision_jax.train --config=configs/clip.py --config.data.path=data/llava_pretrain/chat.json
+
+d20: a ViT-B/16 on eight GPUs, CLIP's recipe (arXiv:2103.00020). tiny: two CPU cores, minutes.
+"""
+
+from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+
+
+def get_config(size='d20'):
+    config = base_config('clip', size)
+    if size == 'tiny':
+        config.steps = 600
+        config.data = Data(batch_size=128, length=40)
+        config.optim = Optim(learning_rate=1e-3, end_learning_rate=0.0, warmup=50, b2=0.98)
+        config.checkpoint, config.eval, config.log = Checkpoint(every=200), Eval(every=300, batches=4), Log(every=25)
+    else:
+        config.epochs = 32
+        config.data = Data(
+            'conversations', 'data/llava_pretrain/chat.json', tokenizer='gpt2', batch_size=4096, length=77
+        )
+        config.data.augment, config.data.workers = True, 16
+        config.optim = Optim(learning_rate=5e-4, end_learning_rate=0.0, warmup=2000, b2=0.98, weight_decay=0.2)
+    return config

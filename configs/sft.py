@@ -1,0 +1,23 @@
+"""Stage 2: the decoder learns to answer; only the assistant's tokens are learned.
+
+    python -m nanovision_jax.train --config=configs/sft.py:tiny
+    python -m nanovision_jax.train --config=configs/sft.py --config.data.path=data/magpie.jsonl
+
+d20: 5,000 steps of 32 packed rows of Magpie-Phi3-Pro. tiny: two CPU cores, minutes.
+"""
+
+from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+
+
+def get_config(size='d20'):
+    config = base_config('sft', size)
+    if size == 'tiny':
+        config.steps = 100
+        config.data = Data(batch_size=32, length=256)
+        config.optim = Optim(learning_rate=1e-3, end_learning_rate=1e-4, schedule='linear', warmup=10)
+        config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=100, batches=4), Log(every=10)
+    else:
+        config.steps = 5_000
+        config.data = Data('conversations', 'data/magpie.jsonl', tokenizer='gpt2', batch_size=32, length=1024)
+        config.optim = Optim(learning_rate=2e-4, end_learning_rate=2e-5, schedule='linear', warmup=1000)
+    return config

@@ -1,0 +1,25 @@
+"""Stage 4: projector and decoder learn to talk about pictures; only the assistant's tokens are learned.
+
+    python -m nanovision_jax.train --config=configs/vision_instruct.py:tiny
+    python -m nanovision_jax.train --config=configs/vision_instruct.py --config.data.path=data/llava_instruct_150k.json
+
+d20: one epoch of LLaVA-Instruct-150K; 40 rows hold about 128 conversations (arXiv:2304.08485). tiny: two CPU cores.
+"""
+
+from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+
+
+def get_config(size='d20'):
+    config = base_config('vision_instruct', size)
+    if size == 'tiny':
+        config.steps = 500
+        config.data = Data(batch_size=32, length=384, slots=2)
+        config.optim = Optim(learning_rate=2e-3, end_learning_rate=0.0, warmup=0.05, weight_decay=0.0)
+        config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=250, batches=4), Log(every=10)
+    else:
+        config.data = Data(
+            'conversations', 'data/llava_instruct_150k.json', tokenizer='gpt2', batch_size=40, length=2048
+        )
+        config.data.slots, config.data.workers = 4, 16
+        config.optim = Optim(learning_rate=2e-5, end_learning_rate=0.0, warmup=0.03, weight_decay=0.0)
+    return config

@@ -1,0 +1,15 @@
+"""nanovision_jax: a vision-language model from a blank page, in JAX.
+
+import nanovision_jax as nv
+vlm = nv.load('runs/tiny/vision_instruct')
+vlm.chat('What is in the picture?', images=[picture])
+"""
+
+__version__ = '0.1.0'
+
+
+def load(run_dir):
+    """Opens a run folder for use; see nanovision_jax.inference.Run."""
+    from nanovision_jax.inference import load  # jax and the rest load here, not at import
+
+    return load(run_dir)

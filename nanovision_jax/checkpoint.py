@@ -1,0 +1,159 @@
+"""Checkpoints: Orbax writes them, a manifest proves them.
+
+    checkpoints/<step>/params        all parameters, frozen ones too
+    checkpoints/<step>/optimizer     the optimizer's state; what only reads parameters never opens it
+    checkpoints/<step>/manifest.json the sha256 of every file, written last: a step without it is not whole
+
+Orbax does not notice a flipped bit and casts dtypes in silence, hence the manifest and the checks here.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import path_name
+
+
+class Checkpoints:
+    """Writes a run's checkpoints in the background, keeping the newest `keep`."""
+
+    def __init__(self, run_dir, keep):
+        self.folder, self.keep = pathlib.Path(run_dir).absolute() / 'checkpoints', keep
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread, self._error = None, None
+
+    def save(self, step, params, optimizer, extra):
+        """Starts writing `params` and `optimizer` (trees of arrays); `extra` goes into the manifest.
+
+        Returns once the arrays are copied. An error in the background is raised by the next save() or wait().
+        """
+        self.wait()
+        if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
+            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
+        for stale in self.folder.glob(f'{step}*'):
+            shutil.rmtree(stale)  # unfinished: a whole one of this step would not be written again
+        items = {'params': ocp.args.PyTreeSave(params), 'optimizer': ocp.args.PyTreeSave(optimizer)}
+        self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
+        self._thread = threading.Thread(target=self._finish, args=(step, extra))
+        self._thread.start()
+
+    def _finish(self, step, extra):
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.folder / str(step), {'step': step} | extra)
+                for old in whole_steps(self.folder.parent)[self.keep :]:
+                    (self.folder / str(old) / 'manifest.json').unlink()  # from here on it does not count
+                    shutil.rmtree(self.folder / str(old))
+        except Exception as error:  # raised on the thread that trains
+            self._error = error
+
+    def wait(self):
+        """Waits until everything is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(f'a checkpoint could not be written to {self.folder}: {error}') from error
+
+
+def write_manifest(folder, content):
+    """Writes manifest.json: `content` and the sha256 of every file in the folder. The rename makes it whole."""
+    files = sorted(file for file in folder.rglob('*') if file.is_file())
+    digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
+    partial = folder / 'manifest.json.part'
+    partial.write_text(json.dumps(content | {'files': digests}, indent=1) + '\n')
+    partial.rename(folder / 'manifest.json')
+
+
+def file_digest(file):
+    """The sha256 of a file, in hex."""
+    with open(file, 'rb') as handle:
+        return hashlib.file_digest(handle, 'sha256').hexdigest()
+
+
+def whole_steps(run_dir):
+    """The steps whose checkpoint has a manifest, newest first."""
+    manifests = pathlib.Path(run_dir).glob('checkpoints/*/manifest.json')
+    return sorted((int(m.parent.name) for m in manifests if m.parent.name.isdigit()), reverse=True)
+
+
+def manifest(run_dir, step):
+    """The manifest of one checkpoint."""
+    return json.loads((pathlib.Path(run_dir) / 'checkpoints' / str(step) / 'manifest.json').read_text())
+
+
+def damage(run_dir, step):
+    """The first file of a checkpoint that is not what its manifest says, or None."""
+    folder = pathlib.Path(run_dir) / 'checkpoints' / str(step)
+    try:
+        for name, digest in manifest(run_dir, step)['files'].items():
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                return folder / name
+    except (ValueError, KeyError):
+        return folder / 'manifest.json'
+    return None
+
+
+def newest(run_dir, say=lambda text: print(text, file=sys.stderr)):
+    """The newest step whose files are what its manifest says; what is passed over is said. None if there is none.
+
+    Raises UserError if there are checkpoints and all are damaged.
+    """
+    steps = whole_steps(run_dir)
+    for step in steps:
+        if (bad := damage(run_dir, step)) is None:
+            return step
+        say(f'warning: {bad} is damaged, so checkpoint {step} is not used')
+    if steps:
+        raise UserError(f'every checkpoint in {run_dir} is damaged.')
+    return None
+
+
+def restore(run_dir, step, item, target):
+    """Reads `item` ('params' or 'optimizer') of a checkpoint into the shapes, dtypes and shardings of `target`.
+
+    target: a tree of jax.ShapeDtypeStruct; for params it may be a part of what was saved. Raises UserError where a
+    leaf is missing or has another shape or dtype.
+    """
+    folder = pathlib.Path(run_dir).absolute() / 'checkpoints' / str(step) / item
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = {
+            path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(reader.metadata(folder).item_metadata.tree)
+        }
+        wanted = {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(target)}
+        for name, leaf in wanted.items():
+            if name not in saved:
+                raise UserError(f'{folder} has no {name}.')
+            if (tuple(saved[name].shape), saved[name].dtype) != (tuple(leaf.shape), leaf.dtype):
+                was, now = saved[name], leaf
+                raise UserError(
+                    f'{name} in {folder} is {was.dtype} {list(was.shape)}, and {now.dtype} {list(now.shape)} is wanted.'
+                )
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        return reader.restore(
+            folder, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=item == 'params')
+        )
+
+
+def like(tree):
+    """The ShapeDtypeStructs, shardings included, of a tree of arrays: a target for restore()."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def tree_digest(tree):
+    """The sha256 over every leaf's name and bytes, in hex: equal exactly when two trees are, bit for bit."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(path_name(path).encode())
+        digest.update(jax.device_get(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,391 @@
+"""Typed configs, the size dial, and parse(): how a command line becomes one Config.
+
+A config file defines get_config(size) and returns a Config. Every field is listed here, once, with its default.
+No jax is imported, so that mistakes are answered at once.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import sys
+import typing
+
+from nanovision_jax.errors import UserError, nearest
+
+STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
+
+
+@dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
+class Vision:
+    """A CLIP vision tower. `mean` and `std` normalise pixels in 0..1; `fit` is crop (CLIP) or pad (LLaVA's square)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    fit: str = 'crop'
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def patches(self):
+        """Patch tokens a picture: P."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
+class Text:
+    """CLIP's text tower; its context is data.length, its output has `embed` dimensions like the vision tower's."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    ffn: int = 2048
+    embed: int = 512
+
+
+@dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
+class Model:
+    """The decoder, and what the vision stages add to it."""
+
+    layers: int = 20
+    width: int = 1280
+    heads: int = 10
+    ffn: int = 5120
+    positions: int = 2048  # the longest context; data.length may be shorter
+    rope_theta: float = 1e6
+    remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
+    unroll: int = 1  # layers a scan step: more is faster to run and slower to compile
+    projector: str = 'mlp'  # mlp (LLaVA 1.5) or linear (LLaVA v1)
+    tower: str = ''  # a clip run folder, a Hugging Face folder or id; '' is the clip run beside this one
+    vision: Vision = dataclasses.field(default_factory=Vision)
+    text: Text = dataclasses.field(default_factory=Text)
+
+
+@dataclasses.dataclass
+class Data:
+    """Where the examples come from and how they become batches."""
+
+    source: str = 'tiny_world'  # tiny_world, conversations (LLaVA's JSON), text (files) or shards (.npy token files)
+    path: str = ''  # the file or folder; '' is runs/<name>/data for tiny_world
+    images: str = ''  # the zip or folder of pictures that conversations name; '' is images.zip or images/ beside path
+    mixture: str = ''  # several sources by weight (not built yet: must be '')
+    tokenizer: str = 'train'  # train (on this data), a folder, or a Hugging Face id
+    vocab_size: int = 1024  # of a trained tokenizer, special tokens included
+    batch_size: int = 32  # rows a step, over all devices
+    length: int = 1024  # tokens a row
+    slots: int = 4  # pictures a row, in the vision stages
+    augment: bool = False  # clip only: random crop and mirror; wrong where left and right matter
+    workers: int = 0  # processes that read and decode; 0 uses threads of this one
+
+
+@dataclasses.dataclass
+class Optim:
+    """The optimizer and its schedule."""
+
+    name: str = 'adamw'
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 1e-4
+    schedule: str = 'cosine'  # cosine or linear, from learning_rate to end_learning_rate
+    warmup: float = 1000.0  # steps; below 1, a share of all steps
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1  # of matrices only: never norms, biases, embeddings
+    clip_norm: float = 1.0
+    accumulate: int = 1  # a step's batch goes through in this many parts
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices per axis. -1 is all that the other axes leave; the product must use every device."""
+
+    data: int = -1  # copies of the model, each on its part of the batch
+    fsdp: int = 1  # parameters and optimizer state in this many parts, batch too
+    tensor: int = 1  # each matrix product in this many parts
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """How often state is saved, and how many checkpoints are kept."""
+
+    every: int = 1000
+    keep: int = 2
+
+
+@dataclasses.dataclass
+class Eval:
+    """Evaluation on held-out data as the run goes: how often, and over how many batches."""
+
+    every: int = 500
+    batches: int = 20
+
+
+@dataclasses.dataclass
+class Log:
+    """How often a line is logged, and to what beside metrics.jsonl: '' or tensorboard."""
+
+    every: int = 10
+    to: str = ''
+
+
+@dataclasses.dataclass
+class Config:
+    """A run of one stage."""
+
+    stage: str = 'pretrain'
+    size: str = 'd20'
+    name: str = ''  # the family of runs; default: the size
+    run_dir: str = ''  # default: runs/<name>/<stage>
+    init_from: str = ''  # the run this one starts from; default: the previous stage beside it
+    steps: int = 0  # 0: as many as data passes (epochs) take
+    epochs: float = 1.0
+    seed: int = 0
+    dtype: str = 'auto'  # of compute; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters are float32
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+    log: Log = dataclasses.field(default_factory=Log)
+
+    @property
+    def family(self):
+        """The folder that the stages of one road share: runs/<name>."""
+        return pathlib.Path(self.run_dir).parent
+
+
+# The size dial -------------------------------------------------------------------------------------------------------
+
+
+def base_config(stage, size):
+    """A Config whose models have `size`: tiny, or d<even depth> as d20 (width 64·d, heads of 128, ffn 4·width).
+
+    The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020).
+    """
+    config = Config(stage=stage, size=size)
+    if size == 'tiny':
+        config.model = Model(layers=4, width=128, heads=2, ffn=512, positions=512, unroll=4)
+        config.model.vision = Vision(image_size=64, patch_size=16, width=128, layers=4, heads=2, ffn=512)
+        config.model.text = Text(width=128, layers=2, heads=2, ffn=512, embed=128)
+    elif (match := re.fullmatch(r'd(\d+)', size)) and int(match[1]) > 0 and int(match[1]) % 2 == 0:
+        depth = int(match[1])
+        config.model = Model(layers=depth, width=64 * depth, heads=depth // 2, ffn=256 * depth)
+    else:
+        raise UserError(f'no size {size!r}: sizes are tiny and d2, d4, … d20, … (an even depth).')
+    return config
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv, usage='', flags=()):
+    """Turns `--config=FILE[:SIZE] [--config.FIELD=VALUE …]` into (Config, {flag: bool}).
+
+    `flags` are the names of further boolean options. Raises UserError, one sentence, for every mistake.
+    """
+    if '--help' in argv or '-h' in argv:
+        print(usage.strip())
+        print('\nFields, each overridden with --config.FIELD=VALUE:')
+        print('\n'.join(f'  {name:30} {kind.__name__}' for name, kind in fields(Config).items()))
+        sys.exit(0)
+    given, options = _split(argv)
+    for name in options:
+        if name not in flags and name != 'config' and not name.startswith('config.'):
+            raise UserError(
+                f'unknown argument --{name}.{nearest("--" + name, ["--config", *("--" + f for f in flags)])}'
+            )
+    if 'config' not in options:
+        raise UserError('which config? Say --config=FILE, as in --config=configs/pretrain.py:tiny.')
+    path, _, size = options['config'].partition(':')
+    file = pathlib.Path(path)
+    if not file.is_file():
+        beside = file.parent if file.parent.is_dir() else pathlib.Path('configs')
+        raise UserError(f'no config file {path!r}.{nearest(path, beside.glob("*.py"))}')
+    known = fields(Config)
+    for name in options:
+        if name.startswith('config.') and name.removeprefix('config.') not in known:
+            field = name.removeprefix('config.')
+            raise UserError(f'no config field {field!r}.{nearest(field, known)}')
+    config = _read(file, size, given)
+    fill(config)
+    check(config)
+    return config, {name: options.get(name, 'false') != 'false' for name in flags}
+
+
+def _split(argv):
+    """Normalises argv to ['--name=value', …] and gives it also as {name: value}."""
+    given, options, rest = [], {}, list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith('--'):
+            raise UserError(f'unexpected argument {arg!r}: options start with --.')
+        name, equals, value = arg[2:].partition('=')
+        if not equals and (name == 'config' or name.startswith('config.')):
+            if not rest:
+                raise UserError(f'--{name} needs a value, as in --{name}=VALUE.')
+            value = rest.pop(0)
+        if name.startswith('config'):
+            given.append(f'--{name}={value}')
+        options[name] = value if equals or name.startswith('config') else 'true'
+    return given, options
+
+
+def _read(file, size, given):
+    """Runs the config file and applies the overrides, through ml_collections."""
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
+    if size:
+        base_config('pretrain', size)  # a size that does not exist is answered before the file is run
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    overrides = sorted(given, key=lambda arg: not arg.startswith('--config='))  # absl wants the file first
+    known = fields(Config)
+    for arg in overrides:
+        name, _, value = arg.removeprefix('--config').removeprefix('.').partition('=')
+        if name in known:
+            _check_type(name, known[name], value)
+    try:
+        values(['train', *overrides])
+        config = values.config
+    except UserError:
+        raise
+    except absl_flags.Error as error:
+        raise UserError(f'{str(error).strip().splitlines()[-1]} (in {" ".join(overrides)})') from error
+    if not isinstance(config, Config):
+        raise UserError(f'{file} must define get_config(size) that returns a nanovision_jax.config.Config.')
+    return config
+
+
+def _check_type(name, kind, text):
+    """Refuses a value that is not of the field's type, in one sentence."""
+    try:
+        if kind is bool:
+            if text.lower() not in ('true', 'false', '1', '0'):
+                raise ValueError
+        elif kind in (int, float):
+            kind(text)
+    except ValueError:
+        raise UserError(f'--config.{name} takes {kind.__name__}, not {text!r}.') from None
+
+
+def fields(kind, prefix=''):
+    """{'optim.learning_rate': float, …}: every settable field of a config dataclass, by its dotted name."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= fields(hint, f'{prefix}{field.name}.')
+        else:
+            found[prefix + field.name] = typing.get_origin(hint) or hint
+    return found
+
+
+def fill(config):
+    """Sets the fields whose default follows from others: name, run_dir, data.path."""
+    config.name = config.name or config.size
+    config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
+    if config.data.source == 'tiny_world':
+        config.data.path = config.data.path or str(config.family / 'data')
+
+
+def check(config):
+    """Raises UserError where fields contradict each other, before any time is spent."""
+    m, d, o = config.model, config.data, config.optim
+    choices = {
+        'stage': STAGES,
+        'dtype': ('auto', 'float32', 'bfloat16'),
+        'model.projector': ('mlp', 'linear'),
+        'model.vision.fit': ('crop', 'pad'),
+        'data.source': ('tiny_world', 'conversations', 'text', 'shards'),
+        'data.mixture': ('',),
+        'optim.name': ('adamw', 'sgd'),
+        'optim.schedule': ('cosine', 'linear'),
+        'log.to': ('', 'tensorboard'),
+    }
+    for name, allowed in choices.items():
+        if (value := get(config, name)) not in allowed:
+            raise UserError(f'{name} is {value!r}.{nearest(value, allowed)}')
+    positive = (
+        'data.batch_size',
+        'data.length',
+        'data.slots',
+        'optim.accumulate',
+        'checkpoint.every',
+        'checkpoint.keep',
+    )
+    positive += ('log.every', 'eval.every', 'eval.batches', 'model.layers', 'model.unroll', 'optim.clip_norm')
+    for name in positive:
+        if get(config, name) <= 0:
+            raise UserError(f'{name} is {get(config, name)}, and must be above 0.')
+    if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
+        raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
+    for name, part in (('model', m), ('model.vision', m.vision), ('model.text', m.text)):
+        if part.width % part.heads:
+            raise UserError(f'{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.')
+    if m.width // m.heads % 2:
+        raise UserError(
+            f'heads of {m.width // m.heads} cannot be rotated in pairs (RoPE): make model.width / model.heads even.'
+        )
+    if m.vision.image_size % m.vision.patch_size:
+        raise UserError(
+            f'model.vision.image_size {m.vision.image_size} is not a multiple of patch_size {m.vision.patch_size}.'
+        )
+    if config.stage != 'clip' and d.length > m.positions:
+        raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
+    if d.batch_size % o.accumulate:
+        raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
+    if d.source in ('text', 'shards') and config.stage != 'pretrain':
+        raise UserError(f'stage {config.stage} learns from conversations: data.source {d.source!r} is for pretrain.')
+    if d.source == 'conversations' and config.stage == 'pretrain':
+        raise UserError("stage pretrain learns from text: set data.source to 'text' or 'shards'.")
+    if d.source != 'tiny_world' and not d.path:
+        raise UserError(f'data.source {d.source!r} needs data.path: the file or folder to read.')
+
+
+def get(config, name):
+    """The value of a dotted field name."""
+    for part in name.split('.'):
+        config = getattr(config, part)
+    return config
+
+
+# On disk -------------------------------------------------------------------------------------------------------------
+
+
+def to_json(config):
+    """The config as text, as config.json in a run folder holds it."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text):
+    """The Config that `to_json` wrote. Raises UserError for a field this version does not know."""
+
+    def build(kind, values):
+        hints = typing.get_type_hints(kind)
+        if unknown := set(values) - set(hints):
+            raise UserError(f'config.json has a field this version does not know: {sorted(unknown)[0]!r}.')
+        made = {}
+        for name, value in values.items():
+            if dataclasses.is_dataclass(hints[name]):
+                made[name] = build(hints[name], value)
+            else:
+                made[name] = tuple(value) if isinstance(value, list) else value
+        return kind(**made)
+
+    return build(Config, json.loads(text))
+
+
+def differences(old, new):
+    """Dotted names of the fields in which two runs' results may differ.
+
+    Where a run lives, how it reads, saves, logs, evaluates and on which mesh it runs may change between a run and its
+    continuation.
+    """
+    free = ('name', 'run_dir', 'data.workers', 'checkpoint.', 'eval.', 'log.', 'mesh.')
+    return [name for name in fields(Config) if not name.startswith(free) and get(old, name) != get(new, name)]

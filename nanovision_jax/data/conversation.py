@@ -1,0 +1,102 @@
+"""Conversations become tokens here, and nowhere else.
+
+A message is {'role': 'user' | 'assistant', 'content': text or parts}, a part {'type': 'text', 'text': …} or
+{'type': 'image'}. Written out:
+
+    <|endoftext|><|user|> <|image|>×P question <|end|><|assistant|> answer <|end|><|user|> …
+
+Learned are the assistant's words and the <|end|> after them.
+"""
+
+import numpy as np
+
+
+class BadExample(Exception):
+    """An example that cannot be used; the message is the reason, as bad_rows.jsonl lists it."""
+
+
+def encode(messages, tokenizer, patches=0, images=0, question=False):
+    """Messages to (ids int32 [n], learned bool [n], ends): `ends` are the lengths at which an answer is complete.
+
+    An image part becomes `patches` image tokens; `images` says how many pictures there are. A last question without
+    an answer is left out, unless `question`: then it stays, and the assistant's turn is opened for the model to fill.
+    Raises BadExample for an unknown speaker, turns out of order, no answer, or pictures that do not match.
+    """
+    ids, learned, ends = [tokenizer.end_of_text], [False], []
+    expected, seen = 'user', 0
+    for message in messages:
+        role = message.get('role')
+        if role not in ('user', 'assistant'):
+            raise BadExample(f'unknown speaker {role!r}')
+        if role != expected:
+            raise BadExample(f'{role} speaks out of turn')
+        expected = 'assistant' if role == 'user' else 'user'
+        body = []
+        content = message['content']
+        for part in [{'type': 'text', 'text': content}] if isinstance(content, str) else content:
+            if part['type'] == 'image':
+                if role != 'user':
+                    raise BadExample('a picture in an answer')
+                body += [tokenizer.image] * patches
+                seen += 1
+            else:
+                body += tokenizer.encode(part['text'])
+        if role == 'assistant' and not body:
+            raise BadExample('empty answer')
+        ids += [tokenizer.user if role == 'user' else tokenizer.assistant, *body, tokenizer.end]
+        learned += [False] + [role == 'assistant'] * (len(body) + 1)
+        if role == 'assistant':
+            ends.append(len(ids))
+    if seen != images:
+        raise BadExample(f'{seen} image places for {images} images')
+    if question:
+        if expected != 'assistant':
+            raise BadExample('no question to answer')
+        ids.append(tokenizer.assistant)
+        learned.append(False)
+    elif not ends:
+        raise BadExample('no answer')
+    else:
+        ids, learned = ids[: ends[-1]], learned[: ends[-1]]
+    return np.array(ids, np.int32), np.array(learned), ends
+
+
+def fit(ids, learned, ends, length):
+    """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
+
+    A row of T tokens holds T inputs and the T ids that follow them: an example of T + 1 ids.
+    Raises BadExample if not even the first answer fits.
+    """
+    whole = [end for end in ends if end <= length + 1]
+    if not whole:
+        raise BadExample(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
+    return ids[: whole[-1]], learned[: whole[-1]]
+
+
+def from_llava(turns):
+    """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages; an <image> in a question is a picture's place.
+
+    In an answer the string is left as it stands. Raises BadExample for a speaker that is neither human nor gpt.
+    """
+    messages = []
+    for turn in turns:
+        speaker, text = turn.get('from'), turn.get('value')
+        if speaker not in ('human', 'gpt', 'user', 'assistant') or not isinstance(text, str):
+            raise BadExample(f'unknown speaker {speaker!r}' if isinstance(text, str) else 'a turn without text')
+        message = {'role': 'user' if speaker in ('human', 'user') else 'assistant', 'content': text}
+        if 'kind' in turn:
+            message['kind'] = turn['kind']
+        if message['role'] == 'user' and '<image>' in text:
+            pieces = text.split('<image>')
+            parts = [{'type': 'text', 'text': pieces[0]}]
+            for piece in pieces[1:]:
+                parts += [{'type': 'image'}, {'type': 'text', 'text': piece}]
+            message['content'] = [part for part in parts if part['type'] == 'image' or part['text'].strip()]
+        messages.append(message)
+    return messages
+
+
+def text_of(message):
+    """The words of a message, without its pictures."""
+    content = message['content']
+    return content if isinstance(content, str) else ' '.join(p['text'] for p in content if p['type'] == 'text').strip()

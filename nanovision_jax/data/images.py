@@ -1,0 +1,101 @@
+"""Pictures: from a zip or a folder, to bytes, to uint8 [S, S, 3] as CLIP crops or LLaVA pads them."""
+
+import io
+import pathlib
+import threading
+import zipfile
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.errors import UserError
+
+FORMATS = ('JPEG', 'PNG', 'WEBP')
+MAX_PIXELS = 50_000_000  # refused from the header: a small file can unpack to gigabytes
+
+
+class ImageStore:
+    """Reads pictures by name from a zip file, without unpacking it, or from a folder."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        if not self.path.exists():
+            raise UserError(f'no pictures at {self.path}: data.images is a zip file or a folder.')
+        if self.path.is_file() and not zipfile.is_zipfile(self.path):
+            raise UserError(f'{self.path} is neither a zip file nor a folder of pictures.')
+        self._local = threading.local()
+
+    def __reduce__(self):
+        return ImageStore, (self.path,)
+
+    def read(self, name):
+        """The bytes of one picture. Raises BadExample if there is none of that name."""
+        try:
+            if self.path.is_dir():
+                file = (self.path / name).resolve()
+                if not file.is_relative_to(self.path.resolve()):
+                    raise BadExample(f'image name {name!r} leaves the folder')
+                return file.read_bytes()
+            if not hasattr(self._local, 'zip'):
+                self._local.zip = zipfile.ZipFile(self.path)  # one handle a thread
+            return self._local.zip.read(name)
+        except (KeyError, OSError, zipfile.BadZipFile) as error:
+            raise BadExample(f'missing image {name!r}') from error
+
+
+def decode(data, size, how='crop'):
+    """Encoded bytes to uint8 [size, size, 3]. Raises BadExample for what is not a whole JPEG, PNG or WEBP."""
+    return prepare(load(data), size, how)
+
+
+def load(data):
+    """Encoded bytes to an upright RGB picture; the first frame of an animation, transparency over white."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadExample(f'image of {image.width} × {image.height} pixels')
+        image.load()
+        return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadExample('image does not decode') from error
+
+
+def to_rgb(image):
+    """Any PIL picture as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):  # 16-bit grey: convert('RGB') would clip it to white
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def prepare(image, size, how='crop', mean=(122, 116, 104)):
+    """An RGB picture to uint8 [size, size, 3].
+
+    crop: the short side to `size`, bicubic, then the middle square, as CLIP does. pad: to a square with the mean
+    colour first, as LLaVA 1.5 does.
+    """
+    if how == 'pad' and image.width != image.height:
+        side = max(image.size)
+        square = Image.new('RGB', (side, side), mean)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    if image.size != (size, size):
+        short = min(image.size)
+        width, height = (int(size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
+
+
+def augment(image, rng):
+    """A random crop of at least 60% of an RGB picture's area, mirrored half of the time."""
+    scale = np.sqrt(rng.uniform(0.6, 1.0))
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    image = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image

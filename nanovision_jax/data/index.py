@@ -1,0 +1,98 @@
+"""One pass over a source before training: the length of every example, and which examples cannot be used.
+
+Rows are planned from these lengths, so that what a row holds never depends on how it is read. The pass decodes every
+picture once; its result is kept in the family's data folder.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+from tqdm import tqdm
+
+from nanovision_jax.data import conversation, images
+from nanovision_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Index:
+    """`rows`, `lengths`, `pictures`: int32 arrays over the usable examples; `bad`: {row, reason} of the others."""
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    pictures: np.ndarray
+    bad: list[dict]
+
+
+def encode_example(example, config, tokenizer):
+    """(ids, learned) of an example as this stage sees it: a caption for clip, else a conversation cut to fit a row."""
+    data = config.data
+    vision = config.stage.startswith('vision')
+    if config.stage == 'clip':
+        if len(example.images) != 1:
+            raise conversation.BadExample(f'{len(example.images)} images where clip needs one')
+        if not example.caption.strip():
+            raise conversation.BadExample('no caption')
+        words = tokenizer.encode(example.caption)[: data.length - 2]
+        ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
+        return ids, np.ones(len(ids), bool)
+    if len(example.images) > (data.slots if vision else 0):
+        raise conversation.BadExample(f'{len(example.images)} images for {data.slots if vision else 0} slots')
+    patches = config.model.vision.patches
+    ids, learned, ends = conversation.encode(example.messages, tokenizer, patches, len(example.images))
+    return conversation.fit(ids, learned, ends, data.length)
+
+
+def build_index(source, config, tokenizer, split):
+    """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
+    vision, data = config.model.vision, config.data
+    parts = (source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, images.MAX_PIXELS)
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
+    if not file.exists():
+        _scan(source, config, tokenizer, file)
+    with np.load(file) as saved:
+        lengths, pictures, sides = saved['lengths'], saved['pictures'], saved['sides']
+        bad = json.loads(str(saved['bad']))
+    if len(bad) > 0.01 * len(lengths):
+        reasons = collections.Counter(row['reason'] for row in bad).most_common(3)
+        told = '; '.join(f'{count} × {reason}' for reason, count in reasons)
+        raise UserError(f'{len(bad)} of {len(lengths)} examples of {data.path} are bad (at most 1% may be): {told}.')
+    on_side = sides == (split == 'validation') if hasattr(source, 'side') else True
+    rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
+    if not len(rows):
+        raise UserError(f'no {split} example in {data.path} for stage {config.stage}.')
+    return Index(rows, lengths[rows], pictures[rows], bad)
+
+
+def _scan(source, config, tokenizer, file):
+    def look(i):
+        try:
+            example = source[i]
+            ids, _ = encode_example(example, config, tokenizer)
+            for data in example.images:
+                images.load(data)
+        except conversation.BadExample as error:
+            return 0, 0, False, {'row': i, 'reason': str(error)}
+        # A row of T tokens holds T + 1 ids: the last one is only ever a target.
+        validation = hasattr(source, 'side') and source.side(example) == 'validation'
+        return len(ids) - 1, len(example.images), validation, None
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(look, range(len(source)), chunksize=64), 'reading', len(source), leave=False, mininterval=1)
+        lengths, pictures, sides, bad = zip(*bar, strict=True) if len(source) else ((), (), (), ())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix('.part.npz')
+    np.savez(
+        partial,
+        lengths=np.array(lengths, np.int32),
+        pictures=np.array(pictures, np.int32),
+        sides=np.array(sides, bool),
+        bad=json.dumps([row for row in bad if row]),
+    )
+    partial.rename(file)

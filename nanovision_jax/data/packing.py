@@ -1,0 +1,215 @@
+"""Rows of fixed shape: packed conversations, windows of text, pictures with captions.
+
+A rows object is an endless sequence: rows[i] is a dict of numpy arrays, a pure function of (seed, i). Epoch after epoch
+follows, each in an order of its own, so the position in the data is one integer.
+"""
+
+import threading
+
+import numpy as np
+
+from nanovision_jax.data import images
+from nanovision_jax.data.index import encode_example
+from nanovision_jax.errors import UserError
+
+OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
+
+
+def plan(order, lengths, pictures, length, slots):
+    """Puts examples, in `order`, into rows of at most `length` tokens and `slots` pictures: a list of index lists.
+
+    First fit among the last OPEN_ROWS rows. lengths, pictures: int arrays over examples.
+    """
+    done, rows, space = [], [], []
+    for i in order:
+        need, seen = int(lengths[i]), int(pictures[i])
+        for row, left in zip(rows, space, strict=True):
+            if left[0] >= need and left[1] >= seen:
+                break
+        else:
+            if len(rows) == OPEN_ROWS:
+                fullest = min(range(OPEN_ROWS), key=lambda r: space[r][0])
+                done.append(rows.pop(fullest))
+                space.pop(fullest)
+            row, left = [], [length, slots]
+            rows.append(row)
+            space.append(left)
+        row.append(int(i))
+        left[0] -= need
+        left[1] -= seen
+    return done + rows
+
+
+def pack(examples, length, slots=0, size=0):
+    """Lays (ids, learned, pictures) examples into one row of the batch contract (DESIGN: contracts, Batch).
+
+    pictures: uint8 [size, size, 3] each. Returns tokens, targets, weights, segments, positions [length], and with
+    slots also images [slots, size, size, 3].
+    """
+    row = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
+    row['weights'] = np.zeros(length, np.float32)
+    if slots:
+        row['images'] = np.zeros((slots, size, size, 3), np.uint8)
+    start = slot = 0
+    for number, (ids, learned, pictures) in enumerate(examples, 1):
+        stop = start + len(ids) - 1
+        row['tokens'][start:stop], row['targets'][start:stop] = ids[:-1], ids[1:]
+        row['weights'][start:stop] = learned[1:]
+        row['segments'][start:stop] = number
+        row['positions'][start:stop] = np.arange(stop - start)
+        for picture in pictures:
+            row['images'][slot] = picture
+            slot += 1
+        start = stop
+    return row
+
+
+class Shuffled:
+    """Endless epochs over n things: `self.at(i)` is (epoch, thing), each epoch in an order of its own."""
+
+    def __init__(self, n, seed, shuffle=True):
+        self.n, self.seed, self.shuffle, self._orders = n, seed, shuffle, {}
+
+    def order(self, epoch):
+        """A permutation of range(n): a pure function of (seed, epoch)."""
+        if not self.shuffle:
+            return np.arange(self.n)
+        if epoch not in self._orders:  # a race computes it twice, the same
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            self._orders = {epoch: order} | {e: o for e, o in self._orders.items() if e == epoch - 1}
+        return self._orders[epoch]
+
+    def at(self, i):
+        """(epoch, thing) of the i-th draw."""
+        epoch, index = divmod(int(i), self.n)
+        return epoch, int(self.order(epoch)[index])
+
+
+class PackedRows:
+    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots pictures."""
+
+    def __init__(self, source, index, config, tokenizer, seed, shuffle=True):
+        self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
+        self.slots = config.data.slots if config.stage.startswith('vision') else 0
+        self.shuffled = Shuffled(len(index.rows), seed, shuffle)
+        self._plans, self._starts, self._lock = {}, [0], threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != '_lock'} | {'_plans': {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def epoch(self, epoch):
+        """The plan of one epoch: a list of rows, each a list of examples."""
+        if epoch not in self._plans:
+            kept = {e: p for e, p in self._plans.items() if e == epoch - 1}
+            length = self.config.data.length
+            order = self.shuffled.order(epoch)
+            self._plans = kept | {epoch: plan(order, self.index.lengths, self.index.pictures, length, self.slots)}
+        return self._plans[epoch]
+
+    def examples(self, i):
+        """Which examples row i holds."""
+        with self._lock:
+            while self._starts[-1] <= i:
+                self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+            epoch = int(np.searchsorted(self._starts, i, side='right')) - 1
+            return self.epoch(epoch)[i - self._starts[epoch]]
+
+    def __getitem__(self, i):
+        vision = self.config.model.vision
+        laid = []
+        for k in self.examples(int(i)):
+            example = self.source[self.index.rows[k]]
+            ids, learned = encode_example(example, self.config, self.tokenizer)
+            pictures = [images.decode(data, vision.image_size, vision.fit) for data in example.images]
+            laid.append((ids, learned, pictures))
+        return pack(laid, self.config.data.length, self.slots, vision.image_size)
+
+    def rows_per_epoch(self):
+        """Rows in the first epoch."""
+        return len(self.epoch(0))
+
+    def efficiency(self):
+        """Which share of tokens, and of picture slots, the first epoch's rows use."""
+        rows = self.rows_per_epoch()
+        used = {'tokens': float(self.index.lengths.sum() / (rows * self.config.data.length))}
+        if self.slots:
+            used['image slots'] = float(self.index.pictures.sum() / (rows * self.slots))
+        return used
+
+
+class TextRows:
+    """Windows of T tokens over token arrays (int, 1-D, documents led by <|endoftext|>); a document is a segment.
+
+    Raises UserError for an id beyond the vocabulary: the device would clamp it in silence.
+    """
+
+    def __init__(self, shards, config, tokenizer, seed, shuffle=True):
+        self.shards, self.config, self.tokenizer = shards, config, tokenizer
+        self.windows = np.array([max(0, len(shard) - 1) // config.data.length for shard in shards])
+        if not self.windows.sum():
+            raise UserError(f'{config.data.path} holds less text than one row of {config.data.length} tokens.')
+        self.shuffled = Shuffled(int(self.windows.sum()), seed, shuffle)
+
+    def __getitem__(self, i):
+        _, window = self.shuffled.at(i)
+        shard = int(np.searchsorted(np.cumsum(self.windows), window, side='right'))
+        start = (window - int(self.windows[:shard].sum())) * self.config.data.length
+        ids = np.asarray(self.shards[shard][start : start + self.config.data.length + 1]).astype(np.int32)
+        if ids.max() >= self.tokenizer.size:
+            raise UserError(
+                f'token id {ids.max()} in {self.config.data.path}: the tokenizer has {self.tokenizer.size}.'
+            )
+        tokens, length = ids[:-1], len(ids) - 1
+        first = np.append(0, np.flatnonzero(tokens == self.tokenizer.end_of_text))
+        starts = np.zeros(length, np.int64)
+        starts[first] = first
+        return {
+            'tokens': tokens,
+            'targets': ids[1:],
+            'weights': np.ones(length, np.float32),
+            'segments': (1 + np.cumsum((tokens == self.tokenizer.end_of_text) & (np.arange(length) > 0))).astype(
+                np.int32
+            ),
+            'positions': (np.arange(length) - np.maximum.accumulate(starts)).astype(np.int32),
+        }
+
+    def rows_per_epoch(self):
+        """Windows in all shards."""
+        return self.shuffled.n
+
+    def efficiency(self):
+        """Every token of a window is learned from."""
+        return {'tokens': 1.0}
+
+
+class PairRows:
+    """Pictures with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
+
+    def __init__(self, source, index, config, tokenizer, seed, shuffle=True):
+        self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
+        self.shuffled = Shuffled(len(index.rows), seed, shuffle)
+        self.augment = config.data.augment and shuffle
+
+    def __getitem__(self, i):
+        epoch, k = self.shuffled.at(i)
+        example, vision = self.source[self.index.rows[k]], self.config.model.vision
+        ids, _ = encode_example(example, self.config, self.tokenizer)
+        picture = images.load(example.images[0])
+        if self.augment:
+            picture = images.augment(picture, np.random.default_rng((self.shuffled.seed, epoch, k)))
+        return {
+            'images': images.prepare(picture, vision.image_size, vision.fit),
+            'tokens': np.pad(ids, (0, self.config.data.length - len(ids))),
+            'ends': np.int32(len(ids) - 1),
+        }
+
+    def rows_per_epoch(self):
+        """Pairs in all."""
+        return self.shuffled.n
+
+    def efficiency(self):
+        """Which share of the captions' tokens is not padding."""
+        return {'tokens': float((self.index.lengths + 1).mean() / self.config.data.length)}

@@ -1,0 +1,132 @@
+"""From a config to batches: opens tokenizer, source and rows, and lets Grain read ahead.
+
+Nothing here imports jax; batches are dicts of numpy arrays with the shapes of the batch contract.
+"""
+
+import json
+import pathlib
+import shutil
+
+import grain
+import numpy as np
+
+from nanovision_jax.data import conversation, packing, sources, text
+from nanovision_jax.data.index import build_index
+from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from nanovision_jax.errors import UserError
+
+
+def family_tokenizer(config):
+    """The tokenizer of a family of runs, in runs/<name>/tokenizer: made by whichever stage runs first."""
+    folder = config.family / 'tokenizer'
+    wanted = config.data.tokenizer
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(f'{folder}.part', ignore_errors=True)
+        if wanted == 'train':
+            train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, folder)
+        else:
+            import_tokenizer(wanted, folder)
+        (folder / 'source.json').write_text(json.dumps({'data.tokenizer': wanted}) + '\n')
+    made_from = json.loads((folder / 'source.json').read_text())['data.tokenizer']
+    if made_from != wanted:
+        raise UserError(
+            f'data.tokenizer is {wanted!r}, but {folder} was made from {made_from!r}: every stage of a name shares one. '
+            f'Set --config.data.tokenizer={made_from}, or another --config.name.'
+        )
+    return Tokenizer(folder)
+
+
+def _tokenizer_texts(config):
+    """What a tokenizer is trained on: everything the source has to say; or the conversations and texts beside it."""
+    data = config.data
+    if data.source == 'tiny_world':
+        for kind in ('text', 'chat', 'scenes'):
+            rows = sources.open_tiny_world(data.path, kind, 'train')
+            for i in range(0, len(rows), 2 if kind == 'scenes' else 4):
+                row = rows[i]
+                for name in {'text', 'caption'} & set(row):
+                    yield row[name].decode()
+                for message in json.loads(row['conversation']) if 'conversation' in row else ():
+                    yield conversation.text_of(message)
+    elif data.source == 'shards':
+        raise UserError('token shards come with a tokenizer: set data.tokenizer to it (gpt2 for FineWeb-Edu-10B).')
+    elif data.source == 'text':
+        yield from text.read_texts(config, 'train')
+    else:
+        for file in sorted(pathlib.Path(data.path).parent.glob('*.json*')):
+            for row in sources.read_json(file):
+                for turn in row.get('conversations') or row.get('messages') or ():
+                    yield str(turn.get('value') or turn.get('content'))
+
+
+def open_rows(config, tokenizer, split='train'):
+    """The rows of a stage: (rows, bad), `bad` being the examples that cannot be used.
+
+    Training rows are shuffled by config.seed; those of another split come in order.
+    """
+    shuffle = split == 'train'
+    if config.stage == 'pretrain':
+        shards = text.token_shards(config, tokenizer, split)
+        return packing.TextRows(shards, config, tokenizer, config.seed, shuffle), []
+    source = sources.open_source(config, split)
+    index = build_index(source, config, tokenizer, split)
+    kind = packing.PairRows if config.stage == 'clip' else packing.PackedRows
+    return kind(source, index, config, tokenizer, config.seed, shuffle), index.bad
+
+
+def batches(rows, batch_size, start=0, workers=0):
+    """Endless batches of `batch_size` rows from row `start` on, read ahead by threads, or by worker processes.
+
+    Batch n is rows[start + n·batch_size : …] whatever the number of workers. Raises UserError for a batch in which
+    nothing is learned.
+    """
+    stop = np.iinfo(np.int32).max
+    dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size)
+    if workers:
+        _parse_absl_flags()
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    else:
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    for number, batch in enumerate(dataset):
+        if 'weights' in batch and not batch['weights'].any():
+            raise UserError(
+                f'nothing is learned in rows {start + number * batch_size} and on: no answer in any of them.'
+            )
+        yield batch
+
+
+def _parse_absl_flags():
+    """Grain's worker processes read absl flags, which raise until somebody has parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(['nanovision_jax'])
+
+
+def fake_batch(config, vocab_size=512, seed=0):
+    """A valid batch of the stage's shapes with random content: for tests, benchmarks and planning.
+
+    Ids below `vocab_size`; picture runs are marked with the id vocab_size - 1. Two examples a row, half of it learned.
+    """
+    rng = np.random.default_rng(seed)
+    data, vision = config.data, config.model.vision
+    b, t, s = data.batch_size, data.length, vision.image_size
+    if config.stage == 'clip':
+        return {
+            'images': rng.integers(0, 256, (b, s, s, 3), np.uint8),
+            'tokens': rng.integers(0, vocab_size, (b, t), np.int32),
+            'ends': rng.integers(0, t, b, np.int32),
+        }
+    slots = data.slots if config.stage.startswith('vision') else 0
+    rows = []
+    for _ in range(b):
+        examples = []
+        for pictures in (slots - slots // 2, slots // 2):
+            ids = rng.integers(0, vocab_size - 1, t // 2 + 1, np.int32)
+            ids[1 : 1 + pictures * vision.patches] = vocab_size - 1
+            learned = np.arange(t // 2 + 1) > t // 4
+            examples.append((ids, learned, rng.integers(0, 256, (pictures, s, s, 3), np.uint8)))
+        rows.append(packing.pack(examples, t, slots, s))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,93 @@
+"""Text for pretraining: files and tiny_world's texts, tokenized once; published token shards, memory-mapped."""
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from nanovision_jax.errors import UserError
+
+HELD_OUT = 0.05  # the end of every text file is kept out of training
+
+
+def text_files(path):
+    """The text file, or the files of a folder (*.txt, *.md), in name order."""
+    path = pathlib.Path(path)
+    files = sorted(f for f in path.rglob('*') if f.suffix in ('.txt', '.md')) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f'no text at {path}: data.path is a text file or a folder of .txt and .md files.')
+    return files
+
+
+def read_texts(config, split):
+    """The documents of a split: tiny_world's, or files without their last 5% (which are the validation split)."""
+    if config.data.source == 'tiny_world':
+        from nanovision_jax.data.sources import open_tiny_world
+
+        return [row['text'].decode() for row in open_tiny_world(config.data.path, 'text', split)]
+    texts = []
+    for file in text_files(config.data.path):
+        text = file.read_text(encoding='utf-8', errors='replace')
+        cut = text.rfind('\n', 0, int(len(text) * (1 - HELD_OUT))) + 1
+        texts.append(text[:cut] if split == 'train' else text[cut:])
+    return [text for text in texts if text.strip()]
+
+
+def token_shards(config, tokenizer, split):
+    """The split's token arrays: 1-D unsigned, documents led by <|endoftext|>, memory-mapped."""
+    return (
+        _open_shards(config, tokenizer, split)
+        if config.data.source == 'shards'
+        else [_tokenized(config, tokenizer, split)]
+    )
+
+
+def _tokenized(config, tokenizer, split):
+    if config.data.source == 'tiny_world':
+        from nanovision_jax.data.datasets import tiny_world
+
+        stamp = f'tiny_world {tiny_world.TinyWorld.VERSION}'
+    else:
+        stamp = ''.join(
+            f'{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}' for f in text_files(config.data.path)
+        )
+    digest = hashlib.sha256(f'{stamp} {tokenizer.digest} {split}'.encode()).hexdigest()[:16]
+    file = pathlib.Path(config.family) / 'data' / f'text-{split}-{digest}.npy'
+    if not file.exists():
+        texts = read_texts(config, split)
+        if not texts:
+            raise UserError(f'no {split} text at {config.data.path}.')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokens = tokenizer.encode_documents(texts).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+        partial = file.with_suffix('.part.npy')
+        np.save(partial, tokens)
+        partial.rename(file)
+    return np.load(file, mmap_mode='r')
+
+
+def _open_shards(config, tokenizer, split):
+    """Published shards (FineWeb-Edu-10B-Tokens-NPY: edufineweb_{train,val}_NNNNNN.npy). Files with 'val' in their name
+    are the validation split; without any, the last file is.
+    """
+    path = pathlib.Path(config.data.path)
+    files = sorted(path.glob('*.npy')) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f'no token shards at {path}: data.path is an .npy file or a folder of them.')
+    held_out = [f for f in files if 'val' in f.name] or files[-1:]
+    files = held_out if split == 'validation' else [f for f in files if f not in held_out]
+    if not files:
+        raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
+    shards = []
+    for file in files:
+        shard = np.load(file, mmap_mode='r', allow_pickle=False)
+        if shard.ndim != 1 or shard.dtype.kind != 'u':
+            raise UserError(f'{file} is {shard.dtype} {list(shard.shape)}: a token shard is 1-D and unsigned.')
+        head = np.asarray(shard[:1_000_000])
+        if tokenizer.end_of_text not in head or head.max() >= tokenizer.size:
+            raise UserError(
+                f'{file} was made with another tokenizer: its documents must be led by <|endoftext|> = '
+                f'{tokenizer.end_of_text} and its ids stay below {tokenizer.size}; it starts with '
+                f'{int(head[0])} and reaches {int(head.max())}. Set data.tokenizer to the one it was made with.'
+            )
+        shards.append(shard)
+    return shards

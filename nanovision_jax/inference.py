@@ -1,0 +1,77 @@
+"""A run folder opened for use: nanovision_jax.load(run_dir)."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from nanovision_jax import checkpoint, engine, models
+from nanovision_jax import config as configs
+from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.errors import UserError
+
+
+class Run:
+    """A trained model with its tokenizer: `model` (the live nnx module), `tokenizer`, `config`, `step`."""
+
+    def __init__(self, config, step, graphdef, params, tokenizer):
+        self.config, self.step, self.tokenizer, self.params = config, step, tokenizer, params
+        self.graphdef = graphdef
+        self.model = models.merge(graphdef, params)
+
+    @property
+    def engine(self):
+        """The engine that decodes with this model."""
+        return engine.Engine(self.config, self.graphdef, self.params, self.tokenizer)
+
+    def logits(self, ids, images=None):
+        """Token ids [B, T] (and images uint8 [B, M, height, width, 3]) → float32 logits [B, T, V]; one segment a row."""
+        ids = np.asarray(ids, np.int32)
+        inputs = [ids, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape), np.ones_like(ids)]
+        if self.config.stage.startswith('vision'):
+            size = self.config.model.vision.image_size
+            inputs.append(np.zeros((len(ids), 1, size, size, 3), np.uint8) if images is None else np.asarray(images))
+        return jax.jit(lambda params, inputs: models.merge(self.graphdef, params)(*inputs))(self.params, inputs)
+
+    def chat(self, messages, images=(), stream=False, **options):
+        """The answer to a conversation, or with stream=True an iterator of its pieces.
+
+        messages: [{'role': 'user' | 'assistant', 'content': text or parts}], ending with a question, or just that
+        question's text. images: PIL pictures, in the order of the image parts; pictures for which no message has a
+        part go before the first question. Options: temperature, top_k, top_p, max_new_tokens, seed.
+        """
+        if isinstance(messages, str):
+            messages = [{'role': 'user', 'content': messages}]
+        prompt = engine.chat_prompt(self.config, self.tokenizer, place_images(messages, len(images)), images)
+        pieces = self.engine.stream(prompt, **options)
+        return pieces if stream else ''.join(pieces)
+
+
+def place_images(messages, count):
+    """Messages with an image part for each of `count` pictures: those without one are shown with the first question."""
+    parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
+    missing = count - len(parts)
+    if missing <= 0 or not messages:
+        return messages
+    first, *rest = messages
+    content = first['content']
+    content = [{'type': 'text', 'text': content}] if isinstance(content, str) else list(content)
+    return [first | {'content': [{'type': 'image'}] * missing + content}, *rest]
+
+
+def load(run_dir):
+    """Opens a run folder: the newest whole checkpoint's parameters, on one device. Raises UserError if there is none."""
+    folder = pathlib.Path(run_dir)
+    if not (folder / 'config.json').is_file():
+        beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
+        hint = f' There are: {", ".join(str(p) for p in beside)}.' if beside else ''
+        raise UserError(f'{folder} is no run folder: it has no config.json.{hint}')
+    config = configs.from_json((folder / 'config.json').read_text())
+    step = checkpoint.newest(folder)
+    if step is None:
+        raise UserError(f'{folder} has no whole checkpoint yet.')
+    tokenizer = Tokenizer(folder / 'tokenizer')
+    graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return Run(config, step, graphdef, checkpoint.restore(folder, step, 'params', target), tokenizer)

@@ -1,0 +1,60 @@
+"""lineage.json: where a run came from, so that every number can be traced to its parents, data and versions."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+
+import jax
+
+from nanovision_jax.checkpoint import file_digest
+from nanovision_jax.data.tokenizer import CHAT_TEMPLATE
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
+
+
+def begin(config, tokenizer, inherited, mesh, frozen):
+    """Writes lineage.json at the start of a run, or adds a session to it when a run goes on."""
+    file = pathlib.Path(config.run_dir) / 'lineage.json'
+    vision = config.model.vision
+    preprocessing = [vision.image_size, vision.fit, vision.mean, vision.std]
+    if file.exists():
+        record = json.loads(file.read_text())
+    else:
+        record = {
+            'stage': config.stage,
+            'parents': [
+                {
+                    'run': str(parent.run_dir),
+                    'step': parent.step,
+                    'part': parent.part or 'all',
+                    'manifest': file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json'),
+                }
+                for parent in inherited
+            ],
+            'tokenizer': tokenizer.digest,
+            'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+            'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
+            'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
+            'frozen_before': frozen,
+            'sessions': [],
+        }
+    devices = jax.devices()
+    record['sessions'].append(
+        {
+            'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+            'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+            'devices': f'{len(devices)} × {devices[0].device_kind}',
+            'mesh': dict(mesh.shape),
+        }
+    )
+    file.write_text(json.dumps(record, indent=1) + '\n')
+
+
+def end(config, step, frozen, peak_memory):
+    """Completes lineage.json when a run is finished."""
+    file = pathlib.Path(config.run_dir) / 'lineage.json'
+    record = json.loads(file.read_text())
+    record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory}
+    file.write_text(json.dumps(record, indent=1) + '\n')

@@ -1,0 +1,114 @@
+"""Speed, and what it is a share of: tokens/s, MFU, memory; metrics.jsonl and other loggers.
+
+MFU, full-attention convention (PaLM, arXiv:2204.02311): FLOPs per token are 6·N + 12·L·D·T, N counting the weights of
+matrix products. Only what a stage does is counted: 2·N forward, 2·N more where gradients flow through, 2·N more where
+weights learn. Padding is not counted as work.
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+
+from nanovision_jax.models.gpt import padded
+
+# Dense bf16 matrix products, FLOP/s per device, from the makers' data sheets. Device kinds as jax names them.
+PEAK = {
+    'A100': 312e12,
+    'H100': 989e12,
+    'H200': 989e12,
+    'B200': 2250e12,
+    'L4': 121e12,
+    'T4': 65e12,
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5e': 197e12,
+    'TPU v5p': 459e12,
+    'TPU v5': 459e12,
+    'TPU v6 lite': 918e12,
+    'TPU v6e': 918e12,
+}
+
+
+def peak_flops():
+    """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or on CPU a measured product's."""
+    kind = jax.devices()[0].device_kind
+    for name in sorted(PEAK, key=len, reverse=True):
+        if name in kind:
+            return PEAK[name] * jax.device_count(), f'{name} data sheet, bf16'
+    a = jnp.ones((1024, 1024), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = float('inf')
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best, 'measured 1024³ float32 product'
+
+
+def matmul_weights(part):
+    """Weights in the matrix products of a transformer's blocks. part: config.Model, Vision or Text."""
+    return part.layers * (4 * part.width**2 + 2 * part.width * part.ffn)
+
+
+def step_flops(config, vocab_size, tokens, pictures):
+    """Model FLOPs of a step over `tokens` decoder (or caption) tokens and `pictures` pictures."""
+    model, vision = config.model, config.model.vision
+
+    def cost(part, length, extra=0, passes=3):
+        return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * part.width * length)
+
+    patch = vision.patch_size**2 * 3 * vision.width
+    if config.stage == 'clip':
+        towers = pictures * (vision.patches + 1) * cost(vision, vision.patches + 1, patch)
+        return towers + tokens * cost(model.text, config.data.length)
+    passes = 2 if config.stage == 'vision_pretrain' else 3  # gradients flow through a frozen decoder
+    total = tokens * cost(model, config.data.length, model.width * padded(vocab_size), passes)
+    if config.stage.startswith('vision'):
+        total += pictures * (vision.patches + 1) * cost(vision, vision.patches + 1, patch, passes=1)
+    return total
+
+
+def peak_memory():
+    """The most bytes in use so far on one device, or None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get('peak_bytes_in_use') if stats else None
+
+
+class Metrics:
+    """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first."""
+
+    def __init__(self, run_dir, to='', start=0):
+        self.file = run_dir / 'metrics.jsonl'
+        lines = read_metrics(self.file)
+        kept = [line for line in lines if line['step'] <= start]
+        if kept != lines:
+            self.file.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        self.last = next((line for line in reversed(kept) if 'loss' in line), {'tokens': 0, 'seconds': 0.0})
+        self._board = None
+        if to == 'tensorboard':
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / 'tensorboard'))
+
+    def write(self, **values):
+        """Appends one object; numbers other than `step` go to TensorBoard too."""
+        with open(self.file, 'a') as file:
+            file.write(json.dumps(values) + '\n')
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != 'step':
+                    self._board.add_scalar(name, value, values['step'])
+
+
+def read_metrics(file):
+    """The objects of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,37 @@
+"""The models: decoder (gpt), CLIP towers (clip), and both joined by a projector (vlm)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nanovision_jax.models.clip import CLIP
+from nanovision_jax.models.gpt import GPT, padded
+from nanovision_jax.models.vlm import VLM
+
+
+def compute_dtype(name: str):
+    """The dtype of compute: as named, or for 'auto' bfloat16 where the hardware likes it and float32 on CPU."""
+    if name == 'auto':
+        name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return jnp.dtype(name)
+
+
+def build(config, vocab_size: int, image_token: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of a stage: CLIP, GPT or VLM. `config` is a config.Config."""
+    dtype = compute_dtype(config.dtype)
+    if config.stage == 'clip':
+        return CLIP(config.model, padded(vocab_size), config.data.length, dtype, rngs)
+    if config.stage.startswith('vision'):
+        return VLM(config.model, vocab_size, image_token, dtype, rngs)
+    return GPT(config.model, vocab_size, dtype, rngs)
+
+
+def abstract(config, vocab_size: int, image_token: int):
+    """(graphdef, parameters as ShapeDtypeStructs in nested dicts) of a stage's model; allocates nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, vocab_size, image_token, nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef, params):
+    """The live module of parameters in nested dicts. Raises ValueError where they do not fit."""
+    return nnx.merge(graphdef, params)

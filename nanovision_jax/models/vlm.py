@@ -1,0 +1,69 @@
+"""The vision-language model: a frozen tower, a projector, and the decoder they speak to (LLaVA, arXiv:2304.08485).
+
+Axes: B batch, T length, M image slots a row, P patches, D width, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from nanovision_jax.models.attention import over_batch, segment_mask
+from nanovision_jax.models.clip import VisionTower
+from nanovision_jax.models.gpt import GPT, matrix_init
+
+
+class Projector(nnx.Module):
+    """Tower features to decoder width: two layers with exact GELU (LLaVA 1.5), or one linear layer (LLaVA v1)."""
+
+    def __init__(self, kind: str, from_width: int, width: int, dtype, rngs: nnx.Rngs):
+        linear = dict(kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
+        self.first = nnx.Linear(from_width, width, **linear)
+        self.second = nnx.Linear(width, width, **linear) if kind == 'mlp' else None
+
+    def __call__(self, features: Float[Array, 'B P E']) -> Float[Array, 'B P D']:
+        """Patch features to vectors that stand among the decoder's token embeddings."""
+        with jax.named_scope('projector'):
+            x = self.first(features)
+            return x if self.second is None else self.second(jax.nn.gelu(x, approximate=False))
+
+
+def splice(
+    embedded: Float[Array, 'B T D'], is_image: Bool[Array, 'B T'], features: Float[Array, 'B K D']
+) -> Float[Array, 'B T D']:
+    """Puts the k-th feature of a row in the place of the row's k-th image token. K = M · P."""
+    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    spread = jnp.take_along_axis(features, index[:, :, None], axis=1)
+    return jnp.where(is_image[:, :, None], spread.astype(embedded.dtype), embedded)
+
+
+class VLM(nnx.Module):
+    """Tower, projector and decoder. `cfg` is a config.Model; `image_token` is the id whose runs stand for pictures."""
+
+    def __init__(self, cfg, vocab_size: int, image_token: int, dtype, rngs: nnx.Rngs):
+        self.image_token = image_token
+        self.vision = VisionTower(cfg.vision, dtype, rngs)
+        self.projector = Projector(cfg.projector, cfg.vision.width, cfg.width, dtype, rngs)
+        self.decoder = GPT(cfg, vocab_size, dtype, rngs)
+
+    def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B M*P D']:
+        """Every slot's picture through tower and projector, in token order."""
+        b, m = images.shape[:2]
+        flat = over_batch(images.reshape(b * m, *images.shape[2:]))
+        features = jax.lax.stop_gradient(self.vision.features(self.vision.normalize(flat)))
+        return over_batch(self.projector(features).reshape(b, m * features.shape[1], -1))
+
+    def embed(self, tokens: Int[Array, 'B T'], images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B T D']:
+        """Embeds tokens, with the pictures' features in place of the image tokens."""
+        return splice(self.decoder.embed(tokens), tokens == self.image_token, self.image_features(images))
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segments: Int[Array, 'B T'],
+        images: UInt8[Array, 'B M height width 3'],
+    ) -> Float[Array, 'B T V']:
+        """Packed rows of text and pictures to logits. Rows without pictures go the same way, with empty slots."""
+        x = self.embed(tokens, images)
+        return self.decoder.logits(self.decoder.trunk(x, positions, segment_mask(segments))[0])

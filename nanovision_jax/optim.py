@@ -1,0 +1,32 @@
+"""Schedules and optimizers."""
+
+import jax
+import optax
+
+from nanovision_jax.parallel import path_name
+
+
+def schedule(cfg, steps):
+    """Learning rate by step: linear warmup from 0, then cosine or linear to end_learning_rate. cfg: config.Optim."""
+    warmup = min(steps, round(cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup))
+    decay = max(1, steps - warmup)
+    if cfg.schedule == 'cosine':
+        tail = optax.cosine_decay_schedule(cfg.learning_rate, decay, cfg.end_learning_rate / cfg.learning_rate)
+    else:
+        tail = optax.linear_schedule(cfg.learning_rate, cfg.end_learning_rate, decay)
+    return optax.join_schedules([optax.linear_schedule(0.0, cfg.learning_rate, max(1, warmup)), tail], [warmup])
+
+
+def decayed(params):
+    """Which leaves get weight decay: the matrices (kernels), never norms, biases, embeddings, positions."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith('kernel'), params)
+
+
+def make_optimizer(cfg, steps):
+    """Global-norm clipping, then AdamW (arXiv:1711.05101) or plain SGD, with the schedule. cfg: config.Optim."""
+    rate = schedule(cfg, steps)
+    if cfg.name == 'adamw':
+        update = optax.adamw(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+    else:
+        update = optax.sgd(rate)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)

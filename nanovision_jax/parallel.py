@@ -1,0 +1,101 @@
+"""The mesh, and which axis of which array is split over it. The models know nothing of this.
+
+Axes: `data` copies the model, `fsdp` splits parameters and the batch (arXiv:2304.11277), `tensor` splits matrix
+products (arXiv:1909.08053). Matrices into a layer are P(fsdp, tensor), matrices out of it P(tensor, fsdp): with both
+the same way round, jax 0.10 gave wrong gradients on a mesh that uses all three axes.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.models.gpt import padded
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+
+# (end of the parameter's path, spec). Blocks are stacked: their first axis is the layer. The rest is replicated.
+RULES = (
+    (r'blocks/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),
+    (r'blocks/qkv/bias', P(None, None, 'tensor', None)),
+    (r'blocks/out/kernel', P(None, 'tensor', None, 'fsdp')),
+    (r'blocks/ffn_in/kernel', P(None, 'fsdp', 'tensor')),
+    (r'blocks/ffn_in/bias', P(None, 'tensor')),
+    (r'blocks/ffn_out/kernel', P(None, 'tensor', 'fsdp')),
+    (r'embedding/embedding', P('tensor', 'fsdp')),
+    (r'head/kernel', P('fsdp', 'tensor')),
+    (r'projector/first/kernel', P('fsdp', 'tensor')),
+    (r'projector/second/kernel', P('tensor', 'fsdp')),
+    (r'patch/kernel', P(None, 'fsdp')),
+    (r'(vision|text)_projection/kernel', P('fsdp', None)),
+)
+
+
+def make_mesh(sizes, devices=None):
+    """A (data, fsdp, tensor) mesh over all devices. `sizes` is a config.Mesh; -1 takes what the others leave.
+
+    Raises UserError if the product does not use every device.
+    """
+    devices = devices or jax.devices()
+    shape = [getattr(sizes, axis) for axis in AXES]
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f'mesh {dict(zip(AXES, shape, strict=True))}: axes are 1 or more, and one of them may be -1.')
+    known = int(np.prod([n for n in shape if n != -1]))
+    shape = [len(devices) // known if n == -1 else n for n in shape]
+    if int(np.prod(shape)) != len(devices):
+        raise UserError(
+            f'mesh {dict(zip(AXES, shape, strict=True))} uses {int(np.prod(shape))} of {len(devices)} devices: '
+            'the product of its axes must be all of them (set one axis to -1).'
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divides(config, mesh, vocab_size):
+    """Raises UserError where an axis of the mesh does not divide what it splits."""
+    shape, model, data = dict(mesh.shape), config.model, config.data
+    rows = shape['data'] * shape['fsdp']
+    splits = [
+        ('data.batch_size', data.batch_size // config.optim.accumulate, rows, 'data × fsdp (per accumulated part)')
+    ]
+    widths = {'model': model, 'model.vision': model.vision, 'model.text': model.text}
+    if config.stage == 'clip':
+        del widths['model']
+    elif config.stage.startswith('vision'):
+        del widths['model.text']
+    else:
+        widths = {'model': model}
+    for name, part in widths.items():
+        splits += [(f'{name}.{f}', getattr(part, f), shape['tensor'], 'tensor') for f in ('heads', 'ffn')]
+        splits += [(f'{name}.width', part.width, shape['fsdp'], 'fsdp')]
+    splits += [('the padded vocabulary', padded(vocab_size), shape['tensor'], 'tensor')]
+    for name, value, parts, axis in splits:
+        if value % parts:
+            raise UserError(f'mesh axis {axis} is {parts} and does not divide {name}, which is {value}.')
+
+
+def path_name(path):
+    """A tree path as 'blocks/qkv/kernel'."""
+    return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+
+
+def shardings(tree, mesh):
+    """The NamedSharding of every leaf of a parameter tree, or of an optimizer state made of such trees."""
+
+    def rule(path, leaf):
+        name = path_name(path)
+        for pattern, spec in RULES:
+            if re.search(pattern + '$', name) and len(spec) <= len(leaf.shape):
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def put_batch(batch, mesh):
+    """Numpy batch to device arrays, rows split over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

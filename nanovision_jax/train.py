@@ -1,0 +1,393 @@
+"""Trains one stage of the road.
+
+    python -m nanovision_jax.train --config=configs/pretrain.py:tiny [--config.optim.learning_rate=1e-3 …]
+
+Stages: clip, pretrain, sft, vision_pretrain, vision_instruct; each starts from the run of the one before, which it finds
+beside its own run folder. A run that is already there goes on where it stopped, if its config is the same; else say
+  --resume   go on with the new config from the newest checkpoint
+  --anew     start again; the old run is kept under another name
+"""
+
+import collections
+import datetime
+import functools
+import gc
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from nanovision_jax import checkpoint, engine, lineage, meter, models, optim, parallel, stages
+from nanovision_jax import config as configs
+from nanovision_jax.data import conversation, images, pipeline
+from nanovision_jax.errors import UserError, run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state and the step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_params(stage, params):
+    """(what learns, what is frozen): two dicts of the model's top-level parts."""
+    names = stages.TRAINS[stage] or tuple(params)
+    return {k: v for k, v in params.items() if k in names}, {k: v for k, v in params.items() if k not in names}
+
+
+def init_state(config, tokenizer, optimizer, mesh, inherited=()):
+    """(graphdef, state, shardings): {'params', 'optimizer'} born in its shardings, with the parents' parameters."""
+
+    def create():
+        model = models.build(config, tokenizer.size, tokenizer.image, nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.state(model))
+        return {'params': params, 'optimizer': optimizer.init(split_params(config.stage, params)[0])}
+
+    graphdef, _ = models.abstract(config, tokenizer.size, tokenizer.image)
+    shardings = parallel.shardings(jax.eval_shape(create), mesh)
+    state = jax.jit(create, out_shardings=shardings)()
+    for parent in inherited:
+        state['params'] = stages.inherit(parent, state['params'])
+    return graphdef, state, shardings
+
+
+def make_gradients(config, graphdef):
+    """A function (trained, frozen, batch) → (loss, gradients) of the mean loss, over optim.accumulate parts."""
+
+    def total(trained, frozen, batch):
+        return stages.loss(config.stage, models.merge(graphdef, trained | frozen), batch)
+
+    def gradients(trained, frozen, batch):
+        part = jax.value_and_grad(total, has_aux=True)
+        if config.optim.accumulate == 1:
+            (loss, count), grads = part(trained, frozen, batch)
+        else:
+            # Row i goes to part i mod n, so that each part is spread over all devices as the batch is.
+            n = config.optim.accumulate
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+            def add(so_far, batch):
+                (loss, count), grads = part(trained, frozen, batch)
+                return jax.tree.map(jnp.add, so_far, (loss, count, grads)), None
+
+            zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+            (loss, count, grads), _ = jax.lax.scan(add, zero, parts)
+        return loss / count, jax.tree.map(lambda g: g / count, grads)
+
+    return gradients
+
+
+def make_train_step(config, graphdef, optimizer, shardings):
+    """The jitted step (state, batch) → (state, {loss, grad_norm}); the old state's memory becomes the new one's."""
+    gradients = make_gradients(config, graphdef)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def train_step(state, batch):
+        trained, frozen = split_params(config.stage, state['params'])
+        loss, grads = gradients(trained, frozen, batch)
+        with jax.named_scope('optimizer'):
+            updates, opt_state = optimizer.update(grads, state['optimizer'], trained)
+            trained = optax.apply_updates(trained, updates)
+        return {'params': trained | frozen, 'optimizer': opt_state}, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+
+    return train_step
+
+
+def make_eval_step(config, graphdef):
+    """The jitted (params, batch) → (sum of losses, their number)."""
+    return jax.jit(lambda params, batch: stages.loss(config.stage, models.merge(graphdef, params), batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_run(config, resume, anew):
+    """The step to go on from (0 for a new run), after checking what the run folder holds.
+
+    Raises UserError if it holds another config and neither `resume` nor `anew` says what to do.
+    """
+    folder = pathlib.Path(config.run_dir)
+    file = folder / 'config.json'
+    if folder.exists() and anew:
+        kept = next(f'{folder}.{n}' for n in itertools.count(1) if not os.path.exists(f'{folder}.{n}'))
+        folder.rename(kept)
+        print(f'the run that was in {folder} is kept as {kept}')
+    elif file.exists():
+        changed = configs.differences(configs.from_json(file.read_text()), config)
+        if changed and not resume:
+            raise UserError(
+                f'{folder} holds a run with another config ({", ".join(changed)} differ): '
+                'say --resume to go on with the new one, --anew to start again, or choose another --config.name.'
+            )
+        return checkpoint.newest(folder) or 0
+    return 0
+
+
+def write_run(config, tokenizer, bad):
+    """Writes what a run folder holds beside checkpoints and metrics."""
+    folder = pathlib.Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(configs.to_json(config))
+    if not (folder / 'tokenizer').exists():
+        shutil.copytree(tokenizer.folder, folder / 'tokenizer')
+    if bad:
+        (folder / 'bad_rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in bad))
+        print(f'{len(bad)} bad examples are left out, listed in {folder / "bad_rows.jsonl"}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(config, resume=False, anew=False):
+    """Runs a stage to its end (or to the next signal), and returns the run folder."""
+    folder = pathlib.Path(config.run_dir)
+    start = open_run(config, resume, anew)
+    if config.steps and start >= config.steps:
+        print(f'{folder} is finished: {start} of {config.steps} steps')
+        return folder
+    mesh = parallel.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, folder, start, mesh)
+
+
+def _train(config, folder, start, mesh):
+    # Data -------------------------------------------------------------------------------------------------------------
+    inherited = stages.parents(config)
+    tokenizer = pipeline.family_tokenizer(config)
+    for parent in inherited:
+        stages.check_tokenizer(parent, tokenizer)
+    parallel.check_divides(config, mesh, tokenizer.size)
+    rows, bad = pipeline.open_rows(config, tokenizer)
+    held_out, _ = pipeline.open_rows(config, tokenizer, 'validation')
+    steps = config.steps or max(1, round(config.epochs * rows.rows_per_epoch() / config.data.batch_size))
+    if start >= steps:
+        print(f'{folder} is finished: {start} of {steps} steps')
+        return folder
+    write_run(config, tokenizer, bad)
+    used = ', '.join(f'{share:.1%} of {what}' for what, share in rows.efficiency().items())
+    print(f'{config.stage}: {steps} steps of {config.data.batch_size} rows; packing uses {used}')
+
+    # State ------------------------------------------------------------------------------------------------------------
+    optimizer = optim.make_optimizer(config.optim, steps)
+    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, () if start else inherited)
+    if start:
+        target = checkpoint.like(state)
+        state = {item: checkpoint.restore(folder, start, item, target[item]) for item in ('params', 'optimizer')}
+        print(f'going on from step {start}')
+    frozen = split_params(config.stage, state['params'])[1]
+    digests = {name: checkpoint.tree_digest(part) for name, part in frozen.items()}
+    lineage.begin(config, tokenizer, inherited, mesh, digests)
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
+    print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
+
+    # Compile ----------------------------------------------------------------------------------------------------------
+    stream = prefetch(
+        pipeline.batches(rows, config.data.batch_size, start * config.data.batch_size, config.data.workers), mesh
+    )
+    batch, work = next(stream)
+    began = time.perf_counter()
+    # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
+    train_step = make_train_step(config, graphdef, optimizer, shardings).lower(state, batch).compile()
+    print(f'compiled the step in {time.perf_counter() - began:.1f} s')
+    eval_step = make_eval_step(config, graphdef)
+
+    # Loop -------------------------------------------------------------------------------------------------------------
+    writer = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+    log = meter.Metrics(folder, config.log.to, start)
+    peak, peak_source = meter.peak_flops()
+    print(f'MFU is of {peak:.3g} FLOP/s ({peak_source}); full-attention convention, padding not counted')
+    rate = optim.schedule(config.optim, steps)
+    stop = StopOnSignal()
+    gc.collect()
+    gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
+    bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5)
+    total_tokens, window = log.last['tokens'], collections.Counter()  # window: work since the last log line
+    waiting = None  # metrics of a step whose log line is due, read one step later: the device never waits for it
+
+    def log_line(step, metrics, window):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds, elapsed = clock.lap()  # only now: the step was still running when it was dispatched
+        if not math.isfinite(values['loss']) or not math.isfinite(values['grad_norm']):
+            raise UserError(
+                f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training has '
+                f'diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; try a lower '
+                'optim.learning_rate.'
+            )
+        speed = window['tokens'] / seconds
+        mfu = meter.step_flops(config, tokenizer.size, window['tokens'], window['pictures']) / seconds / peak
+        learning_rate = float(rate(step - 1))
+        log.write(
+            step=step, **values, learning_rate=learning_rate, tokens=total_tokens,
+            tokens_per_second=speed, mfu=mfu, seconds=elapsed,
+        )  # fmt: skip
+        left = datetime.timedelta(seconds=round((steps - step) * seconds / window['steps']))
+        bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
+        bar.write(
+            f'step {step}/{steps}  loss {values["loss"]:.4f}  lr {learning_rate:.2e}  grad {values["grad_norm"]:.2f}  '
+            f'{speed:,.0f} tokens/s  MFU {mfu:.1%}  {left} left',
+            file=sys.stdout,
+        )
+
+    clock = Clock(log.last['seconds'])
+    for step in range(start + 1, steps + 1):
+        with jax.transfer_guard('disallow'):
+            state, metrics = train_step(state, batch)
+        window.update(work | {'steps': 1})
+        total_tokens += work['tokens']
+        if waiting:
+            log_line(*waiting)
+            waiting = None
+        batch, work = next(stream)
+        bar.update()
+        last = step == steps or stop.signal is not None
+        if step % config.log.every == 0 or last:
+            waiting, window = (step, metrics, window), collections.Counter()
+        saving = step % config.checkpoint.every == 0 or last
+        evaluating = step % config.eval.every == 0 or step == steps
+        if (saving or evaluating) and waiting:
+            log_line(*waiting)  # the device is waited for here, so that the pause below counts no training
+            waiting = None
+        with clock.paused():
+            if saving:
+                if not math.isfinite(float(metrics['loss'])):
+                    raise UserError(
+                        f'the loss is {float(metrics["loss"])} at step {step}: no checkpoint is made of that.'
+                    )
+                writer.save(step, state['params'], state['optimizer'], {'position': step * config.data.batch_size})
+            if evaluating:
+                evaluate(config, step, eval_step, state['params'], held_out, mesh, log, bar)
+                if config.stage != 'clip':
+                    show_samples(config, graphdef, state['params'], tokenizer, held_out, bar)
+        if last:
+            break
+    bar.close()
+    writer.wait()
+    if stop.signal is not None and step < steps:
+        print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
+        sys.exit(128 + stop.signal)
+
+    # End --------------------------------------------------------------------------------------------------------------
+    after = {
+        name: checkpoint.tree_digest(part) for name, part in split_params(config.stage, state['params'])[1].items()
+    }
+    assert after == digests, f'frozen parts changed: {after} != {digests}'
+    lineage.end(config, step, after, meter.peak_memory())
+    print(f'finished: {folder}')
+    return folder
+
+
+def prefetch(batches, mesh, ahead=2):
+    """Device batches, `ahead` of them on their way, each with its {tokens, pictures} of work (padding not counted)."""
+
+    def put():
+        for batch in batches:
+            if 'segments' in batch:
+                work = {'tokens': int((batch['segments'] > 0).sum()), 'pictures': 0}
+                if 'images' in batch:
+                    work['pictures'] = int(batch['images'].any(axis=(2, 3, 4)).sum())
+            else:
+                work = {'tokens': int((batch['ends'] + 1).sum()), 'pictures': len(batch['ends'])}
+            yield parallel.put_batch(batch, mesh), work
+
+    queue, source = collections.deque(), put()
+    while True:
+        while len(queue) <= ahead:
+            queue.append(next(source))
+        yield queue.popleft()
+
+
+def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
+    """Mean loss over the same held-out batches each time; a stream of its own, so training data is untouched."""
+    stream = pipeline.batches(held_out, config.data.batch_size)
+    total = count = 0.0
+    for batch in itertools.islice(stream, config.eval.batches):
+        loss, n = eval_step(params, parallel.put_batch(batch, mesh))
+        total, count = total + float(loss), count + float(n)
+    log.write(step=step, eval_loss=total / count)
+    bar.write(f'step {step}  eval loss {total / count:.4f} on held-out data', file=sys.stdout)
+
+
+def show_samples(config, graphdef, params, tokenizer, held_out, bar, n=2):
+    """A few held-out prompts answered by the model as it is now."""
+    prompts, asked = zip(*(held_out_prompt(config, tokenizer, held_out, i) for i in range(n)), strict=True)
+    answers = engine.Engine(config, graphdef, params, tokenizer).answer(prompts, max_new_tokens=32)
+    for text, answer in zip(asked, answers, strict=True):
+        bar.write(f'  {text[-70:]!r} → {answer.strip()!r}', file=sys.stdout)
+
+
+def held_out_prompt(config, tokenizer, held_out, i):
+    """(Prompt, its text) of the i-th held-out example: its first question, or the beginning of its text."""
+    if config.stage == 'pretrain':
+        text = tokenizer.decode(held_out[i]['tokens'][:24])
+        return engine.text_prompt(tokenizer, text), text
+    example = held_out.source[held_out.index.rows[i]]
+    question = example.messages[:1]
+    pictures = [images.load(data) for data in example.images]
+    return engine.chat_prompt(config, tokenizer, question, pictures), conversation.text_of(question[0])
+
+
+class Clock:
+    """Seconds of training: laps between log lines and the sum over the run, without evaluation and saving."""
+
+    def __init__(self, so_far):
+        self.total, self.since = so_far, time.perf_counter()
+
+    def lap(self):
+        """(seconds since the last lap, seconds in all)."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        self.total += seconds
+        return max(seconds, 1e-9), self.total
+
+    def paused(self):
+        """A context whose time does not count."""
+        return _Paused(self)
+
+
+class _Paused:
+    def __init__(self, clock):
+        self.clock = clock
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.clock.since += time.perf_counter() - self.start
+
+
+class StopOnSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can save and leave; a second one kills as usual."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    config, flags = configs.parse(argv, __doc__, ('resume', 'anew'))
+    train(config, **flags)
+
+
+if __name__ == '__main__':
+    run(main)
