@@ -211,10 +211,14 @@ def parse(argv, usage='', flags=()):
         if name.startswith('config.') and name.removeprefix('config.') not in known:
             field = name.removeprefix('config.')
             raise UserError(f'no config field {field!r}.{nearest(field, known)}')
+    if 'config.size' in options:
+        raise UserError(f'the size goes behind the config file: --config={path}:{options["config.size"]}.')
+    for name in flags:
+        _check_type(name, bool, options.get(name, 'false'))
     config = _read(file, size, given)
     fill(config)
     check(config)
-    return config, {name: options.get(name, 'false') != 'false' for name in flags}
+    return config, {name: options.get(name, 'false').lower() in ('true', '1') for name in flags}
 
 
 def _split(argv):
@@ -242,21 +246,22 @@ def _read(file, size, given):
 
     if size:
         base_config('pretrain', size)  # a size that does not exist is answered before the file is run
-    values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file('config', flag_values=values)
     overrides = sorted(given, key=lambda arg: not arg.startswith('--config='))  # absl wants the file first
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['train', *overrides])
     known = fields(Config)
     for arg in overrides:
         name, _, value = arg.removeprefix('--config').removeprefix('.').partition('=')
         if name in known:
-            _check_type(name, known[name], value)
+            _check_type(f'config.{name}', known[name], value)
     try:
         values(['train', *overrides])
         config = values.config
     except UserError:
         raise
-    except absl_flags.Error as error:
-        raise UserError(f'{str(error).strip().splitlines()[-1]} (in {" ".join(overrides)})') from error
+    except Exception as error:  # the file is somebody's program: anything may go wrong in it
+        why = str(error).strip().rpartition('\n')[2]
+        raise UserError(f'{file} fails: {type(error).__name__}: {why}.') from error
     if not isinstance(config, Config):
         raise UserError(f'{file} must define get_config(size) that returns a nanovision_jax.config.Config.')
     return config
@@ -270,8 +275,11 @@ def _check_type(name, kind, text):
                 raise ValueError
         elif kind in (int, float):
             kind(text)
+        elif kind is tuple and len([float(number) for number in text.strip('()').split(',')]) != 3:
+            raise ValueError
     except ValueError:
-        raise UserError(f'--config.{name} takes {kind.__name__}, not {text!r}.') from None
+        wanted = 'three numbers' if kind is tuple else kind.__name__
+        raise UserError(f'--{name} takes {wanted}, not {text!r}.') from None
 
 
 def fields(kind, prefix=''):
@@ -311,18 +319,15 @@ def check(config):
     for name, allowed in choices.items():
         if (value := get(config, name)) not in allowed:
             raise UserError(f'{name} is {value!r}.{nearest(value, allowed)}')
-    positive = (
-        'data.batch_size',
-        'data.length',
-        'data.slots',
-        'optim.accumulate',
-        'checkpoint.every',
-        'checkpoint.keep',
-    )
-    positive += ('log.every', 'eval.every', 'eval.batches', 'model.layers', 'model.unroll', 'optim.clip_norm')
+    positive = ['data.batch_size', 'data.length', 'data.slots', 'data.vocab_size', 'optim.accumulate', 'log.every']
+    positive += ['checkpoint.every', 'checkpoint.keep', 'eval.every', 'eval.batches', 'optim.clip_norm']
+    positive += [name for name, kind in fields(Config).items() if name.startswith('model.') and kind is int]
     for name in positive:
-        if get(config, name) <= 0:
+        if not get(config, name) > 0:  # nan is not above 0 either
             raise UserError(f'{name} is {get(config, name)}, and must be above 0.')
+    for name in ('seed', 'data.workers', 'optim.learning_rate', 'optim.warmup'):
+        if not get(config, name) >= 0:
+            raise UserError(f'{name} is {get(config, name)}, and must not be below 0.')
     if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
         raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
     for name, part in (('model', m), ('model.vision', m.vision), ('model.text', m.text)):

@@ -36,10 +36,8 @@ def text_prompt(tokenizer, text):
 def chat_prompt(config, tokenizer, messages, pictures=()):
     """A conversation that ends with a question. pictures: PIL images, for the image parts in order.
 
-    Raises UserError for a conversation that makes no sense, or pictures for a model without a tower.
+    Raises UserError for a conversation that makes no sense.
     """
-    if pictures and not config.stage.startswith('vision'):
-        raise UserError(f'a {config.stage} run has no vision tower: it cannot look at pictures.')
     vision = config.model.vision
     try:
         ids, _, _ = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True)

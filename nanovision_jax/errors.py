@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
+        """Raises the complaint instead of printing the usage."""
         raise UserError(f'{message}. See --help.')
 
     def parse(self, argv):

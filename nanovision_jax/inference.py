@@ -24,8 +24,13 @@ class Run:
         """The engine that decodes with this model."""
         return engine.Engine(self.config, self.graphdef, self.params, self.tokenizer)
 
+    def check_sees(self):
+        """Raises UserError for a run without a vision tower."""
+        if not self.config.stage.startswith('vision'):
+            raise UserError(f'{self.config.run_dir} is a {self.config.stage} run without a vision tower: no pictures.')
+
     def logits(self, ids, images=None):
-        """Token ids [B, T] (and images uint8 [B, M, height, width, 3]) → float32 logits [B, T, V]; one segment a row."""
+        """Token ids [B, T] (images: uint8 [B, M, height, width, 3]) → float32 logits [B, T, V]; one segment a row."""
         ids = np.asarray(ids, np.int32)
         inputs = [ids, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape), np.ones_like(ids)]
         if self.config.stage.startswith('vision'):
@@ -40,15 +45,23 @@ class Run:
         question's text. images: PIL pictures, in the order of the image parts; pictures for which no message has a
         part go before the first question. Options: temperature, top_k, top_p, max_new_tokens, seed.
         """
+        if self.config.stage == 'pretrain':
+            raise UserError('a pretrain run has not learned to answer: continue_text() continues text.')
+        if images:
+            self.check_sees()
         if isinstance(messages, str):
             messages = [{'role': 'user', 'content': messages}]
         prompt = engine.chat_prompt(self.config, self.tokenizer, place_images(messages, len(images)), images)
         pieces = self.engine.stream(prompt, **options)
         return pieces if stream else ''.join(pieces)
 
+    def continue_text(self, text, **options):
+        """An iterator of the pieces of text that continue a document. Options as in chat()."""
+        return self.engine.stream(engine.text_prompt(self.tokenizer, text), **options)
+
 
 def place_images(messages, count):
-    """Messages with an image part for each of `count` pictures: those without one are shown with the first question."""
+    """Messages with an image part for each of `count` pictures: those without one go before the first question."""
     parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
     missing = count - len(parts)
     if missing <= 0 or not messages:

@@ -101,7 +101,7 @@ def check_tokenizer(parent, tokenizer):
     if parent.part != 'vision' and Tokenizer(parent.run_dir / 'tokenizer').digest != tokenizer.digest:
         raise UserError(
             f'{parent.run_dir} was trained with another tokenizer than {tokenizer.folder}: '
-            f'set --config.data.tokenizer={parent.run_dir / "tokenizer"} under a new --config.name, or start from another run.'
+            f'set --config.data.tokenizer={parent.run_dir / "tokenizer"} under a new --config.name, or start elsewhere.'
         )
 
 

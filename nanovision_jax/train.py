@@ -2,8 +2,9 @@
 
     python -m nanovision_jax.train --config=configs/pretrain.py:tiny [--config.optim.learning_rate=1e-3 …]
 
-Stages: clip, pretrain, sft, vision_pretrain, vision_instruct; each starts from the run of the one before, which it finds
-beside its own run folder. A run that is already there goes on where it stopped, if its config is the same; else say
+Stages: clip, pretrain, sft, vision_pretrain, vision_instruct; each starts from the run of the one before, which it
+finds beside its own run folder. A run that is already there goes on where it stopped, if its config is the same; else
+say
   --resume   go on with the new config from the newest checkpoint
   --anew     start again; the old run is kept under another name
 """
@@ -26,8 +27,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from nanovision_jax import checkpoint, engine, lineage, meter, models, optim, parallel, stages
@@ -224,8 +223,8 @@ def _train(config, folder, start, mesh):
         seconds, elapsed = clock.lap()  # only now: the step was still running when it was dispatched
         if not math.isfinite(values['loss']) or not math.isfinite(values['grad_norm']):
             raise UserError(
-                f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training has '
-                f'diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; try a lower '
+                f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training '
+                f'has diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; try a lower '
                 'optim.learning_rate.'
             )
         speed = window['tokens'] / seconds
@@ -385,6 +384,7 @@ class StopOnSignal:
 
 def main(argv):
     """The command: see the module's docstring."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
     config, flags = configs.parse(argv, __doc__, ('resume', 'anew'))
     train(config, **flags)
 

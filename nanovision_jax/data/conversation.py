@@ -74,9 +74,9 @@ def fit(ids, learned, ends, length):
 
 
 def from_llava(turns):
-    """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages; an <image> in a question is a picture's place.
+    """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages.
 
-    In an answer the string is left as it stands. Raises BadExample for a speaker that is neither human nor gpt.
+    An <image> in a question is a picture's place; in an answer the string is left as it stands. Raises BadExample for a speaker that is neither human nor gpt.
     """
     messages = []
     for turn in turns:

@@ -23,20 +23,18 @@ def plan(order, lengths, pictures, length, slots):
     done, rows, space = [], [], []
     for i in order:
         need, seen = int(lengths[i]), int(pictures[i])
-        for row, left in zip(rows, space, strict=True):
-            if left[0] >= need and left[1] >= seen:
-                break
-        else:
+        place = next((r for r, left in enumerate(space) if left[0] >= need and left[1] >= seen), None)
+        if place is None:
             if len(rows) == OPEN_ROWS:
                 fullest = min(range(OPEN_ROWS), key=lambda r: space[r][0])
                 done.append(rows.pop(fullest))
                 space.pop(fullest)
-            row, left = [], [length, slots]
-            rows.append(row)
-            space.append(left)
-        row.append(int(i))
-        left[0] -= need
-        left[1] -= seen
+            place = len(rows)
+            rows.append([])
+            space.append([length, slots])
+        rows[place].append(int(i))
+        space[place][0] -= need
+        space[place][1] -= seen
     return done + rows
 
 

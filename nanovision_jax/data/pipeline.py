@@ -31,7 +31,7 @@ def family_tokenizer(config):
     made_from = json.loads((folder / 'source.json').read_text())['data.tokenizer']
     if made_from != wanted:
         raise UserError(
-            f'data.tokenizer is {wanted!r}, but {folder} was made from {made_from!r}: every stage of a name shares one. '
+            f'data.tokenizer is {wanted!r}, but {folder} was made from {made_from!r}: a name has one tokenizer. '
             f'Set --config.data.tokenizer={made_from}, or another --config.name.'
         )
     return Tokenizer(folder)

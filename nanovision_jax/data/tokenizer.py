@@ -115,8 +115,8 @@ def import_tokenizer(source, folder):
 
 def _save(fast, folder):
     known = fast.get_vocab()
-    fast.add_special_tokens({'additional_special_tokens': [t for t in SPECIAL[1:]]})
-    fast.add_special_tokens({name: SPECIAL[0] for name in ('bos_token', 'eos_token', 'pad_token')})
+    fast.add_special_tokens({'additional_special_tokens': list(SPECIAL[1:])})
+    fast.add_special_tokens(dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0]))
     assert all(fast.get_vocab()[token] == i for token, i in known.items()), 'adding special tokens moved old ones'
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = int(1e9)

@@ -145,6 +145,7 @@ class Thing(NamedTuple):
 
     @property
     def pair(self) -> tuple[str, str]:
+        """Colour and shape: what the held-out rule is about."""
         return self.colour, self.shape
 
 
@@ -438,7 +439,7 @@ def _count(things, rng, focus=None):
 def _absent(things, rng, heldout=False):
     """A pair that the scene lacks; where it can, it mostly recombines a colour and a shape of the scene."""
     present = [thing.pair for thing in things]
-    colours, shapes = zip(*present)
+    colours, shapes = zip(*present, strict=True)
     shared = ([], [], [])
     for colour, shape in _UNSEEN if heldout else _SEEN:
         if (colour, shape) not in present:

@@ -1,0 +1,113 @@
+"""Talks with a run in the terminal.
+
+    python -m nanovision_jax.chat --run=runs/tiny/vision_instruct --image=photo.png
+    python -m nanovision_jax.chat --run=runs/tiny/vision_instruct --image=photo.png --prompt='What is this?'
+
+--prompt answers once and exits. A pretrain run continues text. In a conversation:
+  /image FILE   shows a picture with the next question
+  /new          forgets the conversation
+  /quit         leaves (so does the end of input)
+"""
+
+import pathlib
+import sys
+
+from nanovision_jax.errors import Parser, UserError, run
+
+
+def open_picture(path):
+    """A PIL picture from a file. Raises UserError if there is none."""
+    from nanovision_jax.data import conversation, images
+
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'no picture {path!r}.')
+    try:
+        return images.load(pathlib.Path(path).read_bytes())
+    except conversation.BadExample as error:
+        raise UserError(f'{path}: {error}; pictures are {", ".join(images.FORMATS)}.') from error
+
+
+def say(pieces):
+    """Prints an answer piece by piece, and returns it whole."""
+    answer = ''
+    for piece in pieces:
+        print(piece, end='', flush=True)
+        answer += piece
+    print()
+    return answer
+
+
+def question(text, pictures):
+    """A user message: the pictures, then the words."""
+    return {'role': 'user', 'content': [{'type': 'image'}] * pictures + [{'type': 'text', 'text': text}]}
+
+
+def converse(model, pictures, options):
+    """The conversation: reads lines until the end of input or /quit."""
+    messages, shown = [], list(pictures)
+    waiting = len(shown)  # pictures that go with the next question
+    while True:
+        try:
+            line = input('you: ' if sys.stdin.isatty() else '').strip()
+        except EOFError:
+            return
+        if line == '/quit':
+            return
+        if line == '/new':
+            messages, shown, waiting = [], [], 0
+        elif line.startswith('/image'):
+            try:
+                picture = open_picture(line.removeprefix('/image').strip())
+                model.check_sees()
+            except UserError as error:
+                print(f'error: {error}')
+                continue
+            shown.append(picture)
+            waiting += 1
+        elif line:
+            messages.append(question(line, waiting))
+            try:
+                answer = say(model.chat(messages, images=shown, stream=True, **options))
+            except UserError as error:  # a full context, say: the question is taken back
+                print(f'error: {error}')
+                messages.pop()
+                continue
+            waiting = 0
+            messages.append({'role': 'assistant', 'content': answer or '…'})
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    parser = Parser(prog='python -m nanovision_jax.chat', description=__doc__)
+    parser.add_argument('--run', required=True, help='a run folder')
+    parser.add_argument('--image', action='append', default=[], help='a picture to talk about; may be given again')
+    parser.add_argument('--prompt', help='answer this and exit')
+    parser.add_argument('--temperature', type=float, default=0.0, help='0 (default) takes the likeliest token')
+    parser.add_argument('--top-k', type=int, default=0, help='sample among the k likeliest tokens; 0 (default): all')
+    parser.add_argument('--top-p', type=float, default=1.0, help='sample among the likeliest tokens of this mass')
+    parser.add_argument('--seed', type=int, default=0, help='of the sampling')
+    parser.add_argument('--max-new-tokens', type=int, default=256, help='the longest answer')
+    args = parser.parse(argv)
+    pictures = [open_picture(path) for path in args.image]
+    options = {name: getattr(args, name) for name in ('temperature', 'top_k', 'top_p', 'seed', 'max_new_tokens')}
+
+    from nanovision_jax.inference import load
+
+    model = load(args.run)
+    if pictures:
+        model.check_sees()
+    if model.config.stage == 'pretrain':
+        print('(a pretrain run has not learned to answer: it continues your text)', file=sys.stderr)
+        reader = [args.prompt] if args.prompt is not None else sys.stdin
+        for line in reader:
+            print(line.rstrip('\n'), end='', flush=True)
+            say(model.continue_text(line.rstrip('\n'), **options))
+    elif args.prompt is not None:
+        say(model.chat([question(args.prompt, len(pictures))], images=pictures, stream=True, **options))
+    else:
+        print('(/image FILE shows a picture, /new starts over, /quit leaves)', file=sys.stderr)
+        converse(model, pictures, options)
+
+
+if __name__ == '__main__':
+    run(main)

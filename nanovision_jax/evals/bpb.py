@@ -1,0 +1,57 @@
+"""Bits per byte of held-out text: the compression a language model reaches, whatever its tokenizer.
+
+Tokens are scored as the run was trained, in windows of its length. Special tokens are scored and stand for no bytes.
+"""
+
+import copy
+import math
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from nanovision_jax import models
+from nanovision_jax.data import packing, text
+from nanovision_jax.errors import UserError
+
+BATCH = 16
+
+
+def run(model_run, split='validation', data=None, limit=None):
+    """{task, n (tokens), bytes, loss (nats a token), bits_per_byte} of a run's held-out text, or of the file `data`.
+
+    limit: at most this many windows.
+    """
+    config = copy.deepcopy(model_run.config)
+    tokenizer = model_run.tokenizer
+    if data:
+        files = text.text_files(data)
+        texts = [file.read_text(encoding='utf-8', errors='replace') for file in files]
+        config.data.path = data
+        shards = [tokenizer.encode_documents(texts)]
+    elif config.stage != 'pretrain' and config.data.source != 'tiny_world':
+        raise UserError(f'{config.run_dir} was not trained on text: say which to score, with --data=FILE.')
+    else:
+        shards = text.token_shards(config, tokenizer, split)
+    rows = packing.TextRows(shards, config, tokenizer, seed=0, shuffle=False)
+    graphdef, params = model_run.graphdef, model_run.params
+
+    @jax.jit
+    def losses(params, batch):
+        model = models.merge(graphdef, params)
+        decoder = getattr(model, 'decoder', model)
+        logits = decoder(batch['tokens'], batch['positions'], batch['segments'])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
+
+    count = min(rows.rows_per_epoch(), limit or rows.rows_per_epoch())
+    nats = tokens = size = 0
+    for start in tqdm(range(0, count, BATCH), 'bpb', unit='batch'):
+        row_numbers = [min(i, count - 1) for i in range(start, start + BATCH)]  # the last batch repeats its last row
+        batch = {name: np.stack([rows[i][name] for i in row_numbers]) for name in rows[0]}
+        kept = min(BATCH, count - start)
+        nats += float(np.asarray(losses(params, batch))[:kept].sum())
+        tokens += batch['targets'][:kept].size
+        size += int(tokenizer.byte_lengths[batch['targets'][:kept]].sum())
+    result = {'task': 'bpb', 'n': tokens, 'bytes': size, 'loss': nats / tokens}
+    return result | {'bits_per_byte': nats / math.log(2) / size}, []

@@ -1,0 +1,74 @@
+"""Evaluates a run on held-out data.
+
+    python -m nanovision_jax.evaluate --run=runs/tiny/vision_instruct --task=vqa [--split=heldout]
+    python -m nanovision_jax.evaluate --run=runs/tiny/pretrain --task=bpb [--data=FILE]
+
+Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jsonl; another split's files are named
+<task>-<split>.
+"""
+
+import importlib
+import json
+import pathlib
+
+from nanovision_jax.errors import Parser, UserError, nearest, run
+
+TASKS = ('bpb', 'vqa')
+
+
+def evaluate(run_dir, task, split='validation', data=None, images=None, output=None, limit=None):
+    """Runs a task on a run folder, writes its files, and returns the result."""
+    if task not in TASKS:
+        raise UserError(f'no task {task!r}.{nearest(task, TASKS)}')
+    from nanovision_jax.inference import load
+
+    module = importlib.import_module(f'nanovision_jax.evals.{task}')
+    options = {'images': images} if task == 'vqa' else {}
+    result, rows = module.run(load(run_dir), split=split, data=data, limit=limit, **options)
+    folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
+    folder.mkdir(parents=True, exist_ok=True)
+    name = task if split == 'validation' else f'{task}-{split}'
+    if rows:
+        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (folder / f'{name}.json').write_text(json.dumps(result, indent=1) + '\n')
+    return result
+
+
+def lines(result):
+    """A result as lines of text."""
+    if 'by_kind' not in result:
+        return [
+            f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in result.items()
+        ]
+    low, high = result['interval']
+    controls = result['controls']
+    text = [
+        f'{result["task"]}: {result["accuracy"]:.1%} of {result["n"]} questions (95% interval {low:.1%} to {high:.1%})'
+    ]
+    for kind, row in result['by_kind'].items():
+        text.append(f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  n {row["n"]}')
+    text += [
+        f'  {name + " pictures":24} {value:6.1%}  ({100 * (result["accuracy"] - value):.0f} points below)'
+        for name, value in controls.items()
+    ]
+    return text
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    parser = Parser(prog='python -m nanovision_jax.evaluate', description=__doc__)
+    parser.add_argument('--run', required=True, help='a run folder')
+    parser.add_argument('--task', required=True, help=' or '.join(TASKS))
+    parser.add_argument('--split', default='validation', help='validation (default), or heldout for tiny_world')
+    parser.add_argument(
+        '--data', help='a file to evaluate on, instead of the held-out part of what the run learned from'
+    )
+    parser.add_argument('--images', help='the zip or folder of pictures that --data names')
+    parser.add_argument('--output', help='where the results go (default: RUN/eval)')
+    parser.add_argument('--limit', type=int, help='at most this many questions (vqa) or windows (bpb)')
+    args = vars(parser.parse(argv))
+    print('\n'.join(lines(evaluate(args.pop('run'), args.pop('task'), **args))))
+
+
+if __name__ == '__main__':
+    run(main)

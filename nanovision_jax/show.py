@@ -1,0 +1,67 @@
+"""Shows the first batch of a stage as the model gets it.
+
+    python -m nanovision_jax.show --config=configs/sft.py:tiny [--rows=2]
+
+Learned tokens are green, masked ones grey, pictures boxes; examples packed into a row are told apart by a bar.
+"""
+
+import itertools
+import sys
+
+from nanovision_jax import config as configs
+from nanovision_jax.errors import UserError, run
+
+GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
+
+
+def render(row, tokenizer, colour=True):
+    """One row of a text or vision batch as text. Without colour, learned tokens stand in «…»."""
+    green, grey, blue, reset = (GREEN, GREY, BLUE, RESET) if colour else ('«', '', '', '')
+    end = reset if colour else '»'
+    ids, weights, segments = row['targets'], row['weights'], row['segments']
+    used = int((segments > 0).sum())
+    pieces = []
+    # A token is learned as a target, so the row is told as its targets, with each example's first token before them.
+    for segment, places in itertools.groupby(range(used), key=lambda t: segments[t]):
+        places = list(places)
+        tokens = [(int(row['tokens'][places[0]]), False)] + [(int(ids[t]), bool(weights[t])) for t in places]
+        for (image, learned), run_of in itertools.groupby(tokens, key=lambda t: (t[0] == tokenizer.image, t[1])):
+            run_of = [token for token, _ in run_of]
+            if image:
+                pieces.append(f'{blue}[picture: {len(run_of)} tokens]{reset}')
+            elif learned:
+                pieces.append(f'{green}{tokenizer.decode(run_of, special=True)}{end}')
+            else:
+                pieces.append(f'{grey}{tokenizer.decode(run_of, special=True)}{reset}')
+        pieces.append(f'  ▏{segment}\n')
+    return ''.join(pieces)
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    count = next((arg.partition('=')[2] for arg in argv if arg.startswith('--rows=')), '2')
+    if not count.isdigit() or int(count) < 1:
+        raise UserError(f'--rows takes a number above 0, not {count!r}.')
+    config, _ = configs.parse([arg for arg in argv if not arg.startswith('--rows=')], __doc__)
+
+    from nanovision_jax.data import pipeline
+
+    tokenizer = pipeline.family_tokenizer(config)
+    rows, bad = pipeline.open_rows(config, tokenizer)
+    batch = next(pipeline.batches(rows, config.data.batch_size))
+    for name, value in batch.items():
+        print(f'{name:10} {value.dtype!s:8} {list(value.shape)}')
+    if bad:
+        print(f'{len(bad)} bad examples left out, the first: {bad[0]}')
+    for i in range(min(int(count), config.data.batch_size)):
+        row = {name: value[i] for name, value in batch.items()}
+        print(f'\nrow {i}')
+        if config.stage == 'clip':
+            print(f'[picture] {tokenizer.decode(row["tokens"][: row["ends"] + 1], special=True)}')
+        else:
+            print(render(row, tokenizer, colour=sys.stdout.isatty()), end='')
+            print(f'learned: {row["weights"].mean():.1%} of the row; padding: {(row["segments"] == 0).mean():.1%}')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The tests: installs what they need, and runs them.
+#
+#   bash scripts/test.sh           all but the slow ones; at most 8 minutes on 2 cores
+#   bash scripts/test.sh --slow    lists the slow ones and runs them
+#
+# Further arguments go to pytest, as in: bash scripts/test.sh tests/test_gpt.py -k causal
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/install.sh dev
+if [ "${1:-}" = --slow ]; then
+  shift
+  $python -m pytest -m slow --collect-only "$@"
+  exec $python -m pytest -m slow "$@"
+fi
+exec $python -m pytest -m 'not slow' -n 2 "$@"
