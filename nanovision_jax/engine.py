@@ -89,7 +89,7 @@ def decode(graphdef, params, logits, cache, positions, done, keys, sampling, sto
             token = jax.vmap(sample, in_axes=(0, 0, None))(both[:, 1], logits, sampling)
         token = jnp.where(done, stops[0], token.astype(jnp.int32))
         out = out.at[:, i].set(token)
-        done = done | jnp.any(token[:, None] == stops, axis=1) | (positions >= slots)
+        done = done | jnp.any(token[:, None] == stops, axis=1) | (positions + 1 >= slots)
         x, cache = decoder.extend(decoder.embed(token[:, None]), positions[:, None], cache)
         return i + 1, out, decoder.logits(x)[:, 0], cache, positions + 1, done, keys
 

@@ -73,7 +73,7 @@ def place_images(messages, count):
 
 
 def load(run_dir):
-    """Opens a run folder: the newest whole checkpoint's parameters, on one device. Raises UserError if there is none."""
+    """Opens a run folder: the newest whole checkpoint, on one device. Raises UserError if there is none."""
     folder = pathlib.Path(run_dir)
     if not (folder / 'config.json').is_file():
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []

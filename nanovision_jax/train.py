@@ -166,7 +166,7 @@ def train(config, resume=False, anew=False):
 
 def _train(config, folder, start, mesh):
     # Data -------------------------------------------------------------------------------------------------------------
-    inherited = stages.parents(config)
+    inherited = [] if start else stages.parents(config)
     tokenizer = pipeline.family_tokenizer(config)
     for parent in inherited:
         stages.check_tokenizer(parent, tokenizer)
@@ -183,7 +183,7 @@ def _train(config, folder, start, mesh):
 
     # State ------------------------------------------------------------------------------------------------------------
     optimizer = optim.make_optimizer(config.optim, steps)
-    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, () if start else inherited)
+    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, inherited)
     if start:
         target = checkpoint.like(state)
         state = {item: checkpoint.restore(folder, start, item, target[item]) for item in ('params', 'optimizer')}
@@ -218,14 +218,14 @@ def _train(config, folder, start, mesh):
     total_tokens, window = log.last['tokens'], collections.Counter()  # window: work since the last log line
     waiting = None  # metrics of a step whose log line is due, read one step later: the device never waits for it
 
-    def log_line(step, metrics, window):
+    def log_line(step, metrics, window, total_tokens):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds, elapsed = clock.lap()  # only now: the step was still running when it was dispatched
         if not math.isfinite(values['loss']) or not math.isfinite(values['grad_norm']):
             raise UserError(
                 f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training '
-                f'has diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; try a lower '
-                'optim.learning_rate.'
+                f'has diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; '
+                'try a lower optim.learning_rate.'
             )
         speed = window['tokens'] / seconds
         mfu = meter.step_flops(config, tokenizer.size, window['tokens'], window['pictures']) / seconds / peak
@@ -255,7 +255,7 @@ def _train(config, folder, start, mesh):
         bar.update()
         last = step == steps or stop.signal is not None
         if step % config.log.every == 0 or last:
-            waiting, window = (step, metrics, window), collections.Counter()
+            waiting, window = (step, metrics, window, total_tokens), collections.Counter()
         saving = step % config.checkpoint.every == 0 or last
         evaluating = step % config.eval.every == 0 or step == steps
         if (saving or evaluating) and waiting:

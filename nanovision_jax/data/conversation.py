@@ -8,6 +8,9 @@ A message is {'role': 'user' | 'assistant', 'content': text or parts}, a part {'
 Learned are the assistant's words and the <|end|> after them.
 """
 
+import itertools
+import re
+
 import numpy as np
 
 
@@ -22,25 +25,25 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
     an answer is left out, unless `question`: then it stays, and the assistant's turn is opened for the model to fill.
     Raises BadExample for an unknown speaker, turns out of order, no answer, or pictures that do not match.
     """
+    check(messages)
     ids, learned, ends = [tokenizer.end_of_text], [False], []
     expected, seen = 'user', 0
     for message in messages:
-        role = message.get('role')
-        if role not in ('user', 'assistant'):
-            raise BadExample(f'unknown speaker {role!r}')
+        role, content = message['role'], message['content']
         if role != expected:
             raise BadExample(f'{role} speaks out of turn')
         expected = 'assistant' if role == 'user' else 'user'
         body = []
-        content = message['content']
-        for part in [{'type': 'text', 'text': content}] if isinstance(content, str) else content:
-            if part['type'] == 'image':
+        parts = [{'type': 'text', 'text': content}] if isinstance(content, str) else content
+        for kind, group in itertools.groupby(parts, lambda part: part['type']):
+            if kind == 'image':
                 if role != 'user':
                     raise BadExample('a picture in an answer')
-                body += [tokenizer.image] * patches
-                seen += 1
-            else:
-                body += tokenizer.encode(part['text'])
+                n = len(list(group))
+                body += [tokenizer.image] * (patches * n)
+                seen += n
+            else:  # texts side by side are one: else a special string could be spread over two of them
+                body += tokenizer.encode('\n'.join(part['text'] for part in group))
         if role == 'assistant' and not body:
             raise BadExample('empty answer')
         ids += [tokenizer.user if role == 'user' else tokenizer.assistant, *body, tokenizer.end]
@@ -61,6 +64,20 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
     return np.array(ids, np.int32), np.array(learned), ends
 
 
+def check(messages):
+    """Raises BadExample for what is no list of messages. Whose turn it is, is encode's business."""
+    for message in messages:
+        role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
+        if role not in ('user', 'assistant'):
+            raise BadExample(f'unknown speaker {role!r}')
+        for part in content if isinstance(content, list) else [{'type': 'text', 'text': content}]:
+            kind = part.get('type') if isinstance(part, dict) else None
+            if kind != 'image' and not (kind == 'text' and isinstance(part.get('text'), str)):
+                raise BadExample('a turn without text')
+            if kind == 'text' and re.search('[\ud800-\udfff]', part['text']):  # half a character, as JSON may hold
+                raise BadExample('text that is not Unicode')
+
+
 def fit(ids, learned, ends, length):
     """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
 
@@ -76,11 +93,12 @@ def fit(ids, learned, ends, length):
 def from_llava(turns):
     """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages.
 
-    An <image> in a question is a picture's place; in an answer the string is left as it stands. Raises BadExample for a speaker that is neither human nor gpt.
+    An <image> in a question is a picture's place; in an answer the string is left as it stands. Raises BadExample for
+    a speaker that is neither human nor gpt.
     """
     messages = []
     for turn in turns:
-        speaker, text = turn.get('from'), turn.get('value')
+        speaker, text = (turn.get('from'), turn.get('value')) if isinstance(turn, dict) else (None, '')
         if speaker not in ('human', 'gpt', 'user', 'assistant') or not isinstance(text, str):
             raise BadExample(f'unknown speaker {speaker!r}' if isinstance(text, str) else 'a turn without text')
         message = {'role': 'user' if speaker in ('human', 'user') else 'assistant', 'content': text}

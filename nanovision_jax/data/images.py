@@ -4,6 +4,7 @@ import io
 import pathlib
 import threading
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,7 +13,9 @@ from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')
-MAX_PIXELS = 50_000_000  # refused from the header: a small file can unpack to gigabytes
+# Refused from the header: a small file can unpack to gigabytes, and a long one grow to them when its short side is
+# resized or its long side is padded to a square.
+MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 50_000_000, 16_000, 100
 
 
 class ImageStore:
@@ -40,8 +43,10 @@ class ImageStore:
             if not hasattr(self._local, 'zip'):
                 self._local.zip = zipfile.ZipFile(self.path)  # one handle a thread
             return self._local.zip.read(name)
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, OSError, ValueError) as error:
             raise BadExample(f'missing image {name!r}') from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted
+            raise BadExample(f'image {name!r} cannot be read from the zip file') from error
 
 
 def decode(data, size, how='crop'):
@@ -53,7 +58,8 @@ def load(data):
     """Encoded bytes to an upright RGB picture; the first frame of an animation, transparency over white."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        short, long = sorted(image.size)
+        if short * long > MAX_PIXELS or long > min(MAX_SIDE, short * MAX_ASPECT):
             raise BadExample(f'image of {image.width} × {image.height} pixels')
         image.load()
         return to_rgb(image)

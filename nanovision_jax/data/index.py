@@ -51,7 +51,8 @@ def encode_example(example, config, tokenizer):
 def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
-    parts = (source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, images.MAX_PIXELS)
+    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT
+    parts = (source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
@@ -78,7 +79,7 @@ def _scan(source, config, tokenizer, file):
             for data in example.images:
                 images.load(data)
         except conversation.BadExample as error:
-            return 0, 0, False, {'row': i, 'reason': str(error)}
+            return 0, 0, False, {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
         validation = hasattr(source, 'side') and source.side(example) == 'validation'
         return len(ids) - 1, len(example.images), validation, None

@@ -4,6 +4,7 @@ A rows object is an endless sequence: rows[i] is a dict of numpy arrays, a pure 
 follows, each in an order of its own, so the position in the data is one integer.
 """
 
+import os
 import threading
 
 import numpy as np
@@ -72,10 +73,11 @@ class Shuffled:
         """A permutation of range(n): a pure function of (seed, epoch)."""
         if not self.shuffle:
             return np.arange(self.n)
-        if epoch not in self._orders:  # a race computes it twice, the same
+        orders = self._orders  # threads may be an epoch or two apart: a race only computes an order twice, the same
+        if epoch not in orders:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-            self._orders = {epoch: order} | {e: o for e, o in self._orders.items() if e == epoch - 1}
-        return self._orders[epoch]
+            self._orders = orders = {epoch: order} | {e: o for e, o in orders.items() if e == epoch - 1}
+        return orders[epoch]
 
     def at(self, i):
         """(epoch, thing) of the i-th draw."""
@@ -151,15 +153,23 @@ class TextRows:
             raise UserError(f'{config.data.path} holds less text than one row of {config.data.length} tokens.')
         self.shuffled = Shuffled(int(self.windows.sum()), seed, shuffle)
 
+    def __getstate__(self):  # a data worker maps the files again: pickled, a memory map would be all of its bytes
+        return self.__dict__ | {'shards': [getattr(shard, 'filename', None) or shard for shard in self.shards]}
+
+    def __setstate__(self, state):
+        shards = [np.load(s, mmap_mode='r') if isinstance(s, str | os.PathLike) else s for s in state['shards']]
+        self.__dict__.update(state, shards=shards)
+
     def __getitem__(self, i):
         _, window = self.shuffled.at(i)
         shard = int(np.searchsorted(np.cumsum(self.windows), window, side='right'))
         start = (window - int(self.windows[:shard].sum())) * self.config.data.length
-        ids = np.asarray(self.shards[shard][start : start + self.config.data.length + 1]).astype(np.int32)
+        ids = np.asarray(self.shards[shard][start : start + self.config.data.length + 1])
         if ids.max() >= self.tokenizer.size:
             raise UserError(
                 f'token id {ids.max()} in {self.config.data.path}: the tokenizer has {self.tokenizer.size}.'
             )
+        ids = ids.astype(np.int32)
         tokens, length = ids[:-1], len(ids) - 1
         first = np.append(0, np.flatnonzero(tokens == self.tokenizer.end_of_text))
         starts = np.zeros(length, np.int64)

@@ -3,6 +3,7 @@
 Nothing here imports jax; batches are dicts of numpy arrays with the shapes of the batch contract.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -21,13 +22,15 @@ def family_tokenizer(config):
     folder = config.family / 'tokenizer'
     wanted = config.data.tokenizer
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(f'{folder}.part', ignore_errors=True)
+        partial = pathlib.Path(f'{folder}.part')
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         if wanted == 'train':
-            train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, folder)
+            train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, partial)
         else:
-            import_tokenizer(wanted, folder)
-        (folder / 'source.json').write_text(json.dumps({'data.tokenizer': wanted}) + '\n')
+            import_tokenizer(wanted, partial)
+        (partial / 'source.json').write_text(json.dumps({'data.tokenizer': wanted}) + '\n')
+        partial.rename(folder)
     made_from = json.loads((folder / 'source.json').read_text())['data.tokenizer']
     if made_from != wanted:
         raise UserError(
@@ -54,10 +57,17 @@ def _tokenizer_texts(config):
     elif data.source == 'text':
         yield from text.read_texts(config, 'train')
     else:
-        for file in sorted(pathlib.Path(data.path).parent.glob('*.json*')):
-            for row in sources.read_json(file):
-                for turn in row.get('conversations') or row.get('messages') or ():
-                    yield str(turn.get('value') or turn.get('content'))
+        own = pathlib.Path(data.path)
+        for file in [own, *sorted(other for other in own.parent.glob('*.json*') if other != own)]:
+            try:
+                rows = sources.read_json(file)
+            except UserError:
+                if file == own:
+                    raise
+                continue  # something else that lies there
+            for row in rows:
+                with contextlib.suppress(conversation.BadExample):  # the index counts and lists these
+                    yield from map(conversation.text_of, sources.messages_of(row))
 
 
 def open_rows(config, tokenizer, split='train'):

@@ -12,7 +12,7 @@ import json
 import pathlib
 import threading
 
-from nanovision_jax.data.conversation import BadExample, from_llava, text_of
+from nanovision_jax.data.conversation import BadExample, check, from_llava, text_of
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
 
@@ -94,7 +94,7 @@ class Conversations:
     """LLaVA's JSON list, or JSON lines with `conversations` or `messages`; pictures in a zip or a folder.
 
     The 5% whose picture (or, without one, whose first question) hashes low are the validation split: the same picture
-    is on the same side in every file and stage. `split` picks a side; `side(i)` tells it.
+    is on the same side in every file and stage. `side(example)` tells it; all rows are here, whatever the split.
     """
 
     def __init__(self, path, images='', split='train', text_only=False):
@@ -102,6 +102,8 @@ class Conversations:
         self._lock, self._rows, self._store = threading.Lock(), None, None
         if not pathlib.Path(path).is_file():
             raise UserError(f'no conversations at {path}: data.path is a LLaVA JSON file or JSON lines.')
+        if images:
+            ImageStore(images)  # a wrong path is answered now, not as so many missing pictures
 
     def __reduce__(self):
         return Conversations, (self.path, self.images, self.split, self.text_only)
@@ -129,20 +131,21 @@ class Conversations:
         with self._lock:
             if self._rows is None:
                 rows = read_json(self.path)
-                self._rows = [row for row in rows if not _names(row)] if self.text_only else rows
+                self._numbers = [n for n, row in enumerate(rows) if not (self.text_only and _names(row))]
+                self._rows = [rows[n] for n in self._numbers]
                 self._store = ImageStore(path) if (path := self._image_path()) else None
         return self._rows
 
     def __len__(self):
         return len(self.rows())
 
+    def number(self, i):
+        """Which row of the file is row i here."""
+        return self._numbers[i] if self.rows() else i
+
     def __getitem__(self, i):
         row = self.rows()[int(i)]
-        if not isinstance(row, dict):
-            raise BadExample('a row that is no JSON object')
-        names = _names(row)
-        turns = row.get('conversations') or row.get('messages') or []
-        messages = from_llava(turns) if turns and 'from' in turns[0] else turns
+        messages, names = messages_of(row), _names(row)
         if names and self._store is None:
             raise BadExample(f'missing image {names[0]!r}: no images.zip or images/ beside {self.path}')
         return Example(str(row.get('id', i)), messages, [self._store.read(name) for name in names], names)
@@ -155,18 +158,31 @@ class Conversations:
 
 def read_json(path):
     """A JSON list, or JSON lines. Raises UserError where the file is neither."""
-    text = pathlib.Path(path).read_text(encoding='utf-8')
     try:
+        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
         if text.lstrip().startswith('['):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+        # Not splitlines(): a string may hold the other line breaks of Unicode.
+        return [json.loads(line) for line in text.split('\n') if line.strip()]
+    except ValueError as error:
         raise UserError(f'{path} is neither a JSON list nor JSON lines: {error}.') from error
+
+
+def messages_of(row):
+    """The messages of one JSON object. Raises BadExample where they are none."""
+    if not isinstance(row, dict):
+        raise BadExample('a row that is no JSON object')
+    turns = row.get('conversations') or row.get('messages') or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadExample('turns that are no JSON objects')
+    messages = from_llava(turns) if turns and 'from' in turns[0] else turns
+    check(messages)
+    return messages
 
 
 def _names(row):
     names = row.get('image') or row.get('images') or [] if isinstance(row, dict) else []
-    return [names] if isinstance(names, str) else list(names)
+    return [str(name) for name in (names if isinstance(names, list) else [names])]
 
 
 def open_source(config, split):
@@ -175,4 +191,6 @@ def open_source(config, split):
     if data.source == 'tiny_world':
         views = {'clip': 'caption', 'vision_pretrain': 'caption', 'vision_instruct': 'conversation', 'sft': 'chat'}
         return TinyWorld(data.path, split, views[stage])
+    if split not in ('train', 'validation'):
+        raise UserError(f'{data.path} has no {split} split: conversations have train and validation.')
     return Conversations(data.path, data.images, split, text_only=stage == 'sft')

@@ -28,7 +28,8 @@ def read_texts(config, split):
     texts = []
     for file in text_files(config.data.path):
         text = file.read_text(encoding='utf-8', errors='replace')
-        cut = text.rfind('\n', 0, int(len(text) * (1 - HELD_OUT))) + 1
+        end = int(len(text) * (1 - HELD_OUT))
+        cut = text.rfind('\n', 0, end) + 1 or end
         texts.append(text[:cut] if split == 'train' else text[cut:])
     return [text for text in texts if text.strip()]
 
@@ -79,8 +80,11 @@ def _open_shards(config, tokenizer, split):
         raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
     shards = []
     for file in files:
-        shard = np.load(file, mmap_mode='r', allow_pickle=False)
-        if shard.ndim != 1 or shard.dtype.kind != 'u':
+        try:
+            shard = np.load(file, mmap_mode='r', allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f'{file} is no .npy file that can be read: {error}.') from error
+        if shard.ndim != 1 or shard.dtype.kind != 'u' or not shard.size:
             raise UserError(f'{file} is {shard.dtype} {list(shard.shape)}: a token shard is 1-D and unsigned.')
         head = np.asarray(shard[:1_000_000])
         if tokenizer.end_of_text not in head or head.max() >= tokenizer.size:

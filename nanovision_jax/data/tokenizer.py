@@ -27,9 +27,13 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{{- '<|' + message.role + '|>' -}}"
     "{%- if message.content is string -%}{{- write(message.content) -}}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- '<|image|>' -}}{%- else -%}{{- write(part.text) -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
+    "{%- else -%}"
+    "{%- set so_far = namespace(text='') -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- write(so_far.text) + '<|image|>' -}}{%- set so_far.text = '' -%}"
+    "{%- else -%}{%- set so_far.text = so_far.text + '\\n' + part.text -%}{%- endif -%}"
+    "{%- endfor -%}{{- write(so_far.text) -}}"
+    "{%- endif -%}"
     "{{- '<|end|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
@@ -120,9 +124,7 @@ def _save(fast, folder):
     assert all(fast.get_vocab()[token] == i for token, i in known.items()), 'adding special tokens moved old ones'
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = int(1e9)
-    partial = pathlib.Path(f'{folder}.part')
-    fast.save_pretrained(partial)
-    partial.rename(folder)
+    fast.save_pretrained(folder)
 
 
 def _transformers():

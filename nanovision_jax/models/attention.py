@@ -6,9 +6,7 @@ Axes: B batch, T query, S key, N heads, H head dim.
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
-
-Float_ = Float[Array, '...']
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def attend(
@@ -42,7 +40,7 @@ def cache_mask(positions: Int[Array, 'B T'], slots: int) -> Bool[Array, 'B T S']
     return jnp.arange(slots)[None, None, :] <= positions[:, :, None]
 
 
-def over_batch(x: Float_) -> Float_:
+def over_batch(x: Shaped[Array, '...']) -> Shaped[Array, '...']:
     """Keeps the first axis of an activation split over the mesh's data and fsdp axes; nothing without a mesh.
 
     Without it, FSDP works all the same, with ten times the bytes sent: the partitioner splits activations by width.

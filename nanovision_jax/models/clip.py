@@ -68,8 +68,8 @@ class VisionTower(nnx.Module):
         """Bytes to the normalised pixels that the tower was trained on."""
         return (images.astype(jnp.float32) / 255 - jnp.array(self.cfg.mean)) / jnp.array(self.cfg.std)
 
-    def hidden(self, pixels: Float[Array, 'B height width 3'], layers: int) -> Float[Array, 'B P+1 D']:
-        """Hidden states after the first `layers` blocks; the class token comes first."""
+    def hidden(self, pixels: Float[Array, 'B height width 3'], layers: int) -> Float[Array, 'B T D']:
+        """Hidden states after the first `layers` blocks: T = 1 + P, the class token comes first."""
         with jax.named_scope('tower'):
             p, b, side = self.cfg.patch_size, pixels.shape[0], self.cfg.image_size // self.cfg.patch_size
             patches = pixels.reshape(b, side, p, side, p, 3).swapaxes(2, 3).reshape(b, side * side, p * p * 3)

@@ -46,8 +46,8 @@ class VLM(nnx.Module):
         self.projector = Projector(cfg.projector, cfg.vision.width, cfg.width, dtype, rngs)
         self.decoder = GPT(cfg, vocab_size, dtype, rngs)
 
-    def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B M*P D']:
-        """Every slot's picture through tower and projector, in token order."""
+    def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B K D']:
+        """Every slot's picture through tower and projector, in token order: K = M · P."""
         b, m = images.shape[:2]
         flat = over_batch(images.reshape(b * m, *images.shape[2:]))
         features = jax.lax.stop_gradient(self.vision.features(self.vision.normalize(flat)))

@@ -1,0 +1,123 @@
+"""What must happen before anything uses jax, and the small inputs that several test files share."""
+
+import hashlib
+import io
+import json
+import pathlib
+import random
+import re
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+from PIL import Image
+
+jax.config.update('jax_num_cpu_devices', 8)  # meshes need devices; too late once a backend runs
+install_import_hook('nanovision_jax.models', 'beartype.beartype')  # shapes are checked in test runs only
+
+from nanovision_jax import config as configs  # noqa: E402
+from nanovision_jax.data import tokenizer as tokenizers  # noqa: E402
+from nanovision_jax.data.datasets import tiny_world  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = re.findall(r'\S+', 'a the cat dog bird runs sees eats red blue house tree on under naïve über 你好 42 , . ! ?')
+
+
+def sentence(rng, low=3, high=12):
+    return ' '.join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE trained on a few hundred sentences; by then no pair is left to merge, so it is under 400."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp('tokenizer') / 'tokenizer'
+    tokenizers.train_tokenizer((sentence(rng) for _ in range(400)), 400, folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tokenizer(tokenizer_folder):
+    return tokenizers.Tokenizer(tokenizer_folder)
+
+
+def jpeg(rng, size=None):
+    """The bytes of a picture of a few random patches."""
+    patches = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+    buffer = io.BytesIO()
+    patches.resize(size or (40, 30), Image.Resampling.NEAREST).save(buffer, 'JPEG')
+    return buffer.getvalue()
+
+
+def is_held_out(data):
+    """The rule of the 5% split, written a second time."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:4], 'big') % 20 == 0
+
+
+@pytest.fixture(scope='session')
+def llava_folder(tmp_path_factory):
+    """LLaVA's layout: images.zip with 60 JPEGs, 4 of them on the validation side, and two files about them.
+
+    pretrain.json: a caption a picture. instruct.json: two to four turns a picture, and 12 rows without one.
+    """
+    folder, words, rng = tmp_path_factory.mktemp('llava'), random.Random(1), np.random.default_rng(1)
+    wanted, pictures = {True: 4, False: 56}, []
+    while len(pictures) < 60:
+        data = jpeg(rng, (int(rng.integers(20, 50)), int(rng.integers(20, 50))))
+        if wanted[is_held_out(data)]:
+            wanted[is_held_out(data)] -= 1
+            pictures.append(data)
+    names = [f'{i % 3:02d}/{i:04d}.jpg' for i in range(60)]
+    with zipfile.ZipFile(folder / 'images.zip', 'w') as file:
+        for name, data in zip(names, pictures, strict=True):
+            file.writestr(name, data)
+
+    def talk(turns, picture):
+        said = []
+        for turn in range(turns):
+            question = sentence(words) + '?'
+            if picture and turn == 0:
+                question = f'<image>\n{question}' if words.random() < 0.5 else f'{question}\n<image>'
+            said += [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': sentence(words)}]
+        return said
+
+    pretrain = [{'id': f'p{i}', 'image': name, 'conversations': talk(1, True)} for i, name in enumerate(names)]
+    instruct = [
+        {'id': f'i{i}', 'image': name, 'conversations': talk(words.randint(2, 4), True)} for i, name in enumerate(names)
+    ]
+    instruct += [{'id': f't{i}', 'conversations': talk(words.randint(2, 4), False)} for i in range(12)]
+    words.shuffle(instruct)
+    (folder / 'pretrain.json').write_text(json.dumps(pretrain))
+    (folder / 'instruct.json').write_text(json.dumps(instruct, indent=1))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_family(tmp_path_factory):
+    """A folder runs/tiny whose data/ holds a tiny_world of a few dozen examples; the stages' run folders go beside."""
+    from nanovision_jax.data.sources import open_tiny_world
+
+    family = tmp_path_factory.mktemp('runs') / 'tiny'
+    few = {
+        'scenes': {'train': 64, 'validation': 24, 'heldout': 24},
+        'text': {'train': 96, 'validation': 16},
+        'chat': {'train': 48, 'validation': 16},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_world, 'EXAMPLES', few)
+        for kind in few:
+            open_tiny_world(str(family / 'data'), kind, 'train')
+    return family
+
+
+def parse(stage, *overrides, size='tiny'):
+    """The config of a stage, as the command line would give it; overrides as in 'optim.learning_rate=1'."""
+    argv = [f'--config={ROOT}/configs/{stage}.py:{size}', *(f'--config.{override}' for override in overrides)]
+    return configs.parse(argv)[0]
+
+
+@pytest.fixture(scope='session')
+def tiny_config(tiny_family):
+    """A function (stage, *overrides) → the tiny Config of a stage in the tiny family."""
+    return lambda stage, *overrides: parse(stage, f'run_dir={tiny_family / stage}', *overrides)

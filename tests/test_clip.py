@@ -1,0 +1,89 @@
+"""CLIP's towers against plain numpy, the captions' causality, and the contrastive loss."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny
+
+from nanovision_jax import models
+from nanovision_jax.models.clip import contrastive_loss, quick_gelu
+
+T = 13
+CFG = tiny.config('clip')
+GRAPHDEF, PARAMS = tiny.model(CFG)
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (5, 21, 21, 3), np.uint8)
+TOKENS = RNG.integers(0, tiny.VOCAB, (5, T), np.int32)
+ENDS = np.array([12, 3, 0, 7, 11], np.int32)
+
+
+@jax.jit
+def run(params, pictures, tokens, ends):
+    """Everything there is to look at, in one compilation."""
+    clip = models.merge(GRAPHDEF, params)
+    pixels = clip.vision.normalize(pictures)
+    return {
+        'features': clip.vision.features(pixels),
+        'first': clip.vision.features(pixels, layer=1),
+        'picture': clip.vision.pooled(pixels),
+        'caption': clip.text.pooled(tokens, ends),
+        'logits': clip(pictures, tokens, ends),
+    }
+
+
+@pytest.fixture(scope='module')
+def found():
+    return jax.tree.map(np.asarray, run(PARAMS, PICTURES, TOKENS, ENDS))
+
+
+def test_the_vision_tower_is_the_numpy_one(found):
+    p = tiny.double(PARAMS['vision'])
+    for i, picture in enumerate(PICTURES):
+        states = [reference.tower(p, CFG.model.vision, picture, count) for count in (1, 2, 3)]
+        np.testing.assert_allclose(found['first'][i], states[0][1:], atol=1e-4)
+        np.testing.assert_allclose(found['features'][i], states[1][1:], atol=1e-4)  # of three layers, all but one
+        np.testing.assert_allclose(found['picture'][i], reference.layer_norm(states[2][0], p['norm_out']), atol=1e-4)
+
+
+def test_the_text_tower_is_the_numpy_one(found):
+    p = tiny.double(PARAMS['text'])
+    expected = [reference.text_tower(p, tokens)[end] for tokens, end in zip(TOKENS, ENDS, strict=True)]
+    np.testing.assert_allclose(found['caption'], expected, atol=1e-4)
+
+
+def test_a_caption_is_read_up_to_its_end_and_no_further(found):
+    rows = np.arange(5)
+    before, after = TOKENS.copy(), TOKENS.copy()
+    before[rows, ENDS // 2] += 1
+    after[1:, 12] += 1  # row 0 ends there
+    assert (run(PARAMS, PICTURES, after, ENDS)['caption'] == found['caption']).all()
+    assert (run(PARAMS, PICTURES, before, ENDS)['caption'] != found['caption']).any(axis=1).all()
+
+
+def test_logits_are_scaled_cosines(found):
+    p = tiny.double(PARAMS)
+    picture = found['picture'] @ p['vision_projection']['kernel']
+    caption = found['caption'] @ p['text_projection']['kernel']
+    picture, caption = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (picture, caption))
+    np.testing.assert_allclose(found['logits'], np.exp(p['logit_scale']) * picture @ caption.T, atol=1e-4)
+    scaled = [run(PARAMS | {'logit_scale': jnp.float32(scale)}, PICTURES, TOKENS, ENDS)['logits'] for scale in (4, 9)]
+    np.testing.assert_allclose(scaled[0], math.exp(4) * picture @ caption.T, atol=1e-3)
+    np.testing.assert_allclose(scaled[1], 100 * picture @ caption.T, atol=1e-3)  # exp(9) is clipped
+
+
+def test_the_contrastive_loss_is_the_numpy_one():
+    pictures, captions = RNG.normal(size=(2, 7, 3))
+    logits = jnp.float32(pictures @ captions.T)
+    np.testing.assert_allclose(contrastive_loss(logits), reference.contrastive(pictures, captions), rtol=1e-5)
+    np.testing.assert_allclose(contrastive_loss(logits.T), contrastive_loss(logits), rtol=1e-6)
+    np.testing.assert_allclose(contrastive_loss(jnp.zeros((7, 7))), math.log(7), rtol=1e-6)
+    assert contrastive_loss(50 * jnp.eye(7)) < 1e-6
+
+
+def test_quick_gelu():
+    x = np.linspace(-5, 5, 11)
+    np.testing.assert_allclose(quick_gelu(jnp.float32(x)), x / (1 + np.exp(-1.702 * x)), atol=1e-6)

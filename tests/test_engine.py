@@ -1,0 +1,236 @@
+"""The engine: cached answers, batches, sampling, stops, the context's limit, streaming, and few compilations."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from nanovision_jax import engine, models
+from nanovision_jax.data import conversation, images
+from nanovision_jax.errors import UserError
+
+STAGES = ('sft', 'vision_instruct')
+CONTEXT, P = 61, 9  # positions of the tiny models, tokens of a picture
+
+
+@pytest.fixture(scope='module', params=STAGES)
+def case(request, tokenizer):
+    """An engine whose tokenizer knows no stops, and three prompts of different lengths for it.
+
+    From these lengths on, every answer of the tests below runs in the same shapes: rows of 32, a cache of 61.
+    """
+    return make(request.param, tokenizer)
+
+
+@pytest.fixture(scope='module')
+def text(tokenizer):
+    return make('sft', tokenizer)
+
+
+def make(stage, tokenizer):
+    cfg = tiny.config(stage, positions=CONTEXT)
+    endless = types.SimpleNamespace(special=(-1, -2, -3, -4, -5), end=-1, decode=tokenizer.decode)
+    rng, prompts = np.random.default_rng(0), []
+    for length, pictures in ((32, 2), (17, 0), (23, 1)):
+        ids = rng.integers(5, 250, length, np.int32)
+        prompts.append(engine.Prompt(ids, []))
+        if stage.startswith('vision'):
+            ids[2 : 2 + pictures * P] = tokenizer.image
+            prompts[-1].images = list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
+    return engine.Engine(cfg, *tiny.model(cfg, tokenizer.size, tokenizer.image), endless), prompts
+
+
+def answers(runner, prompts, **options):
+    """The token ids of each answer."""
+    ids = [[] for _ in prompts]
+    for chunk in runner.pieces(prompts, **options):
+        for row, new in zip(ids, chunk, strict=True):
+            row += new
+    return ids
+
+
+def test_greedy_answers_are_the_likeliest_tokens_of_a_full_forward_pass(case):
+    runner, prompts = case
+    found = answers(runner, prompts, max_new_tokens=20)
+    tokens = np.zeros((3, CONTEXT), np.int32)
+    for row, prompt, answer in zip(tokens, prompts, found, strict=True):
+        row[: len(prompt.ids) + 20] = [*prompt.ids, *answer]
+    inputs = [tokens, np.broadcast_to(np.arange(CONTEXT), tokens.shape), np.ones_like(tokens)]
+    if runner.config.stage == 'vision_instruct':
+        pictures = np.zeros((3, 2, 21, 21, 3), np.uint8)
+        pictures[0], pictures[2, 0] = prompts[0].images, prompts[2].images[0]
+        inputs.append(pictures)
+    scores = np.asarray(jax.jit(lambda params, *x: models.merge(runner.graphdef, params)(*x))(runner.params, *inputs))
+    for row, prompt, answer in zip(scores, prompts, found, strict=True):
+        here = row[len(prompt.ids) - 1 :][:20]
+        assert len(set(answer)) > 5  # not one token over and over
+        np.testing.assert_allclose(here[np.arange(20), answer], here.max(axis=1), atol=1e-4)
+
+
+def test_a_batch_of_unequal_prompts_answers_as_each_alone(case):
+    runner, prompts = case
+    together = answers(runner, prompts, max_new_tokens=20)
+    for prompt, answer in list(zip(prompts, together, strict=True))[1:]:
+        assert answers(runner, [prompt], max_new_tokens=20) == [answer]
+
+
+def test_pictures_are_looked_at(tokenizer):
+    runner, (prompt, *others) = make('vision_instruct', tokenizer)
+    answer, *rest = answers(runner, [prompt, *others], max_new_tokens=20)
+    other, *same = answers(runner, [engine.Prompt(prompt.ids, prompt.images[::-1]), *others], max_new_tokens=20)
+    assert answer != other and rest == same
+
+
+def test_sampled_answers_depend_on_the_rows_seed_alone(text):
+    runner, prompts = text
+    options = {'max_new_tokens': 20, 'temperature': 0.8}
+    together = answers(runner, prompts, seed=3, **options)
+    assert answers(runner, prompts[1:2], seed=4, **options) == together[1:2]
+    assert answers(runner, prompts[2:3], seed=5, **options) == together[2:3]
+    assert answers(runner, prompts[2:3], seed=6, **options) != together[2:3]
+    assert answers(runner, prompts[:1] * 3, seed=3, **options)[0] == together[0]
+    assert len({*map(tuple, answers(runner, prompts[:1] * 3, seed=3, **options))}) == 3
+
+
+def test_the_one_likeliest_token_is_the_greedy_one(text):
+    runner, prompts = text
+    greedy = answers(runner, prompts, max_new_tokens=20)
+    assert answers(runner, prompts, max_new_tokens=20, temperature=1.3, top_k=1) == greedy
+    assert answers(runner, prompts, max_new_tokens=20, temperature=1.3, top_p=1e-6) == greedy
+    assert answers(runner, prompts, max_new_tokens=20, temperature=1.3) != greedy
+
+
+def test_every_stop_token_ends_its_row_and_no_other(text):
+    runner, prompts = text
+    plain = answers(runner, prompts, max_new_tokens=29)
+    stops = plain[0][3], plain[1][19], plain[2][10]
+
+    for special in ((*stops, -1, -2), (-1, -2, *stops)):
+        runner.tokenizer.special, runner.tokenizer.end = special, special[0]
+        try:
+            chunks = list(runner.pieces(prompts, max_new_tokens=29))
+        finally:
+            runner.tokenizer.special, runner.tokenizer.end = (-1, -2, -3, -4, -5), -1
+        found = [[token for chunk in chunks for token in chunk[row]] for row in range(3)]
+        assert found == [row[: first(row, stops)] for row in plain]
+        assert len(chunks) == 1 + max(map(len, found)) // 16  # and when all have ended, so does the work
+
+
+def first(row, stops):
+    """Where the first of the stops is in a row."""
+    return min(i for i, token in enumerate(row) if token in stops)
+
+
+@pytest.mark.parametrize('n', [1, 16, 17, 20])
+def test_an_answer_has_exactly_as_many_tokens_as_asked_for(text, n):
+    runner, prompts = text
+    assert answers(runner, prompts, max_new_tokens=n) == [
+        row[:n] for row in answers(runner, prompts, max_new_tokens=29)
+    ]
+    assert [len(row) for row in answers(runner, prompts, max_new_tokens=n)] == [n, n, n]
+
+
+def test_prompt_and_answer_fill_the_context_and_no_more(text):
+    runner, prompts = text
+    found = answers(runner, prompts, max_new_tokens=1000)
+    assert [len(prompt.ids) + len(row) for prompt, row in zip(prompts, found, strict=True)] == [CONTEXT] * 3
+    assert [row[:29] for row in found] == answers(runner, prompts, max_new_tokens=29)
+    for length in (CONTEXT, 2000):
+        with pytest.raises(UserError, match=rf'{length} tokens long, and the context holds {CONTEXT}'):
+            list(runner.pieces([prompts[1], engine.Prompt(np.ones(length, np.int32), [])]))
+
+
+def test_prompts_of_one_bucket_compile_nothing_new(text):
+    runner, prompts = text
+    answers(runner, prompts, max_new_tokens=20)
+    before = engine.prefill._cache_size(), engine.decode._cache_size()
+    for lengths in ((18, 25, 31), (13, 19, 32), (1, 2, 29)):
+        other = [engine.Prompt(np.full(n, 7, np.int32), []) for n in lengths]
+        answers(
+            engine.Engine(runner.config, runner.graphdef, runner.params, runner.tokenizer), other, max_new_tokens=29
+        )
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
+
+
+def test_sampling_follows_the_distribution():
+    probability = np.array([0.06, 0.4, 0, 0.15, 0.04, 0.25, 0.1])
+    logits = jnp.log(jnp.float32(probability))
+    keys = jax.vmap(jax.random.key)(jnp.arange(20_000))
+    draw = jax.jit(lambda sampling: jax.vmap(engine.sample, in_axes=(0, None, None))(keys, logits, sampling))
+
+    def check(expected, temperature=1.0, top_k=0, top_p=1.0):
+        found = draw((jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)))
+        expected = np.array(expected) / np.sum(expected)
+        share = np.bincount(found, minlength=7) / len(found)
+        assert (share[expected == 0] == 0).all()
+        np.testing.assert_allclose(share, expected, atol=5 * 0.5 / len(found) ** 0.5)
+
+    only = [[p if p >= least else 0 for p in probability] for least in (0.25, 0.15, 0.1)]
+    check(probability)
+    check(probability**2, temperature=0.5)
+    check(probability**0.5, temperature=2.0)
+    check(only[0], top_k=2)
+    check(only[1], top_k=3)
+    check(only[1], top_p=0.7)  # 0.4 and 0.25 do not reach it
+    check(only[2], top_p=0.85)
+    check(only[1], top_k=4, top_p=0.7)  # the narrower of both
+    check(only[0], top_k=2, top_p=0.7)
+    check(probability, top_k=100)
+
+
+def test_streamed_pieces_are_whole_characters_and_join_to_the_answer(text, tokenizer, monkeypatch):
+    runner, prompts = text
+    options = {'max_new_tokens': 40, 'temperature': 1.0}
+    assert ''.join(runner.stream(prompts[1], **options)) == runner.answer(prompts[1:2], **options)[0] != ''
+
+    def stream(ids, size):
+        chunks = [[ids[i : i + size]] for i in range(0, len(ids), size)]
+        monkeypatch.setattr(runner, 'pieces', lambda *_, **__: iter(chunks))
+        return list(runner.stream(prompts[0]))
+
+    said = 'The 🦔 and the 日本 über\n naïve — fine'
+    ids, hedgehog = list(tokenizer.encode(said)), list(tokenizer.encode('a 🦔'))
+    assert len(hedgehog) > 3  # one character of several tokens
+    for size in (1, 2, 3, 16):
+        pieces = stream(ids, size)
+        assert ''.join(pieces) == said and not any('\ufffd' in piece for piece in pieces)
+    assert ''.join(stream(hedgehog[:-1], 1)) == tokenizer.decode(hedgehog[:-1]) == 'a \ufffd'
+    assert ''.join(stream([*hedgehog[:-1], *tokenizer.encode('!')], 1)) == 'a \ufffd!'
+    assert stream([], 1) == []
+
+
+def test_prompts_are_what_training_sees(tokenizer):
+    cfg = tiny.config('vision_instruct')
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8))
+    messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'a cat?'}]}]
+    prompt = engine.chat_prompt(cfg, tokenizer, messages, [picture])
+    answered = [*messages, {'role': 'assistant', 'content': 'the dog'}]
+    ids, learned, _ = conversation.encode(answered, tokenizer, P, 1)
+    assert prompt.ids.tolist() == ids[: int(learned.argmax())].tolist() and prompt.ids[-1] == tokenizer.assistant
+    np.testing.assert_array_equal(prompt.images, [images.prepare(picture, 21)])
+    continued = engine.text_prompt(tokenizer, 'the cat runs').ids
+    assert continued.tolist() == tokenizer.encode_documents(['the cat runs']).tolist()
+
+
+def test_what_cannot_be_answered_is_said(tokenizer):
+    cfg = tiny.config('sft')
+    question, answer = {'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}
+    picture = Image.new('RGB', (9, 9))
+    for messages, pictures in (
+        ([], []),
+        ([question, answer], []),
+        ([question, question], []),
+        ([answer], []),
+        ([{'role': 'system', 'content': 'x'}, question], []),
+        ([question], [picture]),
+        ([{'role': 'user', 'content': [{'type': 'image'}]}], []),
+        ([{'role': 'user'}], []),
+    ):
+        with pytest.raises(UserError, match='cannot be answered'):
+            engine.chat_prompt(cfg, tokenizer, messages, pictures)
+    with pytest.raises(UserError, match='no decoder to chat with'):
+        engine.Engine(tiny.config('clip'), None, None, tokenizer)

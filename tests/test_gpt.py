@@ -1,0 +1,150 @@
+"""The decoder: against plain numpy, causality, packing, positions, the padded vocabulary, the cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+import reference
+import tiny
+from flax import nnx
+
+from nanovision_jax import config as configs
+from nanovision_jax import models, optim
+from nanovision_jax.data import packing
+from nanovision_jax.models.gpt import padded, rotate
+
+T = 29
+CFG = tiny.config('sft')
+GRAPHDEF, PARAMS = tiny.model(CFG)
+
+
+@jax.jit
+def forward(params, tokens, positions, segments):
+    return models.merge(GRAPHDEF, params)(tokens, positions, segments)
+
+
+def examples(*lengths, seed=0):
+    """Examples as packing.pack takes them, of so many inputs each."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, tiny.IMAGE, n + 1, np.int32), np.ones(n + 1, bool), []) for n in lengths]
+
+
+def logits(*rows):
+    """Real logits [row, T, VOCAB] of three rows, each a list of examples."""
+    packed = [packing.pack(row, T) for row in rows]
+    inputs = [np.stack([row[name] for row in packed]) for name in ('tokens', 'positions', 'segments')]
+    return np.asarray(forward(PARAMS, *inputs))[..., : tiny.VOCAB]
+
+
+def test_the_decoder_is_the_numpy_one():
+    row = examples(11, 13, 5)
+    found, p = logits(row, row, row)[0], tiny.double(PARAMS)
+    alone = [reference.decoder(p, p['embedding']['embedding'][ids[:-1]]) for ids, _, _ in row]
+    np.testing.assert_allclose(found, np.concatenate(alone)[:, : tiny.VOCAB], atol=1e-4)
+
+
+def test_no_token_sees_a_later_one():
+    (ids, learned, _), *_ = examples(T)
+    changed = []
+    for t in (7, 20):
+        other = ids.copy()
+        other[t] = (ids[t] + 1) % tiny.IMAGE
+        changed.append([(other, learned, [])])
+    plain, *later = logits([(ids, learned, [])], *changed)
+    for t, found in zip((7, 20), later, strict=True):
+        assert (found[:t] == plain[:t]).all()
+        assert (found[t:] != plain[t:]).any(axis=-1).all()
+
+
+def test_packed_neighbours_do_not_see_each_other():
+    a, b, c, d = examples(7, 11, 5, 11)
+    plain, changed, _ = logits([a, b, c], [a, d, c], [a, b, c])
+    assert (plain[:7] == changed[:7]).all() and (plain[18:23] == changed[18:23]).all()
+    assert (plain[7:18] != changed[7:18]).any(axis=-1).all()
+
+
+def test_an_example_gets_the_same_logits_alone_and_anywhere_in_a_row():
+    a, b, c = examples(7, 11, 5)
+    alone, last, middle = logits([a], [b, c, a], [c, a, b])
+    np.testing.assert_allclose(last[16:23], alone[:7], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(middle[5:12], alone[:7], rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_turns_interleaved_pairs():
+    rng = np.random.default_rng(1)
+    x, positions = rng.normal(size=(2, 5, 3, 14)), rng.integers(0, 2048, (2, 5))
+    found = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 1e6))
+    for row in range(2):
+        np.testing.assert_allclose(found[row], reference.rope(x[row], positions[row], 1e6), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    rng = np.random.default_rng(2)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 14)).repeat(4, axis=1), jnp.float32) for _ in range(2))
+    start = jnp.array([[0, 1, 59, 307]])
+    near, far = ((rotate(q, start + n, 1e6) * rotate(k, start, 1e6)).sum(-1)[0, :, 0] for n in (5, 17))
+    np.testing.assert_allclose(near, near[0], atol=1e-4)
+    np.testing.assert_allclose(far, far[0], atol=1e-4)
+    assert abs(near[0] - far[0]) > 0.1
+
+
+def test_padded_vocabulary_rows_stay_nothing():
+    rows = padded(tiny.VOCAB)
+    assert (rows, padded(128), padded(129)) == (128, 128, 256)
+    optimizer = optim.make_optimizer(configs.Optim(learning_rate=0.1, warmup=0, weight_decay=0.5), 10)
+    tokens = jnp.arange(2 * T).reshape(2, T)
+    positions, segments = tokens % T, jnp.ones_like(tokens)
+
+    @jax.jit
+    def run():
+        params = nnx.to_pure_dict(nnx.state(models.build(CFG, tiny.VOCAB, tiny.IMAGE, nnx.Rngs(0))))
+
+        def loss(params):
+            scores = models.merge(GRAPHDEF, params)(tokens, positions, segments)
+            return optax.softmax_cross_entropy_with_integer_labels(scores, tokens).mean(), scores
+
+        (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return params, value, scores, grads, optax.apply_updates(params, updates)
+
+    params, value, scores, grads, after = run()
+    assert np.isfinite(value) and np.isneginf(scores[..., tiny.VOCAB :]).all()
+    for tree in (params, grads, after):
+        assert not np.any(tree['embedding']['embedding'][tiny.VOCAB :])
+        assert not np.any(tree['head']['kernel'][:, tiny.VOCAB :])
+        assert np.any(tree['head']['kernel'][:, : tiny.VOCAB], axis=0).all()
+    assert (params['head']['kernel'] != after['head']['kernel'])[:, : tiny.VOCAB].any()
+    fan_in = {'qkv': 42, 'ffn_in': 42, 'out': 42 * 2 * CFG.model.layers, 'ffn_out': 53 * 2 * CFG.model.layers}
+    for name, n in fan_in.items():  # what writes to the residual stream starts smaller by sqrt(2 · layers)
+        np.testing.assert_allclose(np.std(params['blocks'][name]['kernel']) * n**0.5, 1, rtol=0.05)
+
+
+def test_decoding_with_the_cache_gives_the_full_forward_pass():
+    rows = [examples(T, seed=seed) for seed in range(3)]
+    tokens = np.stack([packing.pack(row, T)['tokens'] for row in rows])
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(cache, token, position):
+        decoder = models.merge(GRAPHDEF, PARAMS)
+        x, cache = decoder.extend(decoder.embed(token), position, cache)
+        return decoder.logits(x)[:, 0, : tiny.VOCAB], cache
+
+    cache = models.merge(GRAPHDEF, PARAMS).empty_cache(3, T + 2)
+    found = []
+    for t in range(T):
+        scores, cache = step(cache, tokens[:, t : t + 1], np.full((3, 1), t))
+        found.append(scores)
+    np.testing.assert_allclose(np.stack(found, 1), logits(*rows), atol=1e-4)
+
+
+def test_a_wrong_shape_is_caught_by_the_annotations():
+    tokens = np.zeros((3, T), np.int32)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        jax.eval_shape(forward, PARAMS, tokens, tokens[:, 1:], tokens)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        jax.eval_shape(forward, PARAMS, tokens.astype(np.float32), tokens, tokens)

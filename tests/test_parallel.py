@@ -1,0 +1,178 @@
+"""Meshes: what is refused, what is split, and that no mesh changes a gradient."""
+
+import functools
+import re
+
+import jax
+import micro
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nanovision_jax import config as configs
+from nanovision_jax import models, optim, parallel, train
+from nanovision_jax.errors import UserError
+
+MESHES = {
+    'data8': configs.Mesh(8, 1, 1),
+    'fsdp8': configs.Mesh(1, 8, 1),
+    'data2-fsdp2-tensor2': configs.Mesh(2, 2, 2),
+    'data4-tensor2': configs.Mesh(4, 1, 2),
+    'fsdp2-tensor4': configs.Mesh(1, 2, 4),
+}
+# What these sizes are computed with is of no interest, so the compiler need not try hard: five times as quick.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+
+
+def abstract_state(cfg, optimizer, mesh, vocab_size=50261):
+    """(shapes, shardings) of a whole training state; nothing is allocated."""
+    params = models.abstract(cfg, vocab_size, vocab_size - 1)[1]
+    trained = train.split_params(cfg.stage, params)[0]
+    shapes = {'params': params, 'optimizer': jax.eval_shape(optimizer.init, trained)}
+    return shapes, parallel.shardings(shapes, mesh)
+
+
+# The mesh ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'shape'), [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 8, 1), (1, 8, 1)), ((4, 1, -1), (4, 1, 2))]
+)
+def test_minus_one_takes_what_is_left(sizes, shape):
+    mesh = parallel.make_mesh(configs.Mesh(*sizes))
+    assert tuple(mesh.shape[axis] for axis in parallel.AXES) == shape
+
+
+@pytest.mark.parametrize(('sizes', 'used'), [((6, 1, 1), 6), ((-1, 3, 1), 6), ((2, 2, 1), 4), ((8, 2, 1), 16)])
+def test_a_mesh_that_does_not_use_every_device_is_refused(sizes, used):
+    with pytest.raises(UserError, match=f'uses {used} of 8 devices'):
+        parallel.make_mesh(configs.Mesh(*sizes))
+
+
+@pytest.mark.parametrize('sizes', [(-1, -1, 1), (0, 8, 1), (-2, 1, 1)])
+def test_axes_are_numbers_and_at_most_one_is_open(sizes):
+    with pytest.raises(UserError, match='one of them may be -1'):
+        parallel.make_mesh(configs.Mesh(*sizes))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'sizes', 'axis'),
+    [
+        ('model.heads', 6, (1, 2, 4), 'tensor'),
+        ('model.ffn', 66, (1, 2, 4), 'tensor'),
+        ('model.width', 36, (1, 8, 1), 'fsdp'),
+        ('model.vision.heads', 2, (1, 2, 4), 'tensor'),
+        ('model.vision.width', 36, (1, 8, 1), 'fsdp'),
+        ('data.batch_size', 12, (8, 1, 1), 'data × fsdp'),
+        ('optim.accumulate', 2, (4, 2, 1), 'data × fsdp'),
+    ],
+)
+def test_what_a_mesh_does_not_divide_is_named(field, value, sizes, axis):
+    cfg, mesh = micro.config('vision_instruct'), parallel.make_mesh(configs.Mesh(*sizes))
+    parallel.check_divides(cfg, mesh, micro.TOKENIZER.size)
+    part, _, name = field.rpartition('.')
+    setattr(configs.get(cfg, part), name, value)
+    named = 'data.batch_size' if field == 'optim.accumulate' else field
+    with pytest.raises(UserError, match=rf'{axis}.* does not divide {named}, which is \d+\.$'):
+        parallel.check_divides(cfg, mesh, micro.TOKENIZER.size)
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_named():
+    cfg, mesh = micro.config('pretrain'), parallel.make_mesh(configs.Mesh(1, 1, 3), jax.devices()[:3])
+    cfg.model.heads = cfg.model.ffn = 3
+    with pytest.raises(UserError, match='tensor is 3 and does not divide the padded vocabulary, which is 128'):
+        parallel.check_divides(cfg, mesh, micro.TOKENIZER.size)
+
+
+def test_a_stage_is_only_asked_about_the_parts_it_has():
+    mesh = parallel.make_mesh(configs.Mesh(1, 8, 1))
+    for stage, absent in (('clip', 'model'), ('pretrain', 'vision'), ('vision_instruct', 'text')):
+        cfg = micro.config(stage)
+        (cfg.model if absent == 'model' else getattr(cfg.model, absent)).width = 20
+        parallel.check_divides(cfg, mesh, micro.TOKENIZER.size)
+
+
+# Shardings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_fsdp_splits_every_large_leaf_and_its_moments(stage):
+    cfg, mesh = configs.base_config(stage, 'd20'), parallel.make_mesh(configs.Mesh(1, 8, 1))
+    cfg.data.length = 77
+    shapes, shardings = abstract_state(cfg, optim.make_optimizer(cfg.optim, 10), mesh)
+    parts = {}
+    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+        parts[parallel.path_name(path)] = leaf.size // np.prod(sharding.shard_shape(leaf.shape), dtype=int)
+        small = leaf.size < 300_000  # the tower's positions are the largest of what each device has whole
+        assert parts[parallel.path_name(path)] == 8 or small, f'{parallel.path_name(path)} {leaf.shape} is not split'
+    moments = [name for name in parts if name.startswith('optimizer') and re.search(r'/(mu|nu)/', name)]
+    trained = jax.tree.leaves(train.split_params(stage, shapes['params'])[0])
+    assert len(moments) == 2 * len(trained)
+    for name in moments:
+        assert parts[name] == parts['params/' + re.split('/(?:mu|nu)/', name)[1]]
+
+
+def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
+    """Both the same way round gave wrong gradients on a mesh of all three axes (jax 0.10)."""
+    cfg, mesh = configs.base_config('pretrain', 'd20'), parallel.make_mesh(configs.Mesh(2, 2, 2))
+    blocks = abstract_state(cfg, optim.make_optimizer(cfg.optim, 10), mesh)[1]['params']['blocks']
+    assert blocks['ffn_in']['kernel'].spec == P(None, 'fsdp', 'tensor')
+    assert blocks['ffn_out']['kernel'].spec == P(None, 'tensor', 'fsdp')
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradients(stage, sizes, accumulate=1):
+    """(loss, gradients) of one batch on a mesh of `sizes`, as numpy arrays."""
+    cfg = micro.config(stage)
+    cfg.optim.accumulate = accumulate
+    graphdef, params = micro.params(cfg)
+    mesh = parallel.make_mesh(configs.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parallel.shardings(params, mesh))
+        step = jax.jit(train.make_gradients(cfg, graphdef), compiler_options=QUICK)
+        return jax.device_get(step(*train.split_params(stage, placed), parallel.put_batch(micro.batch(cfg), mesh)))
+
+
+def assert_equal(found, wanted):
+    """Both losses and every leaf of both gradients are equal within float32's rounding."""
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+        error, limit = np.abs(leaf - expected).max(), max(1e-6, 1e-5 * np.abs(expected).max())
+        assert error <= limit, f'{parallel.path_name(path)} is off by {error}, and {limit} is allowed'
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('stage', ['clip', 'pretrain', 'vision_pretrain', 'vision_instruct'])
+def test_gradients_are_those_of_one_device(stage, mesh):
+    sizes = tuple(getattr(MESHES[mesh], axis) for axis in parallel.AXES)
+    found = gradients(stage, sizes)
+    assert_equal(found, gradients(stage, (1, 1, 1)))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 1)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(sizes):
+    """Though each of the four parts learns from another number of tokens."""
+    learned = micro.batch(micro.config('pretrain'))['weights'].sum(1).reshape(-1, 4).sum(0)
+    assert len(set(learned)) == 4
+    assert_equal(gradients('pretrain', sizes, accumulate=4), gradients('pretrain', (1, 1, 1)))
+
+
+def test_activations_stay_split_by_rows():
+    """FSDP without constraints on activations gives the same numbers and sends ten times the bytes."""
+    cfg, mesh = micro.config('pretrain'), parallel.make_mesh(configs.Mesh(1, 8, 1))
+    graphdef, params = micro.params(cfg)
+    with jax.set_mesh(mesh):
+        batch = parallel.put_batch(micro.batch(cfg), mesh)
+        placed = jax.device_put(params, parallel.shardings(params, mesh))
+
+        def forward(params, batch):
+            return models.merge(graphdef, params)(batch['tokens'], batch['positions'], batch['segments'])
+
+        step = jax.jit(forward, compiler_options=QUICK).lower(placed, batch).compile()
+    gathered = re.findall(r'(\w+\[[\d,]*\])\S* all-gather', step.as_text())
+    assert gathered and not [shape for shape in gathered if shape.startswith('f32[8,32,')], gathered
+    assert step.output_shardings.shard_shape((8, 32, 128)) == (1, 32, 128)
