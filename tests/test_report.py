@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nanovision_jax import config as configs
-from nanovision_jax import report
+from nanovision_jax import report, report_page
 from nanovision_jax.errors import UserError
 
 HOSTILE = '<script>alert("1")</script> | & *b*'
@@ -215,7 +215,7 @@ def test_parameters_come_from_the_checkpoint(family):
 @pytest.mark.parametrize('losses', [[3.0], [3.0, 3.0], [9.0, 0.5, 0.02], [2.0, -1.0], np.linspace(4, 3, 50).tolist()])
 def test_charts_of_any_losses(losses):
     train = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
-    svg = report.chart('sft', train, train[-1:])
+    svg = report_page.chart('sft', train, train[-1:])
     assert svg.count('<circle') == 1
     points = re.search(r'points="([^"]*)"', svg)[1].replace(',', ' ').split()
     assert all(0 <= float(x) <= 360 for x in points)
