@@ -73,7 +73,7 @@ def converse(model, pictures, options):
                 messages.pop()
                 continue
             waiting = 0
-            messages.append({'role': 'assistant', 'content': answer or '…'})
+            messages.append({'role': 'assistant', 'content': answer.strip() or '…'})
 
 
 def main(argv):

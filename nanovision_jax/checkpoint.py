@@ -7,6 +7,7 @@
 Orbax does not notice a flipped bit and casts dtypes in silence, hence the manifest and the checks here.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -38,8 +39,8 @@ class Checkpoints:
         self.wait()
         if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
             params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
-        for stale in self.folder.glob(f'{step}*'):
-            shutil.rmtree(stale)  # unfinished: a whole one of this step would not be written again
+        for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
+            shutil.rmtree(stale, ignore_errors=True)  # unfinished or damaged: a whole one would not be written again
         items = {'params': ocp.args.PyTreeSave(params), 'optimizer': ocp.args.PyTreeSave(optimizer)}
         self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
         self._thread = threading.Thread(target=self._finish, args=(step, extra))
@@ -50,7 +51,8 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 write_manifest(self.folder / str(step), {'step': step} | extra)
-                for old in whole_steps(self.folder.parent)[self.keep :]:
+                # A later one is damaged, else the run had gone on from it; it must not push out a good one.
+                for old in [s for s in whole_steps(self.folder.parent) if s <= step][self.keep :]:
                     (self.folder / str(old) / 'manifest.json').unlink()  # from here on it does not count
                     shutil.rmtree(self.folder / str(old))
         except Exception as error:  # raised on the thread that trains
@@ -99,7 +101,7 @@ def damage(run_dir, step):
         for name, digest in manifest(run_dir, step)['files'].items():
             if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 return folder / name
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return folder / 'manifest.json'
     return None
 
@@ -126,10 +128,9 @@ def restore(run_dir, step, item, target):
     leaf is missing or has another shape or dtype.
     """
     folder = pathlib.Path(run_dir).absolute() / 'checkpoints' / str(step) / item
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = {
-            path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(reader.metadata(folder).item_metadata.tree)
-        }
+    # The handler itself: an ocp.Checkpointer would warn, at each reading, of a file that only whole checkpoints have.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(reader.metadata(folder).tree)}
         wanted = {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(target)}
         for name, leaf in wanted.items():
             if name not in saved:

@@ -34,17 +34,31 @@ def text_prompt(tokenizer, text):
 
 
 def chat_prompt(config, tokenizer, messages, pictures=()):
-    """A conversation that ends with a question. pictures: PIL images, for the image parts in order.
+    """A conversation that ends with a question. pictures: PIL images, as place_images() places them.
 
     Raises UserError for a conversation that makes no sense.
     """
     vision = config.model.vision
     try:
+        conversation.check(messages)
+        messages = place_images(messages, len(pictures))
         ids, _, _ = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True)
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
     prepared = [images.prepare(images.to_rgb(picture), vision.image_size, vision.fit) for picture in pictures]
     return Prompt(ids, prepared)
+
+
+def place_images(messages, count):
+    """Messages with an image part for each of `count` pictures: those without one go before the first question."""
+    parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
+    missing = count - len(parts)
+    if missing <= 0 or not messages:
+        return messages
+    first, *rest = messages
+    content = first['content']
+    content = [{'type': 'text', 'text': content}] if isinstance(content, str) else list(content)
+    return [first | {'content': [{'type': 'image'}] * missing + content}, *rest]
 
 
 def _bucket(n, least=32):

@@ -14,12 +14,17 @@ import pathlib
 from nanovision_jax.errors import Parser, UserError, nearest, run
 
 TASKS = ('bpb', 'vqa')
+SPLITS = ('train', 'validation', 'heldout')
 
 
 def evaluate(run_dir, task, split='validation', data=None, images=None, output=None, limit=None):
     """Runs a task on a run folder, writes its files, and returns the result."""
     if task not in TASKS:
         raise UserError(f'no task {task!r}.{nearest(task, TASKS)}')
+    if split not in SPLITS:
+        raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
+    if limit is not None and limit < 1:
+        raise UserError(f'--limit takes a number above 0, not {limit}.')
     from nanovision_jax.inference import load
 
     module = importlib.import_module(f'nanovision_jax.evals.{task}')

@@ -1,5 +1,6 @@
 """A run folder opened for use: nanovision_jax.load(run_dir)."""
 
+import functools
 import pathlib
 
 import jax
@@ -9,6 +10,12 @@ from nanovision_jax import checkpoint, engine, models
 from nanovision_jax import config as configs
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+
+
+@functools.partial(jax.jit, static_argnames='graphdef')
+def forward(graphdef, params, inputs):
+    """A model's logits of its inputs."""
+    return models.merge(graphdef, params)(*inputs)
 
 
 class Run:
@@ -25,18 +32,23 @@ class Run:
         return engine.Engine(self.config, self.graphdef, self.params, self.tokenizer)
 
     def check_sees(self):
-        """Raises UserError for a run without a vision tower."""
+        """Raises UserError for a run that cannot talk about pictures."""
         if not self.config.stage.startswith('vision'):
-            raise UserError(f'{self.config.run_dir} is a {self.config.stage} run without a vision tower: no pictures.')
+            raise UserError(
+                f'{self.config.run_dir} is a {self.config.stage} run: '
+                'talking about pictures takes a vision_pretrain or vision_instruct run.'
+            )
 
     def logits(self, ids, images=None):
         """Token ids [B, T] (images: uint8 [B, M, height, width, 3]) → float32 logits [B, T, V]; one segment a row."""
+        if images is not None:
+            self.check_sees()
         ids = np.asarray(ids, np.int32)
         inputs = [ids, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape), np.ones_like(ids)]
         if self.config.stage.startswith('vision'):
             size = self.config.model.vision.image_size
             inputs.append(np.zeros((len(ids), 1, size, size, 3), np.uint8) if images is None else np.asarray(images))
-        return jax.jit(lambda params, inputs: models.merge(self.graphdef, params)(*inputs))(self.params, inputs)
+        return forward(self.graphdef, self.params, inputs)
 
     def chat(self, messages, images=(), stream=False, **options):
         """The answer to a conversation, or with stream=True an iterator of its pieces.
@@ -51,25 +63,13 @@ class Run:
             self.check_sees()
         if isinstance(messages, str):
             messages = [{'role': 'user', 'content': messages}]
-        prompt = engine.chat_prompt(self.config, self.tokenizer, place_images(messages, len(images)), images)
+        prompt = engine.chat_prompt(self.config, self.tokenizer, messages, images)
         pieces = self.engine.stream(prompt, **options)
         return pieces if stream else ''.join(pieces)
 
     def continue_text(self, text, **options):
         """An iterator of the pieces of text that continue a document. Options as in chat()."""
         return self.engine.stream(engine.text_prompt(self.tokenizer, text), **options)
-
-
-def place_images(messages, count):
-    """Messages with an image part for each of `count` pictures: those without one go before the first question."""
-    parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
-    missing = count - len(parts)
-    if missing <= 0 or not messages:
-        return messages
-    first, *rest = messages
-    content = first['content']
-    content = [{'type': 'text', 'text': content}] if isinstance(content, str) else list(content)
-    return [first | {'content': [{'type': 'image'}] * missing + content}, *rest]
 
 
 def load(run_dir):

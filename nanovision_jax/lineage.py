@@ -10,36 +10,45 @@ import jax
 
 from nanovision_jax.checkpoint import file_digest
 from nanovision_jax.data.tokenizer import CHAT_TEMPLATE
+from nanovision_jax.errors import UserError
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
 
 
-def begin(config, tokenizer, inherited, mesh, frozen):
-    """Writes lineage.json at the start of a run, or adds a session to it when a run goes on."""
+def begin(config, tokenizer, inherited, mesh, frozen, start):
+    """Writes lineage.json at the start of a run, or adds a session to it when a run goes on from step `start`.
+
+    Raises UserError if a run that goes on would do so with another tokenizer, template, preprocessing or frozen part.
+    """
     file = pathlib.Path(config.run_dir) / 'lineage.json'
     vision = config.model.vision
     preprocessing = [vision.image_size, vision.fit, vision.mean, vision.std]
-    if file.exists():
-        record = json.loads(file.read_text())
-    else:
-        record = {
-            'stage': config.stage,
-            'parents': [
-                {
-                    'run': str(parent.run_dir),
-                    'step': parent.step,
-                    'part': parent.part or 'all',
-                    'manifest': file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json'),
-                }
-                for parent in inherited
-            ],
-            'tokenizer': tokenizer.digest,
-            'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
-            'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
-            'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
-            'frozen_before': frozen,
-            'sessions': [],
-        }
+    record = {
+        'stage': config.stage,
+        'parents': [
+            {
+                'run': str(parent.run_dir),
+                'step': parent.step,
+                'part': parent.part or 'all',
+                'manifest': file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json'),
+            }
+            for parent in inherited
+        ],
+        'tokenizer': tokenizer.digest,
+        'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+        'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
+        'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
+        'frozen_before': frozen,
+        'sessions': [],
+    }
+    if start and file.exists():
+        now, record = record, json.loads(file.read_text())
+        for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
+            if now[name] != record[name]:
+                raise UserError(
+                    f'{config.run_dir} was trained with another {name} than it would go on with (lineage.json): '
+                    'say --anew to start again.'
+                )
     devices = jax.devices()
     record['sessions'].append(
         {
@@ -49,6 +58,7 @@ def begin(config, tokenizer, inherited, mesh, frozen):
             'mesh': dict(mesh.shape),
         }
     )
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + '\n')
 
 

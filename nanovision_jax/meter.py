@@ -5,7 +5,9 @@ matrix products. Only what a stage does is counted: 2·N forward, 2·N more wher
 weights learn. Padding is not counted as work.
 """
 
+import dataclasses
 import json
+import re
 import time
 
 import jax
@@ -17,9 +19,13 @@ from nanovision_jax.models.gpt import padded
 PEAK = {
     'A100': 312e12,
     'H100': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'GH200': 989e12,
     'H200': 989e12,
     'B200': 2250e12,
     'L4': 121e12,
+    'L40S': 362e12,
     'T4': 65e12,
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,
@@ -35,7 +41,7 @@ def peak_flops():
     """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or on CPU a measured product's."""
     kind = jax.devices()[0].device_kind
     for name in sorted(PEAK, key=len, reverse=True):
-        if name in kind:
+        if re.search(rf'\b{name}\b', kind):
             return PEAK[name] * jax.device_count(), f'{name} data sheet, bf16'
     a = jnp.ones((1024, 1024), jnp.float32)
     product = jax.jit(lambda a: a @ a)
@@ -67,7 +73,8 @@ def step_flops(config, vocab_size, tokens, pictures):
     passes = 2 if config.stage == 'vision_pretrain' else 3  # gradients flow through a frozen decoder
     total = tokens * cost(model, config.data.length, model.width * padded(vocab_size), passes)
     if config.stage.startswith('vision'):
-        total += pictures * (vision.patches + 1) * cost(vision, vision.patches + 1, patch, passes=1)
+        seen = dataclasses.replace(vision, layers=vision.layers - 1)  # features are taken before the last layer
+        total += pictures * (vision.patches + 1) * cost(seen, vision.patches + 1, patch, passes=1)
     return total
 
 
@@ -82,10 +89,10 @@ class Metrics:
 
     def __init__(self, run_dir, to='', start=0):
         self.file = run_dir / 'metrics.jsonl'
-        lines = read_metrics(self.file)
-        kept = [line for line in lines if line['step'] <= start]
-        if kept != lines:
-            self.file.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        kept = [line for line in read_metrics(self.file) if line['step'] <= start]
+        partial = self.file.with_suffix('.part')
+        partial.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        partial.replace(self.file)  # a half-written last line is gone too: the next one would be glued to it
         self.last = next((line for line in reversed(kept) if 'loss' in line), {'tokens': 0, 'seconds': 0.0})
         self._board = None
         if to == 'tensorboard':

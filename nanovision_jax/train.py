@@ -140,8 +140,7 @@ def write_run(config, tokenizer, bad):
     folder = pathlib.Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(configs.to_json(config))
-    if not (folder / 'tokenizer').exists():
-        shutil.copytree(tokenizer.folder, folder / 'tokenizer')
+    shutil.copytree(tokenizer.folder, folder / 'tokenizer', dirs_exist_ok=True)
     if bad:
         (folder / 'bad_rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in bad))
         print(f'{len(bad)} bad examples are left out, listed in {folder / "bad_rows.jsonl"}')
@@ -160,11 +159,11 @@ def train(config, resume=False, anew=False):
         print(f'{folder} is finished: {start} of {config.steps} steps')
         return folder
     mesh = parallel.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        return _train(config, folder, start, mesh)
+    with jax.set_mesh(mesh), StopOnSignal() as stop:
+        return _train(config, folder, start, mesh, stop)
 
 
-def _train(config, folder, start, mesh):
+def _train(config, folder, start, mesh, stop):
     # Data -------------------------------------------------------------------------------------------------------------
     inherited = [] if start else stages.parents(config)
     tokenizer = pipeline.family_tokenizer(config)
@@ -177,7 +176,6 @@ def _train(config, folder, start, mesh):
     if start >= steps:
         print(f'{folder} is finished: {start} of {steps} steps')
         return folder
-    write_run(config, tokenizer, bad)
     used = ', '.join(f'{share:.1%} of {what}' for what, share in rows.efficiency().items())
     print(f'{config.stage}: {steps} steps of {config.data.batch_size} rows; packing uses {used}')
 
@@ -190,7 +188,8 @@ def _train(config, folder, start, mesh):
         print(f'going on from step {start}')
     frozen = split_params(config.stage, state['params'])[1]
     digests = {name: checkpoint.tree_digest(part) for name, part in frozen.items()}
-    lineage.begin(config, tokenizer, inherited, mesh, digests)
+    lineage.begin(config, tokenizer, inherited, mesh, digests, start)
+    write_run(config, tokenizer, bad)
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
 
@@ -211,7 +210,7 @@ def _train(config, folder, start, mesh):
     peak, peak_source = meter.peak_flops()
     print(f'MFU is of {peak:.3g} FLOP/s ({peak_source}); full-attention convention, padding not counted')
     rate = optim.schedule(config.optim, steps)
-    stop = StopOnSignal()
+    stop.listen()
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
     bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5)
@@ -254,19 +253,15 @@ def _train(config, folder, start, mesh):
         batch, work = next(stream)
         bar.update()
         last = step == steps or stop.signal is not None
-        if step % config.log.every == 0 or last:
-            waiting, window = (step, metrics, window, total_tokens), collections.Counter()
         saving = step % config.checkpoint.every == 0 or last
         evaluating = step % config.eval.every == 0 or step == steps
+        if step % config.log.every == 0 or saving:  # what goes on from a checkpoint goes on from its line
+            waiting, window = (step, metrics, window, total_tokens), collections.Counter()
         if (saving or evaluating) and waiting:
             log_line(*waiting)  # the device is waited for here, so that the pause below counts no training
             waiting = None
         with clock.paused():
             if saving:
-                if not math.isfinite(float(metrics['loss'])):
-                    raise UserError(
-                        f'the loss is {float(metrics["loss"])} at step {step}: no checkpoint is made of that.'
-                    )
                 writer.save(step, state['params'], state['optimizer'], {'position': step * config.data.batch_size})
             if evaluating:
                 evaluate(config, step, eval_step, state['params'], held_out, mesh, log, bar)
@@ -370,12 +365,22 @@ class _Paused:
 
 
 class StopOnSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save and leave; a second one kills as usual."""
+    """A context that remembers SIGTERM or SIGINT, so that the loop can save and leave; a second one kills as usual."""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self._before = None, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def listen(self):
+        """From here on signals are remembered; before, they end the process as usual."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+            self._before[number] = signal.signal(number, self._remember)
 
     def _remember(self, number, _):
         self.signal = number

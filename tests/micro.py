@@ -1,13 +1,17 @@
-"""The five stages at a size that compiles in a second and divides over every mesh of eight devices."""
+"""The five stages at a size that compiles in seconds and divides over every mesh of eight devices."""
 
+import pathlib
+import shutil
 import types
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
+from nanovision_jax import checkpoint, models, optim, train
 from nanovision_jax import config as configs
-from nanovision_jax import models
 from nanovision_jax.data import pipeline
+from nanovision_jax.data.tokenizer import Tokenizer
 
 STAGES = configs.STAGES
 TOKENIZER = types.SimpleNamespace(size=120, image=119)  # all that building a model asks of one
@@ -23,9 +27,9 @@ def config(stage, run_dir='runs/none'):
     return configs.Config(stage=stage, size='micro', run_dir=str(run_dir), model=model, data=data, optim=optim)
 
 
-def params(cfg, seed=0):
+def params(cfg, tokenizer=TOKENIZER, seed=0):
     """(graphdef, parameters): numpy arrays, every leaf random, norms and biases too."""
-    graphdef, shapes = models.abstract(cfg, TOKENIZER.size, TOKENIZER.image)
+    graphdef, shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)
     rng = np.random.default_rng(seed)
     return graphdef, jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, leaf.dtype), shapes)
 
@@ -37,3 +41,66 @@ def batch(cfg, seed=0):
         rows, length = made['weights'].shape
         made['weights'] *= np.arange(length) < length - 2 * np.arange(rows)[:, None]
     return made
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def family(folder, tiny_family):
+    """A family of runs with the tokenizer of tiny_family, and its tiny_world as data."""
+    if not (tiny_family / 'tokenizer').exists():
+        pipeline.family_tokenizer(run_config('pretrain', tiny_family))
+    shutil.copytree(tiny_family / 'tokenizer', folder / 'tokenizer')
+    (folder / 'data').mkdir()
+    (folder / 'data' / 'tiny_world').symlink_to(tiny_family / 'data' / 'tiny_world')
+    return folder
+
+
+def run_config(stage, family, **fields):
+    """A run of a few steps in a family; `fields` are config fields with __ for the dot, as in data__workers=2."""
+    cfg = config(stage, family / stage)
+    cfg.steps, cfg.data.vocab_size, cfg.data.length = 4, 384, 40 if stage == 'clip' else 128
+    cfg.checkpoint.every, cfg.log.every, cfg.eval.every, cfg.eval.batches = 2, 1, 4, 1
+    for name, value in fields.items():
+        part, _, field = name.replace('__', '.').rpartition('.')
+        setattr(configs.get(cfg, part) if part else cfg, field, value)
+    configs.fill(cfg)
+    configs.check(cfg)
+    return cfg
+
+
+def parent_run(family, stage):
+    """A run folder of a stage as training leaves it, of a model that never learned. Returns its path."""
+    cfg, folder, tokenizer = run_config(stage, family), family / stage, Tokenizer(family / 'tokenizer')
+    train.write_run(cfg, tokenizer, [])
+    writer = checkpoint.Checkpoints(folder, keep=1)
+    writer.save(7, jax.device_put(params(cfg, tokenizer)[1]), {'count': np.zeros(())}, {})
+    writer.wait()
+    return folder
+
+
+def read(run_dir, step=None):
+    """{'params', 'optimizer'} of a run's newest checkpoint, or of another, as numpy arrays."""
+    cfg = configs.from_json((pathlib.Path(run_dir) / 'config.json').read_text())
+    tokenizer, sharding = Tokenizer(pathlib.Path(run_dir) / 'tokenizer'), SingleDeviceSharding(jax.devices()[0])
+    shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
+    optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
+    state = {'params': shapes, 'optimizer': jax.eval_shape(optimizer.init, train.split_params(cfg.stage, shapes)[0])}
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+    step = step or checkpoint.newest(run_dir)
+    return jax.device_get({item: checkpoint.restore(run_dir, step, item, state[item]) for item in state})
+
+
+def assert_same(found, wanted):
+    """Two trees have the same leaves, bit for bit."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+
+def compile_quickly(folder):
+    """Tests run a step a few times: little optimization, and what one run compiled serves the next, from `folder`."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

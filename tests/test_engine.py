@@ -41,7 +41,10 @@ def make(stage, tokenizer):
         if stage.startswith('vision'):
             ids[2 : 2 + pictures * P] = tokenizer.image
             prompts[-1].images = list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
-    return engine.Engine(cfg, *tiny.model(cfg, tokenizer.size, tokenizer.image), endless), prompts
+    graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
+    head = params.get('decoder', params)['head']
+    head['kernel'] = head['kernel'].at[:, tokenizer.image].set(0)  # which is not to be said: no picture belongs to it
+    return engine.Engine(cfg, graphdef, params, endless), prompts
 
 
 def answers(runner, prompts, **options):
@@ -144,6 +147,12 @@ def test_prompt_and_answer_fill_the_context_and_no_more(text):
             list(runner.pieces([prompts[1], engine.Prompt(np.ones(length, np.int32), [])]))
 
 
+def test_a_prompt_one_short_of_the_context_gets_one_token(tokenizer):
+    runner, _ = make('vision_instruct', tokenizer)
+    ids = np.random.default_rng(1).integers(5, 250, CONTEXT - 1, np.int32)
+    assert [len(row) for row in answers(runner, [engine.Prompt(ids, [])])] == [1]
+
+
 def test_prompts_of_one_bucket_compile_nothing_new(text):
     runner, prompts = text
     answers(runner, prompts, max_new_tokens=20)
@@ -226,8 +235,7 @@ def test_what_cannot_be_answered_is_said(tokenizer):
         ([question, question], []),
         ([answer], []),
         ([{'role': 'system', 'content': 'x'}, question], []),
-        ([question], [picture]),
-        ([{'role': 'user', 'content': [{'type': 'image'}]}], []),
+        ([{'role': 'user', 'content': [{'type': 'image'}] * 2}], [picture]),
         ([{'role': 'user'}], []),
     ):
         with pytest.raises(UserError, match='cannot be answered'):

@@ -74,10 +74,15 @@ def test_an_example_gets_the_same_logits_alone_and_anywhere_in_a_row():
     np.testing.assert_allclose(middle[5:12], alone[:7], rtol=1e-5, atol=1e-5)
 
 
+@jax.jit
+def rotated(x, positions):
+    return rotate(x, positions, CFG.model.rope_theta)
+
+
 def test_rotation_turns_interleaved_pairs():
     rng = np.random.default_rng(1)
     x, positions = rng.normal(size=(2, 5, 3, 14)), rng.integers(0, 2048, (2, 5))
-    found = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 1e6))
+    found = np.asarray(rotated(x, positions))
     for row in range(2):
         np.testing.assert_allclose(found[row], reference.rope(x[row], positions[row], 1e6), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
@@ -85,12 +90,12 @@ def test_rotation_turns_interleaved_pairs():
 
 def test_rotated_products_depend_on_the_distance_alone():
     rng = np.random.default_rng(2)
-    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 14)).repeat(4, axis=1), jnp.float32) for _ in range(2))
-    start = jnp.array([[0, 1, 59, 307]])
-    near, far = ((rotate(q, start + n, 1e6) * rotate(k, start, 1e6)).sum(-1)[0, :, 0] for n in (5, 17))
-    np.testing.assert_allclose(near, near[0], atol=1e-4)
-    np.testing.assert_allclose(far, far[0], atol=1e-4)
-    assert abs(near[0] - far[0]) > 0.1
+    q, k = (np.broadcast_to(rng.normal(size=(3, 14)), (2, 5, 3, 14)) for _ in range(2))
+    start = np.array([0, 1, 7, 59, 307])
+    turned = np.asarray(rotated(q, start + np.array([[5], [17]])))  # row 0 is 5 tokens after the keys, row 1 is 17
+    products = (turned * np.asarray(rotated(k, np.broadcast_to(start, (2, 5))))).sum(-1)
+    np.testing.assert_allclose(products, np.broadcast_to(products[:, :1], (2, 5, 3)), atol=1e-4)
+    assert (abs(products[0, 0] - products[1, 0]) > 0.1).all()
 
 
 def test_padded_vocabulary_rows_stay_nothing():

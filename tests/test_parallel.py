@@ -36,7 +36,8 @@ def abstract_state(cfg, optimizer, mesh, vocab_size=50261):
 
 
 @pytest.mark.parametrize(
-    ('sizes', 'shape'), [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 8, 1), (1, 8, 1)), ((4, 1, -1), (4, 1, 2))]
+    ('sizes', 'shape'),
+    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 8, 1), (1, 8, 1)), ((4, 1, -1), (4, 1, 2))],
 )
 def test_minus_one_takes_what_is_left(sizes, shape):
     mesh = parallel.make_mesh(configs.Mesh(*sizes))

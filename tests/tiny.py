@@ -31,7 +31,8 @@ def model(cfg, vocab_size=VOCAB, image_token=IMAGE, seed=0):
         mean = 1 if path[-1].key == 'scale' else 0
         return jnp.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
 
-    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+    # On a device of their own choice, as inference.load puts them: what is compiled for one serves the other.
+    return graphdef, jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes), jax.devices()[0])
 
 
 def double(params):
@@ -42,7 +43,7 @@ def double(params):
 def run_folder(folder, stage, tokenizer):
     """A run folder as a training run leaves it, of a model that was never trained. Returns its path."""
     folder = pathlib.Path(folder)
-    cfg = config(stage, folder, positions=128)
+    cfg = config(stage, folder)
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(configs.to_json(cfg))
     shutil.copytree(tokenizer.folder, folder / 'tokenizer')

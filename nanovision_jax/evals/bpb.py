@@ -25,6 +25,8 @@ def run(model_run, split='validation', data=None, limit=None):
     """
     config = copy.deepcopy(model_run.config)
     tokenizer = model_run.tokenizer
+    if split == 'heldout':
+        raise UserError('text has no heldout split: bpb scores validation (or train).')
     if data:
         files = text.text_files(data)
         texts = [file.read_text(encoding='utf-8', errors='replace') for file in files]

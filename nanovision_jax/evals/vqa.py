@@ -36,7 +36,8 @@ class Question:
 def normalise(answer):
     """Lower case, without punctuation and articles, single spaces; VQA's usual normalisation."""
     words = re.sub(r'[^\w\s]', ' ', answer.lower()).split()
-    return ' '.join(word for word in words if word not in ('a', 'an', 'the'))
+    kept = [word for word in words if word not in ('a', 'an', 'the')]
+    return ' '.join(kept or words)  # the answer to a choice may be A
 
 
 def score(kind, answer, reference):
@@ -116,8 +117,10 @@ def run(model_run, split='validation', data=None, images=None, limit=None):
     """(result, rows): the scores with their controls, and one object a question. Needs a vision run."""
     config, tokenizer = model_run.config, model_run.tokenizer
     if not config.stage.startswith('vision'):
-        raise UserError(f'vqa asks about pictures, and a {config.stage} run has no vision tower.')
+        raise UserError(f'vqa takes a vision_pretrain or vision_instruct run: a {config.stage} run cannot answer it.')
     questions = load_questions(config, split, data, images, limit)
+    if len({q.image for q in questions}) == 1:
+        raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
     runner = model_run.engine
     pictures = [q.picture for q in questions]
     answers = ask(runner, config, tokenizer, questions, pictures, 'vqa')

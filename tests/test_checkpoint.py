@@ -1,0 +1,280 @@
+"""Checkpoints: bit for bit, on other meshes, damaged, interrupted, and never touching what trains."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from micro import assert_same
+
+from nanovision_jax import checkpoint, parallel
+from nanovision_jax import config as configs
+from nanovision_jax.errors import UserError
+
+
+def tree(seed=0, mesh=None):
+    """A small state, on a mesh of all devices: matrices split, the rest replicated, one leaf bfloat16."""
+    rng = np.random.default_rng(seed)
+    mesh = mesh or parallel.make_mesh(configs.Mesh(1, 4, 2))
+
+    def place(shape, dtype, *spec):
+        return jax.device_put(jnp.asarray(rng.normal(size=shape), dtype), NamedSharding(mesh, P(*spec)))
+
+    decoder = {'kernel': place((16, 24), 'float32', 'fsdp', 'tensor'), 'scale': place((7,), 'float32')}
+    return {'decoder': decoder, 'vision': {'position': place((5, 3), 'bfloat16')}}
+
+
+def save(run_dir, *steps, keep=9):
+    """Checkpoints of tree(step) as parameters and tree(100 + step) as optimizer state."""
+    writer = checkpoint.Checkpoints(run_dir, keep)
+    for step in steps:
+        writer.save(step, tree(step), tree(100 + step), {'position': 8 * step})
+    writer.wait()
+    return writer
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A run with the checkpoints 1, 2 and 3: read only."""
+    folder = tmp_path_factory.mktemp('saved')
+    save(folder, 1, 2, 3)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(saved, tmp_path / 'run')
+
+
+def step_folder(run_dir, step):
+    return run_dir / 'checkpoints' / str(step)
+
+
+# Saved and read back -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_was_saved_bit_for_bit(saved):
+    assert checkpoint.newest(saved) == 3 and checkpoint.whole_steps(saved) == [3, 2, 1]
+    for item, seed in (('params', 2), ('optimizer', 102)):
+        wanted = tree(seed)
+        found = checkpoint.restore(saved, 2, item, checkpoint.like(wanted))
+        assert_same(found, wanted)
+        assert [leaf.sharding for leaf in jax.tree.leaves(found)] == [leaf.sharding for leaf in jax.tree.leaves(wanted)]
+
+
+def test_the_manifest_names_every_file_and_the_position(saved):
+    manifest, folder = checkpoint.manifest(saved, 2), step_folder(saved, 2)
+    assert (manifest['step'], manifest['position']) == (2, 16)
+    files = {str(file.relative_to(folder)) for file in folder.rglob('*') if file.is_file()}
+    assert set(manifest['files']) == files - {'manifest.json'}
+    assert {name.split('/')[0] for name in manifest['files']} >= {'params', 'optimizer'}
+
+
+def test_parameters_are_read_without_the_optimizer(run):
+    shutil.rmtree(step_folder(run, 3) / 'optimizer')
+    assert_same(checkpoint.restore(run, 3, 'params', checkpoint.like(tree())), tree(3))
+
+
+def test_a_part_of_the_parameters_can_be_read_alone(saved):
+    part = {'vision': tree()['vision']}
+    assert_same(checkpoint.restore(saved, 3, 'params', checkpoint.like(part)), {'vision': tree(3)['vision']})
+
+
+def test_eight_devices_save_and_one_reads(saved):
+    one = SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree())
+    found = checkpoint.restore(saved, 3, 'params', target)
+    assert_same(found, tree(3))
+    assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {one}
+
+
+def test_another_mesh_reads_it_too(saved):
+    other = tree(mesh=parallel.make_mesh(configs.Mesh(2, 2, 2)))
+    found = checkpoint.restore(saved, 3, 'params', checkpoint.like(other))
+    assert_same(found, tree(3))
+    assert found['decoder']['kernel'].sharding == other['decoder']['kernel'].sharding
+
+
+def test_the_digest_of_a_tree_changes_with_one_bit_and_with_a_name():
+    one, other = tree(), tree()
+    assert checkpoint.tree_digest(one) == checkpoint.tree_digest(other)
+    assert checkpoint.tree_digest({'encoder': one['decoder']}) != checkpoint.tree_digest({'decoder': one['decoder']})
+    other['decoder']['scale'] = other['decoder']['scale'].at[3].mul(1 + 2e-7)
+    assert checkpoint.tree_digest(one) != checkpoint.tree_digest(other)
+
+
+# What does not fit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'leaf', 'message'),
+    [
+        ('scale', jnp.zeros(7, 'bfloat16'), r'decoder/scale in \S+ is float32 \[7\], and bfloat16 \[7\] is wanted'),
+        ('scale', jnp.zeros(8), r'decoder/scale in \S+ is float32 \[7\], and float32 \[8\] is wanted'),
+        ('bias', jnp.zeros(7), r'params has no decoder/bias\.'),
+    ],
+)
+def test_another_dtype_shape_or_name_is_refused(saved, name, leaf, message):
+    target = tree()
+    target['decoder'][name] = leaf
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore(saved, 3, 'params', checkpoint.like(target))
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def data_files(run_dir, step):
+    return sorted(name for name in checkpoint.manifest(run_dir, step)['files'])
+
+
+def flip(file, at=0.5):
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= 1
+    file.write_bytes(data)
+
+
+def test_one_flipped_bit_in_any_file_is_seen(run, capsys):
+    for name in data_files(run, 3):
+        file = step_folder(run, 3) / name
+        whole = file.read_bytes()
+        if not whole:
+            continue
+        flip(file)
+        assert checkpoint.newest(run) == 2
+        assert f'{file} is damaged, so checkpoint 3 is not used' in capsys.readouterr().err
+        file.write_bytes(whole)
+    assert checkpoint.newest(run) == 3
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'gone', 'bad manifest', 'empty manifest', 'no manifest'])
+def test_a_damaged_checkpoint_is_passed_over(run, fault):
+    file, manifest = step_folder(run, 3) / data_files(run, 3)[-1], step_folder(run, 3) / 'manifest.json'
+    if fault == 'truncated':
+        file.write_bytes(file.read_bytes()[:-1])
+    elif fault == 'gone':
+        file.unlink()
+    elif fault == 'no manifest':
+        manifest.unlink()
+    else:
+        manifest.write_text('[]' if fault == 'bad manifest' else '')
+    assert checkpoint.newest(run) == 2
+
+
+def test_where_all_are_damaged_it_is_an_error(run):
+    for step in (1, 2, 3):
+        flip(step_folder(run, step) / data_files(run, step)[0])
+    with pytest.raises(UserError, match=r'every checkpoint in \S+ is damaged\.'):
+        checkpoint.newest(run)
+
+
+def test_without_checkpoints_there_is_no_newest(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_written_again(run):
+    flip(step_folder(run, 3) / data_files(run, 3)[0])
+    save(run, 3)
+    assert checkpoint.newest(run) == 3
+    assert_same(checkpoint.restore(run, 3, 'params', checkpoint.like(tree())), tree(3))
+
+
+# Keeping and replacing -----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert checkpoint.whole_steps(tmp_path) == [4, 3]
+    assert sorted(folder.name for folder in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
+
+
+def test_a_damaged_later_one_does_not_push_out_the_only_good_one(run):
+    """The run went on from 1, as 2 and 3 were damaged: of what is whole, only the new one is not older."""
+    save(run, 4)
+    for step in (3, 4):
+        flip(step_folder(run, step) / data_files(run, step)[0])
+    save(run, 2, keep=1)
+    assert checkpoint.newest(run) == 2
+    assert_same(checkpoint.restore(run, 2, 'params', checkpoint.like(tree())), tree(2))
+
+
+def test_an_interrupted_save_is_ignored_and_replaced(run):
+    for name in ('4', '4.orbax-checkpoint-tmp', '40.orbax-checkpoint-tmp'):
+        shutil.copytree(step_folder(run, 2) / 'params', run / 'checkpoints' / name / 'params')
+    assert checkpoint.newest(run) == 3
+    save(run, 4)
+    assert checkpoint.newest(run) == 4
+    assert_same(checkpoint.restore(run, 4, 'optimizer', checkpoint.like(tree())), tree(104))
+    assert not (run / 'checkpoints' / '4.orbax-checkpoint-tmp').exists()
+
+
+def test_a_step_is_not_mistaken_for_one_that_begins_with_its_digits(tmp_path):
+    save(tmp_path, 10, 12, 1)
+    assert checkpoint.whole_steps(tmp_path) == [12, 10, 1]
+
+
+# While training goes on ----------------------------------------------------------------------------------------------
+
+
+def test_a_save_neither_holds_nor_changes_what_trains(tmp_path):
+    """The step is given the state's memory back while the background still writes."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return jax.tree.map(lambda x: x * 1.5 + 1, state)
+
+    def start():  # large enough that the writing outlasts a few steps
+        sharding = tree()['decoder']['kernel'].sharding
+        return step([{'kernel': jax.device_put(np.full((1024, 1024), i, np.float32), sharding)} for i in range(2)])
+
+    state, writer, written = start(), checkpoint.Checkpoints(tmp_path, 9), []
+    for number in range(1, 4):
+        written.append(jax.tree.map(lambda x: np.array(x, copy=True), state))
+        writer.save(number, *state, {})
+        for _ in range(3):
+            state = step(state)
+    writer.wait()
+    alone = start()
+    for _ in range(9):
+        alone = step(alone)
+    assert_same(state, alone)
+    for number, items in enumerate(written, 1):
+        for item, wanted, like in zip(('params', 'optimizer'), items, checkpoint.like(state), strict=True):
+            assert_same(checkpoint.restore(tmp_path, number, item, like), wanted)
+
+
+@pytest.mark.parametrize('then', ['save', 'wait'])
+def test_a_disk_error_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch, then):
+    writer = save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, 'write_manifest', full)
+        writer.save(2, tree(2), tree(102), {})
+        with pytest.raises(UserError, match=r'could not be written to \S+: .*No space left on device'):
+            writer.wait() if then == 'wait' else writer.save(3, tree(3), tree(103), {})
+    assert checkpoint.newest(tmp_path) == 1
+    writer.save(2, tree(2), tree(102), {})
+    writer.wait()
+    assert checkpoint.newest(tmp_path) == 2
+
+
+def test_the_manifest_is_written_last(tmp_path, monkeypatch):
+    seen, write = [], checkpoint.write_manifest
+
+    def look(folder, content):
+        seen.append((checkpoint.newest(tmp_path), (folder / 'params').is_dir(), (folder / 'optimizer').is_dir()))
+        write(folder, content)
+
+    monkeypatch.setattr(checkpoint, 'write_manifest', look)
+    save(tmp_path, 1)
+    assert seen == [(None, True, True)]
+    assert json.loads((step_folder(tmp_path, 1) / 'manifest.json').read_text())['step'] == 1

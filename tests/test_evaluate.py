@@ -1,0 +1,235 @@
+"""Evaluation: scoring rules by hand, intervals, controls that catch a model which does not look, bits per byte."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import reference
+import tiny
+from PIL import Image
+
+from nanovision_jax import evaluate, inference
+from nanovision_jax.errors import UserError
+from nanovision_jax.evals import vqa
+
+COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
+
+
+def test_answers_are_compared_without_case_articles_and_punctuation():
+    for given, expected in (
+        ('The red  Circle.', 'red circle'),
+        ('an owl, a cat', 'owl cat'),
+        ("it's 3.5!", 'it s 3 5'),
+        ('¿Über?', 'über'),
+        ('A', 'a'),  # not nothing: it may be the answer to a choice
+        (' . ', ''),
+    ):
+        assert vqa.normalise(given) == expected
+    for kind, answer, wanted, expected in (
+        ('colour', 'Red.', 'red', 1),
+        ('colour', 'a red', 'the red', 1),
+        ('colour', 'red one', 'red', 0),
+        ('colour', '', 'red', 0),
+        ('choice', '', 'A', 0),
+        ('choice', 'a', 'A', 1),
+        ('choice', 'B', 'A', 0),
+    ):
+        assert vqa.score(kind, answer, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ('answer', 'expected'),
+    [
+        ('a big red circle, a small blue star and a green cross', 1),
+        ('A green cross, a big red circle, and a small blue star.', 1),
+        ('a big red circle and a small blue star', 2 / 3),
+        ('a big red circle, a small blue star, a green cross and a dot', 3 / 4),
+        ('a big red circle, a big red circle and a big red circle', 1 / 5),
+        ('a big red star, a small blue circle and a cross', 0),
+        ('', 0),
+    ],
+)
+def test_a_description_is_scored_by_its_parts(answer, expected):
+    assert vqa.score('description', answer, 'a big red circle, a small blue star and a green cross') == expected
+
+
+def question(image, reference, kind='colour', picture=None):
+    return vqa.Question(f'{image}-{reference}', image, picture, 'what?', reference, kind)
+
+
+def test_chance_is_the_commonest_answer():
+    asked = [question(f'{i}', answer) for i, answer in enumerate(['red', 'Red.', 'red', 'blue', 'green'])]
+    assert vqa.chance(asked) == 0.6
+    described = [question(f'{i}', answer, 'description') for i, answer in enumerate(['x and y', 'x and y', 'x and z'])]
+    assert vqa.chance(described) == pytest.approx((1 + 1 + 1 / 3) / 3)
+
+
+def test_the_interval_is_that_of_the_mean_over_pictures():
+    scores = np.arange(400) % 4 > 0  # three quarters
+    low, high = vqa.interval(scores, np.arange(400))
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.008)
+    low, high = vqa.interval(np.repeat(scores[:100], 4), np.repeat(np.arange(100), 4))  # four alike of each picture
+    assert (low, high) == pytest.approx((0.75 - 2 * half, 0.75 + 2 * half), abs=0.016)
+    assert vqa.interval(scores, np.arange(400)) == vqa.interval(scores, [f'{i:03}' for i in range(400)])
+    assert vqa.interval(np.full(7, 0.5), np.arange(7)) == [0.5, 0.5]
+
+
+def test_other_pictures_are_never_the_own_one():
+    pictures = {f'{i}.png': np.full((2, 2, 3), i, np.uint8) for i in range(7)}
+    for count in (2, 3, 7):
+        asked = [question(name, 'x', picture=pictures[name]) for name in list(pictures)[:count] * 3]
+        for seed in range(5):
+            given = [int(picture[0, 0, 0]) for picture in vqa.other_pictures(asked, seed)]
+            assert all(f'{i}.png' != q.image for i, q in zip(given, asked, strict=True))
+            assert sorted(given) == sorted(list(range(count)) * 3)  # each as often as before
+            assert given[:count] == given[count : 2 * count]
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Twelve pictures of one colour each, with two questions about it: a LLaVA file and a folder of pictures."""
+    rows = []
+    (tmp_path / 'images').mkdir()
+    for i in range(12):
+        colour = list(COLOURS)[i % 4]
+        Image.new('RGB', (21, 21), COLOURS[colour]).save(tmp_path / 'images' / f'{i}.png')
+        turns = [('What colour is it?', f'It is {colour}.'), ('Is it dark here?', 'Yes' if colour == 'black' else 'No')]
+        said = [
+            {'from': who, 'value': text} for turn in turns for who, text in zip(('human', 'gpt'), turn, strict=True)
+        ]
+        said[0]['value'] = f'<image>\n{said[0]["value"]}'
+        rows.append({'id': f'q{i}', 'image': f'{i}.png', 'conversations': said})
+    rows.append({'id': 'blind', 'conversations': rows[0]['conversations'][2:]})  # no picture: not asked
+    (tmp_path / 'squares.json').write_text(json.dumps(rows))
+    return tmp_path
+
+
+class Stub:
+    """Stands for an engine: answers by the mean colour of a prompt's picture, or always as if it were red."""
+
+    def __init__(self, tokenizer, looks):
+        self.tokenizer, self.looks = tokenizer, looks
+
+    def answer(self, prompts, max_new_tokens):
+        return [self.say(prompt) for prompt in prompts]
+
+    def say(self, prompt):
+        assert (prompt.ids == self.tokenizer.image).sum() == 9 and len(prompt.images) == 1
+        seen = tuple(prompt.images[0].reshape(-1, 3).mean(0).astype(int))
+        colour = {value: name for name, value in COLOURS.items()}.get(seen, 'grey') if self.looks else 'red'
+        if 'dark' in self.tokenizer.decode(prompt.ids):
+            return 'yes' if colour == 'black' else 'no'
+        return f'it is {colour}'
+
+
+@pytest.fixture
+def model_run(tokenizer, monkeypatch):
+    """A function (looks) → evaluates a run that has the stub for an engine."""
+
+    def use(looks, stage='vision_instruct'):
+        opened = types.SimpleNamespace(
+            config=tiny.config(stage), tokenizer=tokenizer, engine=Stub(tokenizer, looks), run_dir='nowhere'
+        )
+        monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
+
+    return use
+
+
+def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
+    model_run(looks=True)
+    found = evaluate.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
+    assert (found['task'], found['n'], found['accuracy'], found['interval']) == ('vqa', 24, 1.0, [1.0, 1.0])
+    assert found['by_kind'] == {
+        'is it dark': {'n': 12, 'accuracy': 1.0, 'chance': 0.75},
+        'what colour is': {'n': 12, 'accuracy': 1.0, 'chance': 0.25},
+    }
+    assert found['controls']['blank'] == 9 / 24  # only that it is not dark
+    assert found['controls']['shuffled'] < 0.7
+    assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found
+    rows = [json.loads(line) for line in (squares / 'run/eval/vqa.jsonl').read_text().splitlines()]
+    assert len(rows) == 24 and len({row['id'] for row in rows}) == 24
+    assert rows[2] | {'id': ''} == {
+        'id': '',
+        'image': '1.png',
+        'question': 'What colour is it?',
+        'reference': 'It is green.',
+        'answer': 'it is green',
+        'correct': 1.0,
+        'kind': 'what colour is',
+    }
+
+
+def test_a_model_that_does_not_look_does_as_well_without_its_picture(model_run, squares, capsys):
+    model_run(looks=False)
+    argv = [f'--run={squares}/run', '--task=vqa', '--split=heldout', f'--data={squares}/squares.json', '--limit=20']
+    evaluate.main([*argv, f'--output={squares}/elsewhere'])
+    found = json.loads((squares / 'elsewhere/vqa-heldout.json').read_text())
+    assert found['n'] == 20 and found['controls'] == {'blank': found['accuracy'], 'shuffled': found['accuracy']}
+    assert found['accuracy'] == pytest.approx((3 + 8) / 20)
+    assert all(kind['accuracy'] <= kind['chance'] for kind in found['by_kind'].values())
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith('vqa: 55.0% of 20 questions (95% interval ')
+    assert sum('(0 points below)' in line for line in said) == 2
+
+
+def test_what_cannot_be_evaluated_is_said(model_run, squares):
+    model_run(looks=True)
+    data = squares / 'squares.json'
+    for options, message in (
+        ({'task': 'vqb'}, "no task 'vqb'. Did you mean 'vqa'"),
+        ({'split': 'hedlout'}, "no split 'hedlout'. Did you mean 'heldout'"),
+        ({'limit': 0}, '--limit takes a number above 0, not 0'),
+        ({'limit': 2}, 'all questions are about one picture'),
+        ({'data': squares / 'nothing.json'}, 'no conversations at'),
+        ({'task': 'bpb', 'data': squares / 'nothing.txt'}, 'no text at'),
+        ({'task': 'bpb', 'split': 'heldout', 'data': None}, 'text has no heldout split'),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.evaluate(squares / 'run', **{'task': 'vqa', 'data': data} | options)
+    model_run(looks=True, stage='sft')
+    with pytest.raises(UserError, match='a sft run cannot answer it'):
+        evaluate.evaluate(squares / 'run', 'vqa', data=data)
+    assert not (squares / 'run').exists()
+
+
+def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_config):
+    cfg = tiny.config('vision_instruct')
+    cfg.data.source, cfg.data.path = 'conversations', str(llava_folder / 'instruct.json')
+    sides = {split: {q.image for q in vqa.load_questions(cfg, split)} for split in ('train', 'validation')}
+    assert {split: len(names) for split, names in sides.items()} == {'train': 56, 'validation': 4}
+    assert not sides['train'] & sides['validation']
+    found = vqa.load_questions(tiny_config('vision_instruct'), 'heldout', limit=50)
+    assert len(found) == 50 and {q.picture.shape for q in found} == {(64, 64, 3)}
+    assert 'description' in {q.kind for q in found} and len({q.id for q in found}) == 50
+
+
+@pytest.mark.parametrize(('stage', 'limit'), [('sft', None), ('vision_instruct', 2)])
+def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, monkeypatch):
+    cfg = tiny.config(stage)
+    graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
+    opened = types.SimpleNamespace(config=cfg, tokenizer=tokenizer, graphdef=graphdef, params=params)
+    monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
+    words = 'the naïve cat sees a big red house, under the tree.\nüber 你好 café 42! ' * 3
+    (tmp_path / 'words.txt').write_text(words)
+    found = evaluate.evaluate(tmp_path / 'run', 'bpb', data=tmp_path / 'words.txt', limit=limit)
+
+    ids = [tokenizer.end_of_text, *tokenizer.encode(words)]
+    length, windows = cfg.data.length, limit or (len(ids) - 1) // cfg.data.length
+    assert windows > 1
+    p = tiny.double(params.get('decoder', params))
+    nats = 0
+    for start in range(0, windows * length, length):
+        here = ids[start : start + length + 1]
+        logits = reference.decoder(p, p['embedding']['embedding'][here[:-1]])[:, : tokenizer.size]
+        logits -= logits.max(1, keepdims=True)
+        nats += sum(np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, here[1:], strict=True))
+    size = len(tokenizer.decode(ids[1 : windows * length + 1]).encode())
+    assert (found['task'], found['n'], found['bytes']) == ('bpb', windows * length, size)
+    assert found['loss'] == pytest.approx(nats / (windows * length), rel=1e-4)
+    assert found['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert json.loads((tmp_path / 'run/eval/bpb.json').read_text()) == found
+    assert not (tmp_path / 'run/eval/bpb.jsonl').exists()
+    assert evaluate.lines(found)[0] == 'task: bpb' and f'bytes: {size}' in evaluate.lines(found)

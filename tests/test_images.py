@@ -1,0 +1,332 @@
+"""Pictures: CLIP's crop, LLaVA's square, the odd formats, what is refused, and where pictures are read from."""
+
+import concurrent.futures
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from nanovision_jax.data import images
+from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.errors import UserError
+
+
+def noise(width, height, seed=0, channels=3):
+    """A picture of smooth noise, so that JPEG and resizing keep most of it."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, channels), np.uint8)
+    return Image.fromarray(small.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, form='PNG', **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def pixels(data):
+    image = images.load(data)
+    assert image.mode == 'RGB'
+    return np.asarray(image)
+
+
+# Size ----------------------------------------------------------------------------------------------------------------
+
+SIZES = [(224, 224), (640, 480), (333, 500), (101, 997), (1000, 97), (225, 224), (60, 60), (31, 45), (224, 300), (5, 7)]
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('side', [224, 64, 37])
+def test_crop_is_what_clip_does(size, side):
+    image = noise(*size, seed=size[0])
+    processor = transformers.CLIPImageProcessorPil(
+        size={'shortest_edge': side}, crop_size={'height': side, 'width': side}, do_normalize=False, do_rescale=False
+    )
+    theirs = processor(images=image, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
+    ours = images.prepare(image, side)
+    assert ours.shape == (side, side, 3) and ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    assert np.ptp(ours) > 100  # there was something to compare
+
+
+def test_crop_keeps_the_middle():
+    image = Image.new('RGB', (90, 30), 'red')
+    image.paste('blue', (30, 0, 60, 30))
+    assert (images.prepare(image, 30) == (0, 0, 255)).all()
+    assert (images.prepare(image.transpose(Image.Transpose.ROTATE_90), 30) == (0, 0, 255)).all()
+
+
+def test_pad_keeps_everything_on_the_mean_colour():
+    image = noise(40, 20)
+    padded = images.prepare(image, 40, 'pad')
+    assert (padded[:10] == (122, 116, 104)).all() and (padded[30:] == (122, 116, 104)).all()
+    assert (padded[10:30] == np.asarray(image)).all()
+    upright = images.prepare(image.transpose(Image.Transpose.ROTATE_90), 40, 'pad')
+    assert (upright[:, :10] == (122, 116, 104)).all() and (upright[:, 30:] == (122, 116, 104)).all()
+
+
+def test_the_mean_colour_is_clips():
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    assert (images.prepare(Image.new('RGB', (2, 1)), 2, 'pad')[1] == [int(255 * m) for m in mean]).all()
+
+
+def test_a_picture_of_the_right_size_is_untouched():
+    image = noise(64, 64)
+    for how in ('crop', 'pad'):
+        assert (images.prepare(image, 64, how) == np.asarray(image)).all()
+
+
+def test_decode_loads_and_prepares():
+    image = noise(50, 30)
+    assert (images.decode(encoded(image), 24, 'pad') == images.prepare(image, 24, 'pad')).all()
+
+
+# Kinds of pictures ---------------------------------------------------------------------------------------------------
+
+TURNED = {  # EXIF orientation: what makes the stored pixels upright
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize('orientation', TURNED)
+@pytest.mark.parametrize('form', ['PNG', 'WEBP'])
+def test_exif_rotation_is_applied(orientation, form):
+    image, exif = noise(20, 12), Image.Exif()
+    exif[0x0112] = orientation
+    options = {'lossless': True} if form == 'WEBP' else {}
+    upright = pixels(encoded(image, form, exif=exif, **options))
+    assert (upright == TURNED[orientation](np.asarray(image))).all()
+
+
+def test_a_turned_jpeg_is_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert pixels(encoded(noise(20, 12), 'JPEG', exif=exif)).shape == (20, 12, 3)
+
+
+def test_palette_grey_and_black_and_white():
+    image = noise(20, 12)
+    palette = image.convert('P', palette=Image.Palette.ADAPTIVE, colors=16)
+    assert (pixels(encoded(palette)) == np.asarray(palette.convert('RGB'))).all()
+    grey = image.convert('L')
+    assert (pixels(encoded(grey)) == np.asarray(grey)[..., None]).all()
+    black = image.convert('1')
+    assert (pixels(encoded(black)) == 255 * np.asarray(black)[..., None]).all()
+
+
+def test_cmyk():
+    found = pixels(encoded(Image.new('CMYK', (16, 16), (0, 255, 255, 0)), 'JPEG', quality=95))
+    assert np.abs(found.astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_16_bits_are_scaled_and_not_clipped():
+    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    found = pixels(encoded(Image.fromarray(ramp)))
+    assert np.abs(found.astype(float) - (ramp / 257)[..., None]).max() <= 1
+    assert found.min() == 0 and found.max() == 255
+
+
+def test_transparency_is_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 0], rgba[0, :, 3], rgba[1, :, 3] = 200, 255, 51  # a fifth
+    found = pixels(encoded(Image.fromarray(rgba)))
+    assert (found[0] == (200, 0, 0)).all()
+    assert np.abs(found[1].astype(int) - (244, 204, 204)).max() <= 1
+    assert (found[2:] == 255).all()
+    grey = np.zeros((2, 2, 2), np.uint8)
+    assert (pixels(encoded(Image.fromarray(grey, 'LA'))) == 255).all()
+    palette = Image.new('P', (2, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+
+
+@pytest.mark.parametrize('form', ['PNG', 'WEBP'])
+def test_the_first_frame_of_an_animation(form):
+    frames = [Image.new('RGB', (16, 16), colour) for colour in ('red', 'lime', 'blue')]
+    options = {'lossless': True} if form == 'WEBP' else {}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert (pixels(data) == (255, 0, 0)).all()
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('form', ['BMP', 'TIFF', 'GIF', 'PPM', 'ICO'])
+def test_other_formats_are_refused(form):
+    with pytest.raises(BadExample, match='does not decode'):
+        images.load(encoded(noise(32, 32), form))
+
+
+@pytest.mark.parametrize('data', [b'', b'\xff\xd8\xff', b'<html></html>', b'\x89PNG\r\n\x1a\n', bytes(1000)])
+def test_what_is_no_picture_is_refused(data):
+    with pytest.raises(BadExample, match='does not decode'):
+        images.load(data)
+
+
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP'])
+def test_a_truncated_picture_is_refused(form):
+    data = encoded(noise(64, 48), form)
+    for kept in (0.3, 0.5, 0.9):
+        with pytest.raises(BadExample, match='does not decode'):
+            images.load(data[: int(kept * len(data))])
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')  # Pillow's, about broken EXIF
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP'])
+def test_broken_bytes_are_a_bad_example_and_not_a_crash(form):
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    data, refused = encoded(noise(20, 12), form, exif=exif), 0
+    for _ in range(300):
+        broken = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            broken[place] = rng.integers(256)
+        try:
+            assert images.load(bytes(broken)).mode == 'RGB'
+        except BadExample:
+            refused += 1
+    assert refused > 30
+
+
+def png_header(width, height):
+    """A PNG of which there is little but the header: whoever reads its pixels finds none."""
+    data = b'\x89PNG\r\n\x1a\n'
+    for chunk in (b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0), b'IDAT'):
+        data += struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    return data
+
+
+@pytest.mark.parametrize('size', [(9000, 9000), (7100, 7100), (200, 16_001), (1, 101), (9000, 80)], ids=str)
+def test_a_bomb_is_refused_from_its_header(size):
+    with pytest.raises(BadExample) as caught:
+        images.load(png_header(*size))
+    assert str(caught.value) == f'image of {size[0]} × {size[1]} pixels'
+
+
+@pytest.mark.parametrize('size', [(7000, 7000), (160, 16_000), (1, 100)], ids=str)
+def test_a_large_picture_is_not_taken_for_a_bomb(size):
+    with pytest.raises(BadExample, match='does not decode'):  # it went on to the pixels, which are not there
+        images.load(png_header(*size))
+
+
+def test_an_enormous_picture_is_refused():
+    with pytest.raises(BadExample):
+        images.load(png_header(20_000, 20_000))
+
+
+# Where they are ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def stores(tmp_path_factory):
+    """The same pictures in a zip and in a folder, each with something above it."""
+    folder = tmp_path_factory.mktemp('store')
+    (folder / 'secret.png').write_bytes(encoded(noise(4, 4)))
+    (folder / 'pictures' / 'deep').mkdir(parents=True)
+    with zipfile.ZipFile(folder / 'pictures.zip', 'w') as file:
+        for i in range(20):
+            data = encoded(noise(9, 7, seed=i))
+            (folder / 'pictures' / 'deep' / f'{i}.png').write_bytes(data)
+            file.writestr(f'deep/{i}.png', data)
+    return images.ImageStore(folder / 'pictures'), images.ImageStore(folder / 'pictures.zip')
+
+
+def test_a_zip_and_a_folder_give_the_same_bytes(stores):
+    folder, zipped = stores
+    for i in range(20):
+        data = folder.read(f'deep/{i}.png')
+        assert data == zipped.read(f'deep/{i}.png') == encoded(noise(9, 7, seed=i))
+
+
+def test_a_store_is_read_by_threads_and_other_processes(stores):
+    names = [f'deep/{i % 20}.png' for i in range(200)]
+    for store in stores:
+        expected = [store.read(name) for name in names]
+        again = pickle.loads(pickle.dumps(store))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(again.read, names)) == expected
+
+
+@pytest.mark.parametrize('name', ['none.png', 'deep', '', 'deep/', 'a\0b', 'x' * 5000, '/'])
+def test_a_missing_picture_is_a_bad_example(stores, name):
+    for store in stores:
+        with pytest.raises(BadExample):
+            store.read(name)
+
+
+@pytest.mark.parametrize('name', ['../secret.png', 'deep/../../secret.png', '{parent}/secret.png'])
+def test_no_name_leaves_the_folder(stores, name):
+    folder, zipped = stores
+    name = name.format(parent=folder.path.parent)
+    assert (folder.path / name).is_file()
+    with pytest.raises(BadExample, match='leaves the folder'):
+        folder.read(name)
+    with pytest.raises(BadExample, match='missing image'):
+        zipped.read(name)
+
+
+def test_no_link_leaves_the_folder(stores, tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    (tmp_path / 'pictures' / 'link.png').symlink_to(stores[0].path.parent / 'secret.png')
+    with pytest.raises(BadExample, match='leaves the folder'):
+        images.ImageStore(tmp_path / 'pictures').read('link.png')
+
+
+def test_a_broken_zip_entry_is_a_bad_example(tmp_path):
+    file = tmp_path / 'pictures.zip'
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as made:
+        made.writestr('a.png', b'some text that is packed ' * 50)
+    whole, reasons = file.read_bytes(), set()
+    start = whole.index(b'a.png') + len('a.png')
+    for place in range(start, start + 30):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with pytest.raises(BadExample) as caught:
+            images.ImageStore(file).read('a.png')
+        reasons.add(str(caught.value))
+    assert reasons == {"image 'a.png' cannot be read from the zip file"}
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(UserError, match='no pictures at'):
+        images.ImageStore(tmp_path / 'none')
+    (tmp_path / 'a.tar').write_bytes(bytes(1000))
+    with pytest.raises(UserError, match='neither a zip file nor a folder'):
+        images.ImageStore(tmp_path / 'a.tar')
+
+
+# Augmentation --------------------------------------------------------------------------------------------------------
+
+
+def test_augment_crops_a_little_and_mirrors_half():
+    across = np.tile(np.arange(100, dtype=np.uint8), (80, 1))
+    image = Image.fromarray(np.stack([across, across, across], -1))
+    mirrored, shares = 0, []
+    for seed in range(300):
+        found = np.asarray(images.augment(image, np.random.default_rng(seed)))[..., 0].astype(int)
+        steps = np.unique(np.diff(found))
+        assert steps.tolist() in ([1], [-1])  # neighbours stay neighbours
+        mirrored += steps[0] == -1
+        shares.append(found.size / across.size)
+    assert 100 < mirrored < 200
+    assert 0.58 < min(shares) < 0.65 and 0.95 < max(shares) <= 1
+
+
+def test_augment_is_a_function_of_its_generator():
+    image = noise(50, 40)
+    one, two, three = (np.asarray(images.augment(image, np.random.default_rng(seed))) for seed in (1, 1, 2))
+    assert one.shape == two.shape and (one == two).all()
+    assert one.shape != three.shape or (one != three).any()

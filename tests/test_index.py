@@ -1,0 +1,176 @@
+"""The index: which examples are usable, which are not and why, how long they are, and that it is made once."""
+
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import is_held_out, jpeg, parse, sentence
+
+from nanovision_jax.data import index, sources
+from nanovision_jax.errors import UserError
+
+GOOD = [{'from': 'human', 'value': '<image>\nwhat?'}, {'from': 'gpt', 'value': 'a cat'}]
+BAD = {
+    'image does not decode': {'image': 'broken.jpg', 'conversations': GOOD},
+    "unknown speaker 'system'": {'image': 'a.jpg', 'conversations': [{'from': 'system', 'value': 'x'}, *GOOD]},
+    'no answer': {'image': 'a.jpg', 'conversations': GOOD[:1]},
+    '3 images for 2 slots': {
+        'images': ['a.jpg'] * 3,
+        'conversations': [{'from': 'human', 'value': '<image>' * 3}, GOOD[1]],
+    },
+    "missing image 'none.jpg'": {'image': 'none.jpg', 'conversations': GOOD},
+}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(a function that writes rows and gives their vision_instruct config, the training picture)."""
+    rng, data = np.random.default_rng(0), b''
+    while not data or is_held_out(data):
+        data = jpeg(rng)
+    with zipfile.ZipFile(tmp_path / 'images.zip', 'w') as file:
+        file.writestr('a.jpg', data)
+        file.writestr('broken.jpg', data[: len(data) // 2])
+
+    def write(rows, *overrides, stage='vision_instruct'):
+        (tmp_path / 'x.json').write_text(json.dumps(rows))
+        place = [f'run_dir={tmp_path}/runs/{stage}', f'data.path={tmp_path}/x.json', 'data.source=conversations']
+        return parse(stage, 'data.slots=2', *place, *overrides)
+
+    return write
+
+
+def good(n):
+    return [{'image': 'a.jpg', 'conversations': GOOD}] * n
+
+
+def build(config, tokenizer, split='train'):
+    return index.build_index(sources.open_source(config, split), config, tokenizer, split)
+
+
+def test_bad_rows_are_skipped_counted_and_listed(made, tokenizer):
+    rows = good(500)
+    places = dict(zip(BAD, (0, 7, 100, 333, 504), strict=True))
+    for reason, place in places.items():
+        rows.insert(place, BAD[reason])
+    found = build(made(rows), tokenizer)
+    assert found.bad == [{'row': place, 'reason': reason} for reason, place in places.items()]
+    assert found.rows.tolist() == [i for i in range(505) if i not in places.values()]
+    assert len(set(found.lengths.tolist())) == 1 and (found.pictures == 1).all()
+
+
+@pytest.mark.parametrize('reason', BAD)
+def test_one_bad_row_in_a_hundred_is_left_out(made, tokenizer, reason):
+    found = build(made([*good(99), BAD[reason]]), tokenizer)
+    assert len(found.rows) == 99 and found.bad == [{'row': 99, 'reason': reason}]
+
+
+def test_over_one_percent_is_refused_with_the_reasons(made, tokenizer):
+    rows = good(94) + [BAD['no answer']] * 3 + [BAD["missing image 'none.jpg'"]] * 2 + [BAD['image does not decode']]
+    with pytest.raises(UserError) as caught:
+        build(made(rows), tokenizer)
+    reasons = "3 × no answer; 2 × missing image 'none.jpg'; 1 × image does not decode."
+    assert str(caught.value).startswith('6 of 100 examples') and str(caught.value).endswith(reasons)
+
+
+def test_a_bad_row_of_a_text_stage_has_its_number_in_the_file(made, tokenizer):
+    text = [{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}]
+    rows = good(3) + [{'conversations': text}] * 150 + [{'conversations': text[:1]}]
+    found = build(made(rows, stage='sft'), tokenizer)
+    assert found.bad == [{'row': 153, 'reason': 'no answer'}]
+    assert len(found.rows) == 150
+
+
+def test_lengths_are_those_of_the_examples(llava_folder, tokenizer, tmp_path):
+    for stage in ('vision_pretrain', 'vision_instruct', 'clip', 'sft'):
+        name = 'instruct' if stage in ('vision_instruct', 'sft') else 'pretrain'
+        place = [f'run_dir={tmp_path}/{stage}', 'data.source=conversations', f'data.path={llava_folder}/{name}.json']
+        config = parse(stage, *place)
+        source, found = sources.open_source(config, 'train'), build(config, tokenizer)
+        assert len(found.rows) >= 10
+        for row, length, pictures in zip(found.rows, found.lengths, found.pictures, strict=True):
+            ids, learned = index.encode_example(source[row], config, tokenizer)
+            assert length == len(ids) - 1 == len(learned) - 1
+            assert pictures == len(source[row].images)
+
+
+def test_the_two_sides_share_nothing_and_leave_nothing(llava_folder, tokenizer, tmp_path):
+    place = [f'run_dir={tmp_path}/x', 'data.source=conversations', f'data.path={llava_folder}/pretrain.json']
+    config = parse('vision_pretrain', *place)
+    train, validation = (set(build(config, tokenizer, split).rows.tolist()) for split in ('train', 'validation'))
+    assert not train & validation and train | validation == set(range(60))
+    assert len(validation) == 4
+
+
+def test_long_conversations_are_cut_and_longer_ones_are_bad(made, tokenizer):
+    rng = random.Random(0)
+    said = [{'from': ('human', 'gpt')[i % 2], 'value': sentence(rng, 5, 9)} for i in range(60)]
+    said[0]['value'] = '<image>' + said[0]['value']
+    endless = [GOOD[0], {'from': 'gpt', 'value': 'cat ' * 600}]
+    rows = [*good(200), {'image': 'a.jpg', 'conversations': said}, {'image': 'a.jpg', 'conversations': endless}]
+    found = build(made(rows, 'data.length=128'), tokenizer)
+    assert 64 < found.lengths[-1] <= 128 and len(found.rows) == 201
+    assert found.bad[0]['row'] == 201 and 'the first answer ends' in found.bad[0]['reason']
+
+
+def test_captions_for_clip(made, tokenizer):
+    rows = [
+        *good(300),
+        {'conversations': [{'from': 'human', 'value': 'a?'}, GOOD[1]]},
+        {'image': 'a.jpg', 'conversations': [GOOD[0], {'from': 'gpt', 'value': ' '}]},
+        {'image': 'a.jpg', 'conversations': [GOOD[0], {'from': 'gpt', 'value': 'cat ' * 600}]},
+    ]
+    config = made(rows, stage='clip')
+    found = build(config, tokenizer)
+    reasons = ['0 images where clip needs one', 'no caption']
+    assert found.bad == [{'row': 300 + i, 'reason': reason} for i, reason in enumerate(reasons)]
+    assert found.lengths[-1] == config.data.length - 1
+    ids, _ = index.encode_example(sources.open_source(config, 'train')[0], config, tokenizer)
+    assert ids.tolist() == [tokenizer.end_of_text, *tokenizer.encode('a cat'), tokenizer.end]
+
+
+def test_nothing_left_is_refused(made, tokenizer):
+    with pytest.raises(UserError, match='no validation example'):
+        build(made(good(10)), tokenizer, 'validation')
+    with pytest.raises(UserError, match='no train example'):
+        build(made([]), tokenizer)
+
+
+# Made once -----------------------------------------------------------------------------------------------------------
+
+
+def files(config):
+    return {file: file.stat().st_mtime_ns for file in (config.family / 'data').glob('index-*')}
+
+
+def test_the_index_is_made_once(made, tokenizer, monkeypatch):
+    config = made([*good(150), BAD['no answer']])
+    first = build(config, tokenizer)
+    kept = files(config)
+    assert len(kept) == 1
+    monkeypatch.setattr(sources.Conversations, '__getitem__', None)  # reading anything would fail
+    again = build(config, tokenizer)
+    assert files(config) == kept
+    for name in ('rows', 'lengths', 'pictures', 'bad'):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+
+
+def test_another_file_or_config_has_another_index(made, tokenizer):
+    assert len(build(made(good(10)), tokenizer).rows) == 10
+    assert len(build(made(good(12)), tokenizer).rows) == 12
+    config = made(good(12), 'data.length=100')
+    build(config, tokenizer)
+    build(made(good(12), stage='clip'), tokenizer)
+    assert len(files(config)) == 4
+
+
+def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
+    config = made(good(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(index.images, 'load', lambda data: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # a mistake of ours is never taken for a bad example
+            build(config, tokenizer)
+    assert not files(config)
+    assert len(build(config, tokenizer).rows) == 10

@@ -1,0 +1,116 @@
+"""FLOPs against the numbers of the reference model, peaks by device, and metrics.jsonl across resumes."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from nanovision_jax import config as configs
+from nanovision_jax import meter
+
+D20 = configs.base_config('pretrain', 'd20')
+
+
+def test_matmul_weights_of_the_reference_model():
+    head = 1280 * 50304
+    assert meter.matmul_weights(D20.model) + head == 457_605_120
+
+
+def test_flops_of_pretraining_d20():
+    assert meter.step_flops(D20, 50261, 1, 0) == pytest.approx(3.060e9, rel=1e-3)
+    assert meter.step_flops(D20, 50261, 262_144, 0) == pytest.approx(262_144 * 3.060e9, rel=1e-3)
+    weights, attention = 457_605_120, 20 * 1280 * 1024
+    assert meter.step_flops(D20, 50261, 1, 0) == 6 * weights + 12 * attention  # the convention, to the last digit
+
+
+def test_what_is_frozen_costs_less():
+    """2·N forward everywhere, 2·N more where gradients flow, 2·N more where weights learn."""
+    costs = {}
+    for stage in ('pretrain', 'vision_pretrain', 'vision_instruct'):
+        cfg = configs.base_config(stage, 'd20')
+        cfg.model.vision = configs.Vision(patch_size=14, width=1024, layers=24, heads=16, ffn=4096)
+        costs[stage] = meter.step_flops(cfg, 50261, 1024, 0), meter.step_flops(cfg, 50261, 0, 1)
+    assert costs['vision_instruct'][0] == costs['pretrain'][0]
+    assert costs['vision_pretrain'][0] == pytest.approx(costs['pretrain'][0] * 2 / 3)
+    tower = 23 * (4 * 1024**2 + 2 * 1024 * 4096) + 14**2 * 3 * 1024  # features are those before the last layer
+    picture = 257 * (2 * tower + 4 * 23 * 1024 * 257)
+    assert costs['vision_instruct'][1] == costs['vision_pretrain'][1] == picture
+    assert costs['pretrain'][1] == 0
+
+
+def test_clip_counts_both_towers():
+    cfg = configs.base_config('clip', 'd20')
+    cfg.data.length = 77
+    both, captions = meter.step_flops(cfg, 50261, 77, 1), meter.step_flops(cfg, 50261, 77, 0)
+    vision = 12 * (4 * 768**2 + 2 * 768 * 3072) + 16**2 * 3 * 768
+    assert both - captions == 197 * (6 * vision + 12 * 12 * 768 * 197)
+    assert captions == 77 * (6 * 12 * (4 * 512**2 + 2 * 512 * 2048) + 12 * 12 * 512 * 77)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'peak'),
+    [
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H200', 989e12),
+        ('NVIDIA GH200 480GB', 989e12),
+        ('NVIDIA B200', 2250e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40S', 362e12),
+        ('Tesla T4', 65e12),
+        ('TPU v4', 275e12),
+        ('TPU v5 lite', 197e12),
+        ('TPU v5', 459e12),
+        ('TPU v6 lite', 918e12),
+    ],
+)
+def test_peaks_are_looked_up_by_device_kind(monkeypatch, kind, peak):
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)] * 8)
+    monkeypatch.setattr(jax, 'device_count', lambda: 8)
+    found, source = meter.peak_flops()
+    assert found == 8 * peak and 'data sheet' in source
+
+
+@pytest.mark.parametrize('kind', ['NVIDIA L400', 'cpu'])
+def test_a_device_that_no_sheet_names_is_measured(monkeypatch, kind):
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)])
+    found, source = meter.peak_flops()
+    assert 1e8 < found < 1e15 and source.startswith('measured')
+
+
+# metrics.jsonl -------------------------------------------------------------------------------------------------------
+
+
+def write(folder, steps, start=0):
+    log = meter.Metrics(folder, start=start)
+    for step in steps:
+        log.write(step=step, loss=1.0 / step, tokens=100 * step, seconds=0.5 * step)
+        if step % 3 == 0:
+            log.write(step=step, eval_loss=2.0)
+    return [line['step'] for line in meter.read_metrics(folder / 'metrics.jsonl')]
+
+
+def test_lines_past_the_point_of_resuming_are_dropped(tmp_path):
+    assert write(tmp_path, (1, 2, 3, 4, 5)) == [1, 2, 3, 3, 4, 5]
+    assert write(tmp_path, (4, 5, 6), start=3) == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert meter.Metrics(tmp_path, start=6).last == {'step': 6, 'loss': 1 / 6, 'tokens': 600, 'seconds': 3.0}
+    assert meter.Metrics(tmp_path, start=0).last == {'tokens': 0, 'seconds': 0.0}
+    assert (tmp_path / 'metrics.jsonl').read_text() == ''
+
+
+def test_a_half_written_last_line_is_forgotten(tmp_path):
+    write(tmp_path, (1, 2))
+    file = tmp_path / 'metrics.jsonl'
+    file.write_text(file.read_text() + '{"step": 3, "lo')
+    assert [line['step'] for line in meter.read_metrics(file)] == [1, 2]
+    assert write(tmp_path, (3, 4), start=2) == [1, 2, 3, 3, 4]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_tensorboard_gets_the_numbers_too(tmp_path):
+    pytest.importorskip('tensorboardX')
+    meter.Metrics(tmp_path, to='tensorboard').write(step=1, loss=np.float64(0.5), word='left out')
+    assert list((tmp_path / 'tensorboard').glob('events*'))

@@ -1,0 +1,83 @@
+"""Schedules and optimizers, against numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import optax
+import pytest
+
+from nanovision_jax import config as configs
+from nanovision_jax import models, optim, parallel
+
+
+def test_cosine_rises_linearly_and_falls_to_its_end():
+    rate = optim.schedule(configs.Optim(learning_rate=1e-3, end_learning_rate=1e-4, warmup=10), 110)
+    found = [float(rate(step)) for step in (0, 5, 10, 35, 60, 85, 110, 200)]
+    quarter = 0.45 * np.cos(np.pi / 4)  # the wave runs from 1e-3 to 1e-4 round 5.5e-4
+    wanted = [0, 5e-4, 1e-3, (0.55 + quarter) * 1e-3, 5.5e-4, (0.55 - quarter) * 1e-3, 1e-4, 1e-4]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_linear_falls_on_a_line():
+    cfg = configs.Optim(learning_rate=2e-4, end_learning_rate=2e-5, warmup=10, schedule='linear')
+    rate = optim.schedule(cfg, 110)
+    np.testing.assert_allclose([float(rate(s)) for s in (0, 10, 60, 110)], [0, 2e-4, 1.1e-4, 2e-5], rtol=1e-5)
+
+
+@pytest.mark.parametrize(('warmup', 'steps', 'peak_at'), [(0.03, 1000, 30), (0.5, 10, 5), (20, 1000, 20), (99, 10, 10)])
+def test_warmup_below_one_is_a_share_of_all_steps(warmup, steps, peak_at):
+    rate = optim.schedule(configs.Optim(learning_rate=1.0, end_learning_rate=0.0, warmup=warmup), steps)
+    rates = [float(rate(step)) for step in range(steps + 1)]
+    assert int(np.argmax(rates)) == peak_at
+    np.testing.assert_allclose(rates[: peak_at + 1], np.linspace(0, 1, peak_at + 1), atol=1e-6)
+
+
+def test_no_warmup_starts_at_the_top():
+    assert float(optim.schedule(configs.Optim(learning_rate=1.0, warmup=0), 10)(0)) == 1.0
+
+
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_weight_decay_is_for_kernels_only(stage):
+    params = models.abstract(micro.config(stage), micro.TOKENIZER.size, micro.TOKENIZER.image)[1]
+    for path, decays in jax.tree.leaves_with_path(optim.decayed(params)):
+        name = parallel.path_name(path)
+        spared = ('bias', 'scale', 'embedding', 'position', 'class_token', 'logit_scale')
+        assert decays == name.endswith('kernel') != name.endswith(spared), name
+
+
+def update(cfg, grads, params):
+    """What the first step of the peak learning rate adds to the parameters."""
+    optimizer = optim.make_optimizer(cfg, 10)
+    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
+    return updates
+
+
+PARAMS = {'kernel': jnp.array([2.0, -4.0]), 'bias': jnp.array([2.0, -4.0])}
+GRADS = {'kernel': jnp.array([3.0, 0.0]), 'bias': jnp.array([0.0, 4.0])}  # of norm 5
+
+
+def test_adamw_decays_the_kernel_and_not_the_bias():
+    cfg = configs.Optim(learning_rate=0.1, warmup=0, weight_decay=0.5)
+    found = update(cfg, jax.tree.map(jnp.zeros_like, GRADS), PARAMS)
+    np.testing.assert_allclose(found['kernel'], [-0.1, 0.2], rtol=1e-6)  # -rate · decay · parameter
+    np.testing.assert_array_equal(found['bias'], [0, 0])
+
+
+def test_adamw_takes_a_first_step_of_the_learning_rate():
+    found = update(configs.Optim(learning_rate=0.1, warmup=0, weight_decay=0), GRADS, PARAMS)
+    np.testing.assert_allclose(found['kernel'], [-0.1, 0], rtol=1e-5)
+    np.testing.assert_allclose(found['bias'], [0, -0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(('clip_norm', 'scale'), [(1.0, 1 / 5), (2.5, 1 / 2), (5.1, 1)])
+def test_sgd_follows_gradients_clipped_by_their_common_norm(clip_norm, scale):
+    found = update(configs.Optim(name='sgd', learning_rate=0.1, warmup=0, clip_norm=clip_norm), GRADS, PARAMS)
+    for name, grad in GRADS.items():
+        np.testing.assert_allclose(found[name], -0.1 * scale * grad, rtol=1e-6)
+
+
+def test_sgd_keeps_no_moments():
+    state = optim.make_optimizer(configs.Optim(name='sgd'), 10).init(PARAMS)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [()]  # the step count
+    assert optax.tree.get(state, 'count') == 0

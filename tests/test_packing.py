@@ -1,0 +1,322 @@
+"""Rows: plans that fit, rows that are functions of (seed, i), every example once an epoch, nothing moved or lost."""
+
+import concurrent.futures
+import pickle
+
+import numpy as np
+import pytest
+from conftest import parse
+
+from nanovision_jax.data import images, index, packing, sources
+from nanovision_jax.errors import UserError
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def spread(seed, n=2000, length=512):
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(length, rng.lognormal(4.3, 0.7, n).astype(int) + 5)
+    return rng.permutation(n), lengths, rng.integers(0, 3, n)
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('slots', [2, 5, 100])
+def test_a_plan_fits_and_holds_every_example_once(seed, slots):
+    order, lengths, pictures = spread(seed)
+    rows = packing.plan(order, lengths, pictures, 512, slots)
+    assert sorted(i for row in rows for i in row) == list(range(2000))
+    assert all(rows)
+    assert max(lengths[row].sum() for row in rows) <= 512
+    assert max(pictures[row].sum() for row in rows) <= slots
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_rows_are_nearly_full(seed):
+    order, lengths, pictures = spread(seed)
+    rows = packing.plan(order, lengths, np.zeros_like(pictures), 512, 0)
+    assert lengths.sum() / (512 * len(rows)) > 0.93
+    one_after_the_other, left = 1, 512
+    for i in order:
+        one_after_the_other, left = (one_after_the_other + 1, 512) if lengths[i] > left else (one_after_the_other, left)
+        left -= lengths[i]
+    assert len(rows) < 0.93 * one_after_the_other
+
+
+def test_slots_are_used_where_they_bind():
+    order, lengths, _ = spread(0)
+    rows = packing.plan(order, lengths // 8, np.ones(2000, int), 512, 4)
+    assert len(rows) == 2000 / 4
+
+
+def test_a_plan_is_a_function_of_its_input():
+    order, lengths, pictures = spread(1)
+    first = packing.plan(order, lengths, pictures, 512, 4)
+    assert packing.plan(order.copy(), lengths, pictures, 512, 4) == first
+    assert packing.plan(order[::-1], lengths, pictures, 512, 4) != first
+
+
+def test_an_example_of_the_whole_row_fits():
+    assert packing.plan([0, 1, 2], np.array([8, 8, 1]), np.array([0, 1, 1]), 8, 1) == [[0], [1], [2]]
+
+
+# Orders --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    drawn = [packing.Shuffled(50, 3).at(i) for i in range(150)]
+    assert [epoch for epoch, _ in drawn] == [0] * 50 + [1] * 50 + [2] * 50
+    orders = [tuple(thing for epoch, thing in drawn if epoch == e) for e in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({*orders, tuple(range(50))}) == 4
+    assert [packing.Shuffled(50, 4).at(i)[1] for i in range(50)] != list(orders[0])
+    assert [packing.Shuffled(50, 3, shuffle=False).at(i) for i in (0, 49, 50)] == [(0, 0), (0, 49), (1, 0)]
+
+
+def test_orders_do_not_depend_on_who_asks_when():
+    expected = [packing.Shuffled(2, 0).at(i) for i in range(3000)]
+    shuffled = packing.Shuffled(2, 0)
+    assert [shuffled.at(i) for i in reversed(range(3000))] == expected[::-1]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(shuffled.at, range(3000))) == expected
+
+
+# Conversations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def make(llava_folder, tokenizer, tmp_path_factory):
+    """A function that gives fresh rows over LLaVA's files: (stage, seed, *overrides) → rows."""
+    folder = tmp_path_factory.mktemp('family')
+
+    def fresh(stage='vision_instruct', seed=0, *overrides, split='train', **options):
+        name = 'instruct' if stage in ('vision_instruct', 'sft') else 'pretrain'
+        place = [f'run_dir={folder}/{stage}', 'data.source=conversations', f'data.path={llava_folder}/{name}.json']
+        config = parse(stage, 'data.length=128', 'data.slots=3', *place, *overrides)
+        source = sources.open_source(config, split)
+        kind = packing.PairRows if stage == 'clip' else packing.PackedRows
+        return kind(source, index.build_index(source, config, tokenizer, split), config, tokenizer, seed, **options)
+
+    return fresh
+
+
+def same(a, b):
+    pairs = [(a[name], b[name]) for name in a]
+    return a.keys() == b.keys() and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+STAGES = ['vision_instruct', 'vision_pretrain', 'sft', 'clip']
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_rows_are_functions_of_seed_and_place(make, stage):
+    rows = make(stage)
+    n = 2 * rows.rows_per_epoch() + 3
+    read = [rows[i] for i in range(n)]
+    backwards, again = make(stage), pickle.loads(pickle.dumps(make(stage)))
+    for i in reversed(range(n)):
+        assert same(backwards[i], read[i])
+    for i in (n - 1, 0, n // 2):
+        assert same(again[i], read[i]) and same(make(stage)[i], read[i])
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(map(same, pool.map(make(stage).__getitem__, range(n)), read))
+
+
+@pytest.mark.parametrize('stage', [*STAGES, 'pretrain'])
+def test_rows_have_the_types_of_the_contract(make, tokenizer, stage):
+    rows = text_rows([documents(tokenizer, 40)], tokenizer) if stage == 'pretrain' else make(stage)
+    types = {'weights': np.float32, 'images': np.uint8}
+    for name, array in rows[0].items():
+        assert array.dtype == types.get(name, np.int32), name
+    wanted = {'tokens', 'targets', 'weights', 'segments', 'positions'} | ({'images'} if 'vision' in stage else set())
+    assert set(rows[0]) == ({'images', 'tokens', 'ends'} if stage == 'clip' else wanted)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_seeds_and_epochs_differ(make, stage):
+    rows, other = make(stage), make(stage, 1)
+    n = rows.rows_per_epoch()
+    first, second = [rows[i] for i in range(n)], [rows[n + i] for i in range(n)]
+    assert not all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(same(a, other[i]) for i, a in enumerate(first))
+
+
+@pytest.mark.parametrize('stage', ['vision_instruct', 'sft'])
+def test_every_example_comes_once_an_epoch(make, stage):
+    rows, start = make(stage), 0
+    for epoch in range(3):
+        n = len(rows.epoch(epoch))
+        seen = [k for i in range(start, start + n) for k in rows.examples(i)]
+        assert sorted(seen) == list(range(len(rows.index.rows)))
+        start += n
+
+
+def test_every_pair_comes_once_an_epoch(make):
+    rows = make('clip')
+    n = rows.rows_per_epoch()
+    assert n == len(rows.index.rows)
+    for epoch in range(2):
+        assert len({rows[epoch * n + i]['images'].tobytes() for i in range(n)}) == n
+
+
+def test_held_out_rows_come_in_order(make):
+    rows = make('vision_pretrain', split='validation', shuffle=False)
+    assert [k for i in range(rows.rows_per_epoch()) for k in rows.examples(i)] == list(range(4))
+
+
+@pytest.mark.parametrize('stage', ['vision_instruct', 'vision_pretrain', 'sft'])
+def test_every_example_can_be_read_back_from_its_row(make, stage):
+    rows = make(stage)
+    config, vision = rows.config, rows.config.model.vision
+    several = 0
+    for i in range(rows.rows_per_epoch()):
+        row, pictures = rows[i], []
+        for number, k in enumerate(rows.examples(i), 1):
+            example = rows.source[rows.index.rows[k]]
+            ids, learned = index.encode_example(example, config, rows.tokenizer)
+            here = row['segments'] == number
+            assert np.ptp(np.flatnonzero(here)) == here.sum() - 1  # in one piece
+            assert row['tokens'][here].tolist() == ids[:-1].tolist()
+            assert row['targets'][here].tolist() == ids[1:].tolist()
+            assert row['weights'][here].tolist() == learned[1:].tolist()
+            assert row['positions'][here].tolist() == list(range(len(ids) - 1))
+            pictures += [images.decode(data, vision.image_size, vision.fit) for data in example.images]
+        assert row['segments'].max() == number
+        several += number > 1
+        padding = row['segments'] == 0
+        assert padding.argmax() + padding.sum() == len(padding) or not padding.any()  # all at the end
+        assert not any(row[name][padding].any() for name in ('tokens', 'targets', 'weights', 'positions'))
+        if stage == 'sft':
+            assert 'images' not in row
+        else:
+            assert row['images'].shape == (3, 64, 64, 3)
+            assert (row['tokens'] == rows.tokenizer.image).sum() == len(pictures) * vision.patches
+            assert all((a == b).all() for a, b in zip(row['images'], pictures, strict=False))
+            assert not row['images'][len(pictures) :].any()
+    assert several > 2
+
+
+def test_only_answers_are_learned(make, tokenizer):
+    rows = make()
+    for i in range(rows.rows_per_epoch()):
+        row = rows[i]
+        for k, number in zip(rows.examples(i), range(1, 99), strict=False):
+            taught = row['targets'][(row['segments'] == number) & (row['weights'] > 0)]
+            messages = rows.source[rows.index.rows[k]].messages
+            said = ''.join(f'{m["content"]}<|end|>' for m in messages if m['role'] == 'assistant')
+            assert said.startswith(tokenizer.decode(taught, special=True)) and len(taught)
+
+
+def test_efficiency_is_what_the_rows_hold(make):
+    rows = make()
+    row = [rows[i] for i in range(rows.rows_per_epoch())]
+    used = rows.efficiency()
+    assert used['tokens'] == pytest.approx(np.mean([r['segments'] > 0 for r in row]))
+    assert used['image slots'] == pytest.approx(np.mean([r['images'].any(axis=(1, 2, 3)) for r in row]))
+    assert used['tokens'] > 0.7
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
+    rows = make('clip', shuffle=False)
+    for i in range(10):
+        example, row = rows.source[rows.index.rows[i]], rows[i]
+        ids = [tokenizer.end_of_text, *tokenizer.encode(example.caption), tokenizer.end]
+        assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
+        assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
+        assert (row['images'] == images.decode(example.images[0], 64)).all()
+
+
+def test_augmented_pairs_change_with_the_epoch_only(make):
+    plain, changed = make('clip'), make('clip', 0, 'data.augment=true')
+    n = plain.rows_per_epoch()
+    assert same(changed[5], make('clip', 0, 'data.augment=true')[5])
+    assert (changed[5]['images'] != plain[5]['images']).any()
+    captions = [changed[n + i]['tokens'].tobytes() for i in range(n)]
+    later = changed[n + captions.index(changed[5]['tokens'].tobytes())]
+    assert (changed[5]['images'] != later['images']).any()
+    held_out = make('clip', 0, 'data.augment=true', shuffle=False)
+    assert same(held_out[3], make('clip', shuffle=False)[3])
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def documents(tokenizer, n, seed=0, dtype=np.uint16):
+    rng = np.random.default_rng(seed)
+    drawn = [[tokenizer.end_of_text, *rng.integers(5, tokenizer.size, rng.integers(1, 90))] for _ in range(n)]
+    return np.concatenate(drawn).astype(dtype)
+
+
+def text_rows(shards, tokenizer, seed=0, shuffle=True):
+    return packing.TextRows(shards, parse('pretrain', 'data.length=32'), tokenizer, seed, shuffle)
+
+
+def test_windows_follow_each_other(tokenizer):
+    shards = [documents(tokenizer, 40), documents(tokenizer, 25, 1, np.uint32)]
+    rows = text_rows(shards, tokenizer, shuffle=False)
+    counts = [(len(shard) - 1) // 32 for shard in shards]
+    assert rows.rows_per_epoch() == sum(counts)
+    start = 0
+    for shard, count in zip(shards, counts, strict=True):
+        read = [rows[start + i] for i in range(count)]
+        assert np.concatenate([row['tokens'] for row in read]).tolist() == shard[: 32 * count].tolist()
+        assert np.concatenate([row['targets'] for row in read]).tolist() == shard[1 : 32 * count + 1].tolist()
+        start += count
+    assert same(rows[start], rows[0])  # the next epoch
+
+
+def test_a_document_is_a_segment(tokenizer):
+    rows, splits = text_rows([documents(tokenizer, 100)], tokenizer, shuffle=False), 0
+    for i in range(rows.rows_per_epoch()):
+        row, segment, position = rows[i], 1, -1
+        assert (row['weights'] == 1).all()
+        for place, token in enumerate(row['tokens']):
+            if token == tokenizer.end_of_text and place > 0:
+                segment, position = segment + 1, -1
+                splits += 1
+            position += 1
+            assert (row['segments'][place], row['positions'][place]) == (segment, position)
+    assert splits > 50
+
+
+def test_text_rows_are_functions_of_seed_and_place(tokenizer):
+    shards = [documents(tokenizer, 40), documents(tokenizer, 25, 1)]
+    rows = text_rows(shards, tokenizer)
+    n = rows.rows_per_epoch()
+    read = [rows[i] for i in range(2 * n)]
+    again = text_rows(shards, tokenizer)
+    assert all(same(again[i], read[i]) for i in reversed(range(2 * n)))
+    windows = [row['tokens'].tobytes() for row in read]
+    assert len(set(windows)) == n and sorted(windows[:n]) == sorted(windows[n:]) and windows[:n] != windows[n:]
+    other = text_rows(shards, tokenizer, seed=1)
+    assert [other[i]['tokens'].tobytes() for i in range(n)] != windows[:n]
+
+
+@pytest.mark.parametrize('dtype, id', [(np.uint16, 65_535), (np.uint32, 70_000), (np.uint32, 2**32 - 1)])
+def test_an_id_beyond_the_vocabulary_raises(tokenizer, dtype, id):
+    shard = np.full(33, 7, dtype)
+    assert text_rows([shard], tokenizer)[0]['tokens'].max() == 7
+    for wrong in (tokenizer.size, id):
+        shard[20] = wrong
+        with pytest.raises(UserError, match=f'token id {wrong} '):
+            text_rows([shard], tokenizer)[0]
+    shard[20] = tokenizer.size - 1
+    assert text_rows([shard], tokenizer)[0]['tokens'][20] == tokenizer.size - 1
+
+
+def test_too_little_text_is_refused(tokenizer):
+    with pytest.raises(UserError, match='less text than one row'):
+        text_rows([np.full(32, 7, np.uint16)], tokenizer)
+
+
+def test_pickled_rows_map_their_files_again(tokenizer, tmp_path):
+    np.save(tmp_path / 'a.npy', np.tile(documents(tokenizer, 50), 100))
+    rows = text_rows([np.load(tmp_path / 'a.npy', mmap_mode='r')], tokenizer)
+    rows[0]
+    text = pickle.dumps(rows)
+    assert (tmp_path / 'a.npy').stat().st_size > 300_000 and len(text) < 100_000
+    again = pickle.loads(text)
+    assert isinstance(again.shards[0], np.memmap)
+    assert all(same(again[i], rows[i]) for i in range(20))

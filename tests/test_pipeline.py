@@ -1,0 +1,204 @@
+"""The pipeline: one tokenizer a family, batches by place whatever reads them, fake batches like real ones."""
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import parse
+
+from nanovision_jax import config as configs
+from nanovision_jax.data import pipeline
+from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def open_rows(tiny_config):
+    """A function that opens a stage's rows: (stage, *overrides) → (config, rows)."""
+
+    def opened(stage, *overrides, split='train'):
+        config = tiny_config(stage, 'data.vocab_size=400', 'data.length=512', 'data.slots=3', *overrides)
+        return config, pipeline.open_rows(config, pipeline.family_tokenizer(config), split)[0]
+
+    return opened
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def take(rows, n, *args, **options):
+    return list(itertools.islice(pipeline.batches(rows, *args, **options), n))
+
+
+@pytest.mark.parametrize('stage', configs.STAGES)
+def test_a_batch_is_its_rows(open_rows, stage):
+    _, rows = open_rows(stage)
+    for number, batch in enumerate(take(rows, 4, 3)):
+        one = [rows[3 * number + i] for i in range(3)]
+        assert same(batch, {name: np.stack([row[name] for row in one]) for name in one[0]})
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
+def test_starting_late_is_skipping(open_rows, stage):
+    _, rows = open_rows(stage)
+    whole = take(rows, 12, 4)
+    assert rows.rows_per_epoch() < 48  # beyond an epoch
+    for n in (1, 5, 9):
+        assert all(map(same, take(open_rows(stage)[1], 12 - n, 4, start=4 * n), whole[n:]))
+
+
+def test_reading_held_out_rows_changes_nothing(open_rows):
+    _, rows = open_rows('vision_instruct')
+    plain = take(rows, 6, 4)
+    stream, held_out = (
+        pipeline.batches(rows, 4),
+        pipeline.batches(open_rows('vision_instruct', split='validation')[1], 4),
+    )
+    for batch in plain:
+        assert same(next(stream), batch)
+        next(held_out)
+
+
+def test_workers_read_the_same_batches(open_rows):
+    _, rows = open_rows('vision_instruct')
+    pickle.dumps(rows)
+    for a, b in zip(take(rows, 5, 4, start=8), take(rows, 5, 4, start=8, workers=2), strict=True):
+        assert same(a, b)
+
+
+def test_a_batch_of_which_nothing_is_learned_is_an_error():
+    class Rows:
+        def __getitem__(self, i):
+            return {'weights': np.full(3, float(i < 10), np.float32)}
+
+    stream = pipeline.batches(Rows(), 4)
+    assert [next(stream)['weights'].sum() for _ in range(3)] == [12, 12, 6]
+    with pytest.raises(UserError, match='nothing is learned in rows 12 and on'):
+        next(stream)
+
+
+def test_a_mistake_in_reading_is_not_swallowed():
+    class Rows:
+        def __getitem__(self, i):
+            return {'x': np.float32(1 / (i - 5))}
+
+    with pytest.raises(ZeroDivisionError):
+        take(Rows(), 9, 1)
+
+
+@pytest.mark.parametrize('stage', ['clip', 'pretrain', 'sft'])
+def test_training_rows_are_shuffled_by_the_seed_and_held_out_rows_are_not(open_rows, stage):
+    def order(*overrides, split='train'):
+        rows = open_rows(stage, *overrides, split=split)[1]
+        return rows.shuffled.order(0).tolist()
+
+    assert order() != order('seed=1') != sorted(order('seed=1')) == sorted(order())
+    assert order(split='validation') == order('seed=1', split='validation') == sorted(order(split='validation'))
+
+
+# Fake batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', configs.STAGES)
+def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
+    config, rows = open_rows(stage, 'data.batch_size=6')
+    (real,) = take(rows, 1, 6)
+    fake = pipeline.fake_batch(config)
+    assert {name: (a.shape, a.dtype) for name, a in fake.items()} == {
+        name: (a.shape, a.dtype) for name, a in real.items()
+    }
+    assert ('images' in real) == (stage in ('clip', 'vision_pretrain', 'vision_instruct'))
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'vision_pretrain', 'vision_instruct'])
+@pytest.mark.parametrize('slots', [1, 2, 5])
+def test_a_fake_batch_is_valid(stage, slots):
+    config = parse(stage, f'data.slots={slots}', 'data.batch_size=4', 'data.length=256')
+    batch = pipeline.fake_batch(config, vocab_size=300)
+    vision = stage.startswith('vision')
+    assert batch['tokens'].min() >= 0 and max(batch['tokens'].max(), batch['targets'].max()) <= 299
+    assert set(np.unique(batch['weights'])) == {0, 1} and 0.3 < batch['weights'].mean() < 0.7
+    assert ((batch['tokens'] == 299).sum(1) == (slots * config.model.vision.patches if vision else 0)).all()
+    for segment in (1, 2):
+        here = batch['segments'] == segment
+        assert (here.sum(1) == 128).all()
+        assert (batch['positions'][here].reshape(4, -1) == np.arange(128)).all()
+    assert same(batch, pipeline.fake_batch(config, vocab_size=300))
+    assert not same(batch, pipeline.fake_batch(config, vocab_size=300, seed=1))
+
+
+# The tokenizer of a family -------------------------------------------------------------------------------------------
+
+
+def conversations(folder, llava_folder, stage='vision_instruct', name='instruct', *overrides):
+    place = [f'run_dir={folder}/{stage}', 'data.source=conversations', f'data.path={llava_folder}/{name}.json']
+    return parse(stage, *place, *overrides)
+
+
+def test_the_tokenizer_is_made_once(llava_folder, tmp_path):
+    first = pipeline.family_tokenizer(conversations(tmp_path, llava_folder))
+    times = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
+    again = pipeline.family_tokenizer(conversations(tmp_path, llava_folder, 'vision_pretrain', 'pretrain'))
+    assert first.folder == again.folder == tmp_path / 'tokenizer' and first.digest == again.digest
+    assert {file: file.stat().st_mtime_ns for file in first.folder.iterdir()} == times
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_it_knows_the_words_of_every_file_beside(llava_folder, tmp_path):
+    one = pipeline.family_tokenizer(conversations(tmp_path / 'a', llava_folder))
+    two = pipeline.family_tokenizer(conversations(tmp_path / 'b', llava_folder, 'vision_pretrain', 'pretrain'))
+    assert one.size == two.size > 261
+    assert len(one.encode('house')) == len(two.encode('house')) < 5
+
+
+def test_odd_files_and_rows_beside_do_not_matter(tmp_path):
+    good = {'conversations': [{'from': 'human', 'value': 'hello'}, {'from': 'gpt', 'value': 'you'}]}
+    rows = [good, 'a string', {'conversations': 'x'}, {'messages': [{'role': 'user'}]}]
+    rows += [{'conversations': [{'from': 'human', 'value': 'half \ud83d'}]}]
+    (tmp_path / 'x.json').write_text(json.dumps(rows))
+    (tmp_path / 'notes.json').write_text('{\n"not": "rows"\n}')
+    tokenizer = pipeline.family_tokenizer(conversations(tmp_path / 'runs', tmp_path, 'sft', 'x'))
+    assert tokenizer.size >= 261
+
+
+def test_broken_data_leaves_no_tokenizer(tmp_path):
+    (tmp_path / 'x.json').write_text('[{"conversations":')
+    config = conversations(tmp_path / 'runs', tmp_path, 'sft', 'x')
+    with pytest.raises(UserError, match='neither a JSON list'):
+        pipeline.family_tokenizer(config)
+    assert not (tmp_path / 'runs/tokenizer').exists()
+    (tmp_path / 'x.json').write_text('[]')
+    assert pipeline.family_tokenizer(config).size >= 261
+
+
+def test_a_folder_is_taken_over(llava_folder, tokenizer, tokenizer_folder, tmp_path):
+    config = conversations(tmp_path, llava_folder, 'sft', 'instruct', f'data.tokenizer={tokenizer_folder}')
+    taken = pipeline.family_tokenizer(config)
+    assert taken.special == tokenizer.special and taken.size == tokenizer.size
+    assert taken.encode('the naïve cat') == tokenizer.encode('the naïve cat')
+    assert Tokenizer(tmp_path / 'tokenizer').digest == taken.digest
+
+
+def test_another_tokenizer_is_refused(llava_folder, tokenizer_folder, tmp_path):
+    pipeline.family_tokenizer(conversations(tmp_path, llava_folder))
+    other = conversations(tmp_path, llava_folder, 'sft', 'instruct', f'data.tokenizer={tokenizer_folder}')
+    with pytest.raises(UserError) as caught:
+        pipeline.family_tokenizer(other)
+    assert "was made from 'train'" in str(caught.value) and '--config.data.tokenizer=train' in str(caught.value)
+
+
+def test_shards_need_a_tokenizer_to_be_named(tmp_path):
+    config = parse('pretrain', 'data.source=shards', f'data.path={tmp_path}', f'run_dir={tmp_path}/runs/pretrain')
+    with pytest.raises(UserError, match=r'set data\.tokenizer'):
+        pipeline.family_tokenizer(config)
+
+
+def test_open_rows_tells_what_is_bad(llava_folder, tmp_path, tokenizer):
+    rows = json.loads((llava_folder / 'instruct.json').read_text())
+    text = [{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}]
+    (tmp_path / 'x.json').write_text(json.dumps([*rows, *[{'conversations': text}] * 100, {'conversations': text[:1]}]))
+    config = conversations(tmp_path / 'runs', tmp_path, 'sft', 'x')
+    assert pipeline.open_rows(config, tokenizer)[1] == [{'row': 172, 'reason': 'no answer'}]
