@@ -13,7 +13,7 @@ def get_config(size='d20'):
     config = base_config('vision_pretrain', size)
     if size == 'tiny':
         config.steps = 60
-        config.data = Data(batch_size=32, length=256, slots=5)
+        config.data = Data(batch_size=16, length=192, slots=6)
         config.optim = Optim(learning_rate=3e-3, end_learning_rate=0.0, warmup=0.1, weight_decay=0.0)
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=60, batches=4), Log(every=10)
     else:

@@ -38,7 +38,7 @@ class Checkpoints:
         """
         self.wait()
         if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
-            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
+            params, optimizer = _copy((params, optimizer))
         for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
             shutil.rmtree(stale, ignore_errors=True)  # unfinished or damaged: a whole one would not be written again
         items = {'params': ocp.args.PyTreeSave(params), 'optimizer': ocp.args.PyTreeSave(optimizer)}
@@ -66,6 +66,11 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise UserError(f'a checkpoint could not be written to {self.folder}: {error}') from error
+
+
+@jax.jit
+def _copy(tree):  # one program: leaf by leaf, each shape would be compiled
+    return jax.tree.map(jnp.copy, tree)
 
 
 def write_manifest(folder, content):

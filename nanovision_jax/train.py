@@ -45,20 +45,33 @@ def split_params(stage, params):
     return {k: v for k, v in params.items() if k in names}, {k: v for k, v in params.items() if k not in names}
 
 
-def init_state(config, tokenizer, optimizer, mesh, inherited=()):
-    """(graphdef, state, shardings): {'params', 'optimizer'} born in its shardings, with the parents' parameters."""
+def init_state(config, tokenizer, optimizer, mesh, inherited=(), start=0):
+    """(graphdef, state, shardings): {'params', 'optimizer'}, each leaf born where its sharding says.
 
-    def create():
-        model = models.build(config, tokenizer.size, tokenizer.image, nnx.Rngs(config.seed))
-        params = nnx.to_pure_dict(nnx.state(model))
-        return {'params': params, 'optimizer': optimizer.init(split_params(config.stage, params)[0])}
+    It is read from the run's checkpoint `start`; or, for a new run, from the parents, and what they lack is random.
+    """
 
-    graphdef, _ = models.abstract(config, tokenizer.size, tokenizer.image)
-    shardings = parallel.shardings(jax.eval_shape(create), mesh)
-    state = jax.jit(create, out_shardings=shardings)()
+    def new_params():
+        return nnx.to_pure_dict(nnx.state(models.build(config, tokenizer.size, tokenizer.image, nnx.Rngs(config.seed))))
+
+    def new_optimizer(params):
+        return optimizer.init(split_params(config.stage, params)[0])
+
+    graphdef, params = models.abstract(config, tokenizer.size, tokenizer.image)
+    shapes = {'params': params, 'optimizer': jax.eval_shape(new_optimizer, params)}
+    shardings = parallel.shardings(shapes, mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    if start:
+        state = {item: checkpoint.restore(config.run_dir, start, item, target[item]) for item in target}
+        return graphdef, state, shardings
+    params = target['params']
     for parent in inherited:
-        state['params'] = stages.inherit(parent, state['params'])
-    return graphdef, state, shardings
+        params = stages.inherit(parent, params)
+    missing = [k for k, part in params.items() if isinstance(jax.tree.leaves(part)[0], jax.ShapeDtypeStruct)]
+    where = {k: shardings['params'][k] for k in missing}
+    params = params | jax.jit(lambda: {k: new_params()[k] for k in missing}, out_shardings=where)()
+    opt_state = jax.jit(new_optimizer, out_shardings=shardings['optimizer'])(params)
+    return graphdef, {'params': params, 'optimizer': opt_state}, shardings
 
 
 def make_gradients(config, graphdef):
@@ -181,10 +194,8 @@ def _train(config, folder, start, mesh, stop):
 
     # State ------------------------------------------------------------------------------------------------------------
     optimizer = optim.make_optimizer(config.optim, steps)
-    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, inherited)
+    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, inherited, start)
     if start:
-        target = checkpoint.like(state)
-        state = {item: checkpoint.restore(folder, start, item, target[item]) for item in ('params', 'optimizer')}
         print(f'going on from step {start}')
     frozen = split_params(config.stage, state['params'])[1]
     digests = {name: checkpoint.tree_digest(part) for name, part in frozen.items()}

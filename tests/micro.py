@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from nanovision_jax import checkpoint, models, optim, train
+from nanovision_jax import checkpoint, meter, models, optim, train
 from nanovision_jax import config as configs
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -50,9 +50,8 @@ def family(folder, tiny_family):
     """A family of runs with the tokenizer of tiny_family, and its tiny_world as data."""
     if not (tiny_family / 'tokenizer').exists():
         pipeline.family_tokenizer(run_config('pretrain', tiny_family))
-    shutil.copytree(tiny_family / 'tokenizer', folder / 'tokenizer')
-    (folder / 'data').mkdir()
-    (folder / 'data' / 'tiny_world').symlink_to(tiny_family / 'data' / 'tiny_world')
+    shutil.copytree(tiny_family / 'tokenizer', folder / 'tokenizer')  # makes the folder
+    (folder / 'data').symlink_to(tiny_family / 'data')
     return folder
 
 
@@ -60,6 +59,7 @@ def run_config(stage, family, **fields):
     """A run of a few steps in a family; `fields` are config fields with __ for the dot, as in data__workers=2."""
     cfg = config(stage, family / stage)
     cfg.steps, cfg.data.vocab_size, cfg.data.length = 4, 384, 40 if stage == 'clip' else 128
+    cfg.data.path = str((family / 'data').resolve())  # the same for a copy of the family
     cfg.checkpoint.every, cfg.log.every, cfg.eval.every, cfg.eval.batches = 2, 1, 4, 1
     for name, value in fields.items():
         part, _, field = name.replace('__', '.').rpartition('.')
@@ -98,9 +98,10 @@ def assert_same(found, wanted):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
 
 
-def compile_quickly(folder):
-    """Tests run a step a few times: little optimization, and what one run compiled serves the next, from `folder`."""
+def quicken(patch, folder):
+    """For tests that train: what one run compiled serves the next, from `folder`; nothing is optimized or measured."""
     jax.config.update('jax_disable_most_optimizations', True)
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    patch.setattr(meter, 'peak_flops', lambda: (1e12, 'a figure for tests'))

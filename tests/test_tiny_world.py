@@ -387,13 +387,13 @@ def test_picture_shows_the_scene(examples, split):
     seen = set()
     for i, row in enumerate(examples[split][:150]):
         image = Image.open(io.BytesIO(row['image']))
-        assert (image.size, image.mode, image.format) == ((64, 64), 'RGB', 'PNG')
+        assert (image.size, image.mode, image.format) == ((60, 60), 'RGB', 'PNG')
         pixels = np.asarray(image).astype(int)
         background = np.median(pixels, (0, 1))
-        near = np.abs(pixels[:, :, None] - rgb).max(-1) <= 25  # (64, 64, colours)
+        near = np.abs(pixels[:, :, None] - rgb).max(-1) <= 25  # (60, 60, colours)
         things = {t.place: t for t in tw.scene(split, i)}
         for place in tw.PLACES:
-            rows, columns = (slice(round(k * 64 / 3), round((k + 1) * 64 / 3)) for k in row_and_column(place))
+            rows, columns = (slice(round(k * 60 / 3), round((k + 1) * 60 / 3)) for k in row_and_column(place))
             cell = near[rows, columns]
             if place not in things:
                 assert not cell.any()

@@ -117,7 +117,7 @@ class CLIP(nnx.Module):
         self.text = TextTower(cfg.text, rows, length, dtype, rngs)
         self.vision_projection = project(cfg.vision.width, cfg.text.embed)
         self.text_projection = project(cfg.text.width, cfg.text.embed)
-        self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07)))
+        self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
 
     def __call__(
         self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']

@@ -45,7 +45,7 @@ EXAMPLES = {
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
 }
-PIXELS = 64
+PIXELS = 60
 RGB = {
     'red': (215, 30, 40),
     'green': (30, 165, 60),
@@ -56,7 +56,7 @@ RGB = {
     'white': (248, 248, 248),
     'black': (15, 15, 15),
 }
-ACROSS = {'small': (9.0, 10.0), 'large': (17.0, 18.0)}  # pixels from edge to edge
+ACROSS = {'small': (9.0, 10.0), 'large': (15.0, 16.0)}  # pixels from edge to edge
 
 # The id of a stream is part of the random seed, so the order of the streams must not change.
 _STREAMS = tuple((content, split) for content, splits in EXAMPLES.items() for split in splits)
@@ -160,7 +160,7 @@ def scene(split: str, index: int, seed: int = 0, content: str = 'scenes') -> lis
 
 
 def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene as (64, 64, 3) uint8: muted background, soft gradient, mild noise, anti-aliased things."""
+    """Draw a scene as (60, 60, 3) uint8: muted background, soft gradient, mild noise, anti-aliased things."""
     axis = np.arange(PIXELS, dtype=np.float32) + 0.5
     # Mid grey with a tint: at least 70 levels from white and from black in every channel.
     base = (rng.uniform(95, 145) + rng.uniform(-12, 12, 3)).astype(np.float32)
@@ -170,7 +170,7 @@ def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
     for thing in things:
         row, column = divmod(PLACES.index(thing.place), 3)
         half = rng.uniform(*ACROSS[thing.size]) / 2
-        room = min(3.0, PIXELS / 6 - half - 0.4)
+        room = min(2.0, PIXELS / 6 - half - 0.4)
         dy, dx = rng.uniform(-room, room, 2)
         y, x = (row + 0.5) * PIXELS / 3 + dy, (column + 0.5) * PIXELS / 3 + dx
         # Nothing reaches beyond its cell, so only the cell is drawn.

@@ -1,0 +1,200 @@
+"""Stopped anywhere and gone on with, a run ends with the very bits of one that was never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import micro
+import pytest
+from conftest import ROOT
+
+from nanovision_jax import checkpoint, meter, train
+from nanovision_jax.data import pipeline
+
+STEPS = 9
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp() / 'compiled'
+        micro.quicken(patch, folder)
+        yield folder
+
+
+@pytest.fixture(scope='module')
+def parents(tmp_path_factory, tiny_family):
+    """A family whose vision_pretrain never learned."""
+    family = micro.family(tmp_path_factory.mktemp('parents'), tiny_family)
+    micro.parent_run(family, 'vision_pretrain')
+    return family
+
+
+class Crash(Exception):
+    """The power failed."""
+
+
+@pytest.fixture(scope='module')
+def go(parents, cache, tmp_path_factory):
+    """A function that trains vision_instruct and returns (its folder, digests of the batches it was given).
+
+    `crash_at` is a step whose checkpoint is never written, as the power fails just then.
+    """
+
+    def go(folder=None, crash_at=None, **fields):
+        family = folder.parent if folder else tmp_path_factory.mktemp('family')
+        if not folder:
+            shutil.copytree(parents, family, symlinks=True, dirs_exist_ok=True)
+        cfg, seen = micro.run_config('vision_instruct', family, steps=STEPS, checkpoint__every=3, **fields), []
+
+        def watched(rows, *args):
+            for batch in batches(rows, *args):
+                if rows.shuffled.shuffle:  # those to learn from
+                    seen.append(checkpoint.tree_digest(batch))
+                yield batch
+
+        def save(self, step, *args):
+            if step == crash_at:
+                self.wait()
+                raise Crash
+            write(self, step, *args)
+
+        batches, write = pipeline.batches, checkpoint.Checkpoints.save
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, 'show_samples', lambda *_: None)
+            patch.setattr(pipeline, 'batches', watched)
+            patch.setattr(checkpoint.Checkpoints, 'save', save)
+            try:
+                train.train(cfg)
+            except Crash:
+                assert crash_at
+            else:
+                assert not crash_at
+        return family / 'vision_instruct', seen
+
+    return go
+
+
+@pytest.fixture(scope='module')
+def whole(go):
+    """(folder, batches) of a run that was never stopped."""
+    return go()
+
+
+def assert_as(folder, wanted):
+    """Parameters and optimizer are those of the run that was never stopped, and so are the lines of metrics."""
+    micro.assert_same(micro.read(folder, STEPS), micro.read(wanted, STEPS))
+    lines = [meter.read_metrics(run / 'metrics.jsonl') for run in (folder, wanted)]
+    told = [
+        [[line.get(k) for k in ('step', 'loss', 'eval_loss', 'tokens', 'grad_norm')] for line in run] for run in lines
+    ]
+    assert told[0] == told[1]
+    seconds = [line['seconds'] for line in lines[0] if 'loss' in line]
+    assert seconds == sorted(seconds)
+
+
+def test_the_runs_cross_the_end_of_an_epoch(whole, parents):
+    cfg = micro.run_config('vision_instruct', parents)
+    rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
+    assert 3 * 8 < rows.rows_per_epoch() < 6 * 8
+    assert len(set(whole[1])) == len(whole[1]) > STEPS
+
+
+def test_crashed_twice_it_ends_the_same(whole, go):
+    folder, first = go(crash_at=6)
+    assert checkpoint.newest(folder) == 3
+    _, second = go(folder, crash_at=9)
+    assert checkpoint.newest(folder) == 6
+    _, third = go(folder)
+    assert_as(folder, whole[0])
+    for seen, start in ((first, 0), (second, 3), (third, 6)):  # read ahead, so more than were used
+        n = min(len(seen), len(whole[1]) - start)
+        assert seen[:n] == whole[1][start : start + n] and n >= 3
+
+
+def test_a_last_checkpoint_that_is_damaged_is_done_again(whole, go, capsys):
+    folder, _ = go(crash_at=9)
+    file = max((folder / 'checkpoints' / '6' / 'params').rglob('*'), key=lambda f: f.is_file() and f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 8
+    file.write_bytes(data)
+    go(folder)
+    told = capsys.readouterr()
+    assert f'{file} is damaged, so checkpoint 6 is not used' in told.err and 'going on from step 3' in told.out
+    assert_as(folder, whole[0])
+
+
+def test_evaluation_changes_nothing(whole, go):
+    folder, seen = go(eval__every=1, eval__batches=2)
+    lines = meter.read_metrics(folder / 'metrics.jsonl')
+    assert sum('eval_loss' in line for line in lines) == STEPS
+    micro.assert_same(micro.read(folder), micro.read(whole[0]))
+    n = min(len(seen), len(whole[1]))
+    assert seen[:n] == whole[1][:n]
+
+
+def test_the_number_of_workers_changes_nothing(whole, go):
+    folder, _ = go(crash_at=6, data__workers=2)
+    go(folder, data__workers=1)
+    micro.assert_same(micro.read(folder), micro.read(whole[0]))
+
+
+# Real signals to a real process --------------------------------------------------------------------------------------
+
+
+def drive(family, cache, *stages, until=None, send=None):
+    """Trains stages in a process of its own, which is sent a signal once until() is true. Returns its exit code."""
+    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(family), str(cache), *stages]
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    with open(family / 'log', 'a') as log, subprocess.Popen(command, stdout=log, stderr=log, env=env) as process:
+        while process.poll() is None:
+            if until and until():
+                process.send_signal(send)
+                until = None
+            time.sleep(0.002)
+    return process.returncode
+
+
+def logged(folder, step):
+    """Whether a run has logged a step."""
+    return any(line['step'] >= step for line in meter.read_metrics(folder / 'metrics.jsonl'))
+
+
+def saving(folder, step):
+    """Whether a run is in the middle of writing a checkpoint."""
+    return any(folder.glob(f'checkpoints/{step}*')) and not (folder / f'checkpoints/{step}/manifest.json').exists()
+
+
+def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, cache, tmp_path):
+    family = shutil.copytree(parents, tmp_path / 'family', symlinks=True)
+    run = family / 'vision_instruct'
+    code = drive(family, cache, 'vision_instruct', until=lambda: logged(run, 4), send=signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, (family / 'log').read_text()
+    stopped = checkpoint.newest(run)
+    assert 4 <= stopped < 9 and meter.read_metrics(run / 'metrics.jsonl')[-1]['step'] == stopped
+    assert (
+        f'stopped by signal 15 at step {stopped}; the same command goes on from there' in (family / 'log').read_text()
+    )
+    code = drive(family, cache, 'vision_instruct', until=lambda: saving(run, 9), send=signal.SIGKILL)
+    assert code == -signal.SIGKILL and checkpoint.newest(run) in (6, stopped)
+    assert drive(family, cache, 'vision_instruct') == 0, (family / 'log').read_text()
+    assert_as(run, whole[0])
+
+
+@pytest.mark.slow
+def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tmp_path, monkeypatch):
+    """Once before its first checkpoint, once in the middle of writing one."""
+    monkeypatch.setattr(train, 'show_samples', lambda *_: None)
+    killed, alone = (micro.family(tmp_path / name, tiny_family) for name in ('killed', 'alone'))
+    for stage in micro.STAGES:
+        run = killed / stage
+        for until in (lambda: logged(run, 1), lambda: saving(run, 6)):
+            assert drive(killed, cache, *micro.STAGES, until=until, send=signal.SIGKILL) == -signal.SIGKILL
+            assert checkpoint.newest(run) in (None, 3)
+    assert drive(killed, cache, *micro.STAGES) == 0, (killed / 'log').read_text()
+    for stage in micro.STAGES:
+        train.train(micro.run_config(stage, alone, steps=STEPS, checkpoint__every=3))
+        assert_as(killed / stage, alone / stage)

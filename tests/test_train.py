@@ -1,0 +1,373 @@
+"""The training loop: its step, the runs it leaves behind, and what it refuses."""
+
+import json
+import re
+import shutil
+
+import jax
+import micro
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from nanovision_jax import checkpoint, meter, optim, parallel, train
+from nanovision_jax import config as configs
+from nanovision_jax.data import pipeline
+from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.errors import UserError
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        micro.quicken(patch, tmp_path_factory.getbasetemp() / 'compiled')
+        yield
+
+
+# The step ------------------------------------------------------------------------------------------------------------
+
+# The loss to be reached on one batch. A projector alone has little to say before a decoder that knows nothing.
+STEPS, REACHED = 40, {'clip': 0.1, 'pretrain': 0.1, 'sft': 0.1, 'vision_pretrain': 4.0, 'vision_instruct': 0.1}
+MESH = configs.Mesh(2, 2, 2)
+
+
+def born(cfg, mesh):
+    """(the step, a state, the state's shardings)."""
+    optimizer = optim.make_optimizer(cfg.optim, STEPS)
+    graphdef, state, shardings = train.init_state(cfg, micro.TOKENIZER, optimizer, mesh)
+    return train.make_train_step(cfg, graphdef, optimizer, shardings), state, shardings
+
+
+@pytest.fixture(scope='module', params=micro.STAGES)
+def trained(request):
+    """A stage after some steps on one batch and a few on others, on a mesh of all three axes."""
+    cfg, mesh, losses = micro.config(request.param), parallel.make_mesh(MESH), []
+    with jax.set_mesh(mesh):
+        step, state, shardings = born(cfg, mesh)
+        before = jax.device_get(state['params'])
+        batch = parallel.put_batch(micro.batch(cfg), mesh)
+        for _ in range(STEPS):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics['loss']))
+        others = [micro.batch(cfg, seed) for seed in (1, 2)]
+        if 'images' in batch:
+            others[1]['images'] *= 0  # rows without pictures go the same way
+            others[1]['tokens'] %= micro.TOKENIZER.image
+        for other in others:
+            state, metrics = step(state, parallel.put_batch(other, mesh))
+    return request.param, losses, before, state, shardings, step, metrics
+
+
+def test_one_batch_is_learned_by_heart(trained):
+    stage, losses = trained[:2]
+    assert losses[-1] < REACHED[stage] < losses[0] / 1.2
+
+
+def test_the_step_is_compiled_once(trained):
+    assert trained[5]._cache_size() == 1
+
+
+def test_what_is_frozen_keeps_its_bytes_and_what_learns_moves(trained):
+    stage, _, before, state = trained[:4]
+    (old, frozen), (new, still) = (
+        train.split_params(stage, tree) for tree in (before, jax.device_get(state['params']))
+    )
+    micro.assert_same(still, frozen)
+    for (path, a), b in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(old), strict=True):
+        assert np.isfinite(a).all() and (a != b).any(), parallel.path_name(path)
+
+
+def test_the_optimizer_knows_nothing_of_what_is_frozen(trained):
+    stage, _, before, state = trained[:4]
+    names = [parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(state['optimizer'])]
+    moments = [re.split('/(?:mu|nu)/', name)[1] for name in names if re.search('/(?:mu|nu)/', name)]
+    learning, frozen = train.split_params(stage, before)
+    assert sorted(moments) == sorted(2 * [parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(learning)])
+    assert not [name for name in names for part in frozen if part in name.split('/')]
+
+
+def test_state_stays_where_it_was_born(trained):
+    state, shardings = trained[3:5]
+    jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or 1 / 0, state, shardings)
+
+
+def test_the_step_gives_loss_and_gradient_norm(trained):
+    metrics = trained[6]
+    assert set(metrics) == {'loss', 'grad_norm'} and all(np.isfinite(x) for x in jax.device_get(metrics).values())
+
+
+def test_a_batch_of_another_shape_is_an_error_for_the_compiled_step():
+    cfg, mesh = micro.config('pretrain'), parallel.make_mesh(MESH)
+    with jax.set_mesh(mesh):
+        step, state, _ = born(cfg, mesh)
+        batch = parallel.put_batch(micro.batch(cfg), mesh)
+        compiled = step.lower(state, batch).compile()
+        state, _ = compiled(state, batch)
+        cfg.data.length = 16
+        with pytest.raises(TypeError, match=r'int32\[8,16\]'):
+            compiled(state, parallel.put_batch(micro.batch(cfg), mesh))
+
+
+# The road ------------------------------------------------------------------------------------------------------------
+
+
+def road_config(stage, family):
+    """A run of four steps; sft's are counted in epochs."""
+    return micro.run_config(stage, family, **(dict(steps=0, epochs=0.7) if stage == 'sft' else {}))
+
+
+@pytest.fixture(scope='module')
+def road(tmp_path_factory, tiny_family):
+    """A family in which every stage was trained, one after the other."""
+    family = micro.family(tmp_path_factory.mktemp('road'), tiny_family)
+    for stage in micro.STAGES:
+        assert train.train(road_config(stage, family)) == family / stage
+    return family
+
+
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_a_run_folder_is_complete(road, stage):
+    folder = road / stage
+    kept = {file.name for file in folder.iterdir()}
+    assert kept == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'lineage.json'}
+    assert configs.from_json((folder / 'config.json').read_text()) == road_config(stage, road)
+    assert Tokenizer(folder / 'tokenizer').digest == Tokenizer(road / 'tokenizer').digest
+    assert checkpoint.whole_steps(folder) == [4, 2]
+    assert checkpoint.manifest(folder, 4)['position'] == 4 * 8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(folder)))
+
+
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_every_line_of_metrics_has_its_fields(road, stage):
+    lines = meter.read_metrics(road / stage / 'metrics.jsonl')
+    logged = [line for line in lines if 'loss' in line]
+    evaluated = [line for line in lines if 'eval_loss' in line]
+    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu seconds'
+    assert all(set(line) == set(names.split()) for line in logged)
+    assert [line['step'] for line in logged] == [1, 2, 3, 4] and [line['step'] for line in evaluated] == [4]
+    assert len(logged) + len(evaluated) == len(lines)
+    for name in ('tokens', 'seconds'):
+        values = [line[name] for line in logged]
+        assert values == sorted(set(values)) and values[0] > 0
+    assert [line['learning_rate'] for line in logged] == pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+    assert all(line[name] > 0 for line in logged for name in ('loss', 'grad_norm', 'tokens_per_second', 'mfu'))
+    assert evaluated[0]['eval_loss'] > 0
+
+
+def test_tokens_counts_what_is_not_padding(road):
+    cfg = micro.run_config('sft', road)
+    rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
+    first, second = (int(sum((rows[i]['segments'] > 0).sum() for i in range(*span))) for span in ((0, 8), (8, 16)))
+    lines = meter.read_metrics(road / 'sft' / 'metrics.jsonl')
+    assert [line['tokens'] for line in lines[:2]] == [first, first + second]
+    assert first < 8 * 128
+
+
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_lineage_names_the_parents_and_what_stayed_as_it_was(road, stage):
+    record = json.loads((road / stage / 'lineage.json').read_text())
+    assert (record['stage'], record['finished'], len(record['sessions'])) == (stage, 4, 1)
+    assert record['sessions'][0]['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
+    parents = {'sft': ['pretrain'], 'vision_pretrain': ['sft', 'clip'], 'vision_instruct': ['vision_pretrain']}
+    assert [parent['run'] for parent in record['parents']] == [str(road / p) for p in parents.get(stage, [])]
+    for parent in record['parents']:
+        manifest = road / parent['run'] / 'checkpoints' / str(parent['step']) / 'manifest.json'
+        assert parent['manifest'] == checkpoint.file_digest(manifest) and parent['step'] == 4
+    assert record['tokenizer'] == Tokenizer(road / 'tokenizer').digest
+    assert record['frozen_before'] == record['frozen_after']
+    params = micro.read(road / stage)['params']
+    frozen = {'vision_pretrain': ('vision', 'decoder'), 'vision_instruct': ('vision',)}.get(stage, ())
+    assert record['frozen_after'] == {name: checkpoint.tree_digest(params[name]) for name in frozen}
+
+
+def test_what_is_frozen_goes_down_the_road_unchanged(road):
+    params = {stage: micro.read(road / stage)['params'] for stage in micro.STAGES}
+    micro.assert_same(params['vision_pretrain']['decoder'], params['sft'])
+    for stage in ('vision_pretrain', 'vision_instruct'):
+        micro.assert_same(params[stage]['vision'], params['clip']['vision'])
+
+
+def files(folder):
+    return {str(file): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+
+
+def test_a_finished_run_says_so_and_is_left_alone(road, capsys):
+    before = files(road / 'pretrain')
+    train.train(micro.run_config('pretrain', road))
+    assert f'{road}/pretrain is finished: 4 of 4 steps' in capsys.readouterr().out
+    assert files(road / 'pretrain') == before
+
+
+def test_without_steps_a_run_lasts_its_epochs(road, capsys):
+    cfg = road_config('sft', road)
+    rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
+    assert round(0.7 * rows.rows_per_epoch() / 8) == 4
+    train.train(cfg)
+    assert f'{road}/sft is finished: 4 of 4 steps' in capsys.readouterr().out
+
+
+# What is in the way --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(road, tmp_path, monkeypatch):
+    """A copy of the road's first two stages, to be spoiled."""
+    monkeypatch.setattr(train, 'show_samples', lambda *_: None)
+    shutil.copytree(
+        road,
+        tmp_path / 'family',
+        symlinks=True,
+        ignore=lambda _, names: {'sft'} | {name for name in names if name.startswith('vision_')},
+    )
+    return tmp_path / 'family'
+
+
+def refused(cfg, message, **flags):
+    """The sentence with which a run is refused; nothing in the family has changed."""
+    before = files(cfg.family)
+    with pytest.raises(UserError, match=message) as error:
+        train.train(cfg, **flags)
+    assert '\n' not in str(error.value)
+    assert files(cfg.family) == before
+    return str(error.value)
+
+
+def test_a_missing_parent_is_named_with_its_command(tmp_path):
+    (tmp_path / 'tiny').mkdir()
+    argv = [f'--config={ROOT}/configs/vision_instruct.py:tiny', f'--config.run_dir={tmp_path}/tiny/vision_instruct']
+    with pytest.raises(UserError, match=r'Make it: python -m nanovision_jax.train --config=configs/vision_pretrain.py'):
+        train.main(argv)
+    assert not list((tmp_path / 'tiny').iterdir())
+
+
+def test_a_run_with_another_config_is_not_overwritten(family, capsys):
+    cfg = micro.run_config('pretrain', family, optim__learning_rate=3e-3, steps=6)
+    refused(cfg, r'another config \(steps, optim.learning_rate differ\): say --resume .*, --anew .*--config.name')
+    old = files(family / 'pretrain')
+    train.train(cfg, resume=True)
+    assert 'going on from step 4' in capsys.readouterr().out
+    assert configs.from_json((family / 'pretrain' / 'config.json').read_text()) == cfg
+    assert checkpoint.whole_steps(family / 'pretrain') == [6, 4]
+    assert [line['step'] for line in meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')] == [
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+        6,
+        6,
+    ]
+    assert old.keys() & files(family / 'pretrain').keys() > {f'{family}/pretrain/checkpoints/4/manifest.json'}
+
+
+def test_anew_keeps_the_old_run(family, capsys):
+    (family / 'pretrain.1').mkdir()  # an older one, from the last time
+    old = files(family / 'pretrain')
+    train.train(micro.run_config('pretrain', family, steps=2), anew=True)
+    assert f'kept as {family}/pretrain.2' in capsys.readouterr().out
+    assert {name.replace('pretrain.2', 'pretrain'): data for name, data in files(family / 'pretrain.2').items()} == old
+    assert checkpoint.whole_steps(family / 'pretrain') == [2]
+
+
+def test_where_and_how_often_may_change_without_a_word(family):
+    cfg = micro.run_config('pretrain', family, log__every=3, eval__every=9, checkpoint__keep=1, data__workers=1)
+    cfg.mesh = configs.Mesh(1, 8, 1)
+    assert train.open_run(cfg, resume=False, anew=False) == 4
+
+
+def test_resume_with_other_sizes_is_refused_and_the_run_stays_whole(family):
+    cfg = micro.run_config('pretrain', family, model__ffn=32, steps=6)
+    refused(cfg, r'ffn_in/kernel in \S+ is float32 \[2, 32, 64\], and float32 \[2, 32, 32\] is wanted', resume=True)
+
+
+def test_resume_with_another_tokenizer_is_refused(family):
+    file = family / 'tokenizer' / 'tokenizer.json'
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=3))
+    cfg = micro.run_config('pretrain', family, steps=6)
+    before = files(family / 'pretrain')
+    with pytest.raises(UserError, match=r'pretrain was trained with another tokenizer .* say --anew'):
+        train.train(cfg, resume=True)
+    assert files(family / 'pretrain') == before
+
+
+def test_another_tokenizer_than_the_parents_is_refused(family):
+    file = family / 'tokenizer' / 'tokenizer.json'
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=3))
+    refused(micro.run_config('sft', family), rf'{family}/pretrain was trained with another tokenizer than {family}')
+
+
+def test_another_picture_size_than_the_towers_is_refused(family):
+    shutil.copytree(family / 'pretrain', family / 'sft')
+    config = family / 'sft' / 'config.json'
+    config.write_text(config.read_text().replace('"stage": "pretrain"', '"stage": "sft"'))
+    cfg = micro.run_config('vision_pretrain', family, model__vision__image_size=32)
+    refused(cfg, rf'model.vision.image_size is 32 here and 16 in {family}/clip')
+
+
+def test_a_parent_of_the_wrong_stage_is_refused(family):
+    cfg = micro.run_config('vision_instruct', family, init_from=str(family / 'pretrain'))
+    refused(cfg, 'vision_instruct cannot start from .*/pretrain, a pretrain run: it takes vision_pretrain')
+
+
+def test_a_mesh_that_does_not_fit_is_refused(family):
+    cfg = micro.run_config('pretrain', family, steps=6)
+    cfg.mesh = configs.Mesh(6, 1, 1)
+    refused(cfg, 'uses 6 of 8 devices', resume=True)
+    cfg.mesh, cfg.data.batch_size = configs.Mesh(8, 1, 1), 4
+    refused(cfg, 'does not divide data.batch_size, which is 4', resume=True)
+
+
+def test_a_diverged_run_stops_and_saves_no_nonsense(family):
+    cfg = micro.run_config(
+        'pretrain', family, steps=8, optim__learning_rate=1e30, optim__warmup=0, optim__clip_norm=1e9
+    )
+    sentence = (
+        r'the loss is \S+ and the gradient norm \S+ at step \d: training has diverged.*try a lower optim.learning_rate'
+    )
+    with pytest.raises(UserError, match=sentence) as error:
+        train.train(cfg, anew=True)
+    assert re.search('nan|inf', str(error.value))
+    for step in checkpoint.whole_steps(family / 'pretrain'):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(family / 'pretrain', step)))
+    lines = meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')
+    assert all(np.isfinite(line['loss']) for line in lines if 'loss' in line)
+
+
+def llava(cfg, folder, file, rows):
+    """The config with these rows as its conversations."""
+    (folder / file).write_text(json.dumps(rows))
+    cfg.data.source, cfg.data.path = 'conversations', str(folder / file)
+    return cfg
+
+
+def test_more_than_a_hundredth_of_bad_pictures_is_refused(family, llava_folder, tmp_path):
+    shutil.copy(llava_folder / 'images.zip', tmp_path)
+    rows = json.loads((llava_folder / 'pretrain.json').read_text())
+    rows[3]['image'] = rows[5]['image'] = 'nowhere.jpg'
+    cfg = llava(micro.run_config('clip', family), tmp_path, 'captions.json', rows)
+    with pytest.raises(UserError, match=r'2 of 60 examples of \S+ are bad \(at most 1% may be\): .*nowhere.jpg'):
+        train.train(cfg, anew=True)
+    assert not (family / 'clip').exists()
+
+
+def test_a_source_without_answers_is_refused(family, tmp_path):
+    rows = [{'id': str(i), 'conversations': [{'from': 'human', 'value': f'Is it {i}?'}]} for i in range(40)]
+    cfg = llava(micro.run_config('sft', family), tmp_path, 'questions.json', rows)
+    with pytest.raises(UserError, match=r'40 of 40 examples of .* are bad .*: 40 × no answer'):
+        train.train(cfg)
+    assert not (family / 'sft').exists()
+
+
+def test_a_batch_in_which_nothing_is_learned_is_an_error(family, monkeypatch):
+    def blank(config, tokenizer, split='train'):
+        rows, bad = open_rows(config, tokenizer, split)
+        get = type(rows).__getitem__
+        monkeypatch.setattr(type(rows), '__getitem__', lambda self, i: get(self, i) | {'weights': np.zeros(128, 'f4')})
+        return rows, bad
+
+    open_rows = pipeline.open_rows
+    monkeypatch.setattr(pipeline, 'open_rows', blank)
+    with pytest.raises(UserError, match='nothing is learned in rows 0 and on'):
+        train.train(micro.run_config('sft', family))
+    assert not (family / 'sft' / 'checkpoints').exists()
