@@ -5,7 +5,7 @@
 
 --prompt answers once and exits. A pretrain run continues text. In a conversation:
   /image FILE   shows a picture with the next question
-  /new          forgets the conversation
+  /new          forgets the conversation and its pictures
   /quit         leaves (so does the end of input)
 """
 
@@ -55,7 +55,7 @@ def converse(model, pictures, options):
             return
         if line == '/new':
             messages, shown, waiting = [], [], 0
-        elif line.startswith('/image'):
+        elif line.split()[:1] == ['/image']:
             try:
                 picture = open_picture(line.removeprefix('/image').strip())
                 model.check_sees()
@@ -94,6 +94,7 @@ def main(argv):
     from nanovision_jax.inference import load
 
     model = load(args.run)
+    model.check_speaks()
     if pictures:
         model.check_sees()
     if model.config.stage == 'pretrain':

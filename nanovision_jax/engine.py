@@ -137,6 +137,10 @@ class Engine:
         Row i samples with seed + i, so a prompt's answer does not depend on what else is in the batch.
         Raises UserError for a prompt that leaves no room in the context.
         """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise UserError(
+                'sampling wants temperature and top_k of at least 0, top_p in (0, 1], max_new_tokens above 0.'
+            )
         tokenizer, model = self.tokenizer, self.config.model
         lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
         if lengths.max() >= model.positions:

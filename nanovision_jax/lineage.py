@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import resource
 
 import jax
 
@@ -66,5 +67,6 @@ def end(config, step, frozen, peak_memory):
     """Completes lineage.json when a run is finished."""
     file = pathlib.Path(config.run_dir) / 'lineage.json'
     record = json.loads(file.read_text())
-    record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory}
+    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory, 'peak_host_bytes': peak_host}
     file.write_text(json.dumps(record, indent=1) + '\n')

@@ -115,7 +115,7 @@ def find_pictures(config, names):
             source = sources.TinyWorld(data.path, 'validation', 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}
-    elif pathlib.Path(data.path).is_file() and (path := sources.Conversations(data.path, data.images)._image_path()):
+    elif pathlib.Path(data.path).is_file() and (path := sources.Conversations(data.path, data.images).image_path()):
         store = images.ImageStore(path)
         for name in names:
             try:
@@ -181,8 +181,11 @@ def training(runs):
     columns = []
     for run_ in runs:
         done, planned = max(run_.all('step'), default=0), run_.config.steps if run_.config else 0
-        memory, sessions = run_.lineage.get('peak_device_bytes'), run_.lineage.get('sessions')
+        sessions = run_.lineage.get('sessions')
         total, learn = parameters(run_)
+
+        def memory(name, of=run_.lineage):
+            return f'{of[name] / 2**30:.2f} GiB' if of.get(name) else None
 
         def logged(name, form, of=lambda values: values[-1]):
             return form.format(of(run_.all(name))) if run_.all(name) else None
@@ -197,7 +200,8 @@ def training(runs):
             'Tokens²': logged('tokens', '{:,}'),
             'Tokens/s²': logged('tokens_per_second', '{:,.0f}', statistics.median),
             'MFU³': logged('mfu', '{:.1%}', statistics.median),
-            'Peak device memory': f'{memory / 2**30:.2f} GiB' if memory else None,
+            'Peak device memory': memory('peak_device_bytes'),
+            'Peak memory of the process': memory('peak_host_bytes'),
             'Devices': sessions[-1]['devices'] if sessions else None,
         })  # fmt: skip
     yield 'heading', 'Training'

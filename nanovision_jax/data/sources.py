@@ -97,8 +97,8 @@ class Conversations:
     is on the same side in every file and stage. `side(example)` tells it; all rows are here, whatever the split.
     """
 
-    def __init__(self, path, images='', split='train', text_only=False):
-        self.path, self.images, self.split, self.text_only = str(path), str(images), split, text_only
+    def __init__(self, path, images='', text_only=False):
+        self.path, self.images, self.text_only = str(path), str(images), text_only
         self._lock, self._rows, self._store = threading.Lock(), None, None
         if not pathlib.Path(path).is_file():
             raise UserError(f'no conversations at {path}: data.path is a LLaVA JSON file or JSON lines.')
@@ -106,19 +106,19 @@ class Conversations:
             ImageStore(images)  # a wrong path is answered now, not as so many missing pictures
 
     def __reduce__(self):
-        return Conversations, (self.path, self.images, self.split, self.text_only)
+        return Conversations, (self.path, self.images, self.text_only)
 
     @property
     def key(self):
         """What the content depends on, as text."""
         stamp = []
-        for path in (pathlib.Path(self.path), self._image_path()):
+        for path in (pathlib.Path(self.path), self.image_path()):
             if path:
                 stat = path.stat()
                 stamp.append(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}')
         return f'conversations {stamp} {self.text_only}'
 
-    def _image_path(self):
+    def image_path(self):
         """The zip or folder of pictures: as configured, or found beside the file; None where there is none."""
         folder = pathlib.Path(self.path).parent
         for path in [self.images] if self.images else [folder / 'images.zip', folder / 'images']:
@@ -133,7 +133,7 @@ class Conversations:
                 rows = read_json(self.path)
                 self._numbers = [n for n, row in enumerate(rows) if not (self.text_only and _names(row))]
                 self._rows = [rows[n] for n in self._numbers]
-                self._store = ImageStore(path) if (path := self._image_path()) else None
+                self._store = ImageStore(path) if (path := self.image_path()) else None
         return self._rows
 
     def __len__(self):
@@ -193,4 +193,4 @@ def open_source(config, split):
         return TinyWorld(data.path, split, views[stage])
     if split not in ('train', 'validation'):
         raise UserError(f'{data.path} has no {split} split: conversations have train and validation.')
-    return Conversations(data.path, data.images, split, text_only=stage == 'sft')
+    return Conversations(data.path, data.images, text_only=stage == 'sft')

@@ -69,7 +69,7 @@ def interval(scores, groups, seed=0, resamples=1000):
 def load_questions(config, split, data=None, image_store=None, limit=None):
     """Every question of a split that has one picture. kind: the data's own, else the question's first three words."""
     if data:
-        source = sources.Conversations(data, image_store or '', split)
+        source = sources.Conversations(data, image_store or '')
     elif config.data.source == 'tiny_world':
         source = sources.TinyWorld(config.data.path, split, 'conversation')
     else:

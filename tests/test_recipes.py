@@ -1,0 +1,101 @@
+"""The published recipes at full size: each step compiles for eight devices and takes the memory that arithmetic says."""
+
+import dataclasses
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import parse
+from jax.sharding import NamedSharding
+
+from nanovision_jax import config as configs
+from nanovision_jax import models, optim, parallel, train
+from nanovision_jax.data import pipeline
+
+TOKENIZER = types.SimpleNamespace(size=50261, image=50260)  # GPT-2's, and ours on top
+QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # the machine code is never run
+
+# Parameters of each part, by hand.
+DECODER = 2 * 50304 * 1280 + 20 * (12 * 1280**2 + 1280 + 4 * 1280) + 2 * 1280
+PROJECTOR = 1024 * 1280 + 1280 + 1280**2 + 1280
+
+
+def tower(width, layers, tokens, patch):
+    """A vision tower: patches, class token, positions, two norms, and blocks with biases."""
+    block = 12 * width**2 + 9 * width + 4 * width
+    return patch**2 * 3 * width + width + tokens * width + 4 * width + layers * block
+
+
+TEXT = 50304 * 512 + 77 * 512 + 2 * 512 + 12 * (12 * 512**2 + 13 * 512)
+COUNTS = {  # (all, those that learn)
+    'clip': 2 * (tower(768, 12, 197, 16) + TEXT + 768 * 512 + 512 * 512 + 1,),
+    'pretrain': (DECODER, DECODER),
+    'sft': (DECODER, DECODER),
+    'vision_pretrain': (tower(1024, 24, 257, 14) + PROJECTOR + DECODER, PROJECTOR),
+    'vision_instruct': (tower(1024, 24, 257, 14) + PROJECTOR + DECODER, PROJECTOR + DECODER),
+}
+
+
+def recipe(stage):
+    """The config of a stage at its reference size; what sees, sees through a ViT-L/14."""
+    cfg = parse(stage, 'dtype=bfloat16', size='d20')
+    if stage.startswith('vision'):
+        cfg.model.vision = configs.Vision(image_size=224, patch_size=14, width=1024, layers=24, heads=16, ffn=4096)
+    return cfg
+
+
+def abstract(cfg, optimizer, mesh):
+    """(graphdef, state, shardings, batch) as shapes with shardings; nothing is allocated."""
+    graphdef, params = models.abstract(cfg, TOKENIZER.size, TOKENIZER.image)
+    moments = jax.eval_shape(optimizer.init, train.split_params(cfg.stage, params)[0])
+    state = {'params': params, 'optimizer': moments}
+    shardings = parallel.shardings(state, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    row = pipeline.fake_batch(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=1)))
+    rows, sharding = cfg.data.batch_size, NamedSharding(mesh, parallel.BATCH)
+    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in row.items()}
+    return graphdef, state, shardings, batch
+
+
+def per_device(tree):
+    """Bytes that a tree of shapes takes on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def test_the_reference_model_has_522_million_parameters():
+    assert DECODER == 522_124_800
+    assert tower(1024, 24, 257, 14) == 303_179_776  # openai/clip-vit-large-patch14's
+
+
+@pytest.mark.parametrize('stage', COUNTS)
+def test_parameters_are_as_many_as_counted_by_hand(stage):
+    params = models.abstract(recipe(stage), TOKENIZER.size, TOKENIZER.image)[1]
+    for part, wanted in zip((params, train.split_params(stage, params)[0]), COUNTS[stage], strict=True):
+        assert sum(leaf.size for leaf in jax.tree.leaves(part)) == wanted
+
+
+@pytest.mark.parametrize(
+    ('stage', 'mesh'),
+    [*((stage, configs.Mesh(8, 1, 1)) for stage in COUNTS), ('vision_instruct', configs.Mesh(1, 8, 1))],
+)
+def test_the_step_compiles_for_eight_devices(stage, mesh, record_property):
+    cfg = recipe(stage)
+    optimizer, mesh, began = optim.make_optimizer(cfg.optim, 1000), parallel.make_mesh(mesh), time.perf_counter()
+    with jax.set_mesh(mesh):
+        parallel.check_divides(cfg, mesh, TOKENIZER.size)
+        graphdef, state, shardings, batch = abstract(cfg, optimizer, mesh)
+        step = train.make_train_step(cfg, graphdef, optimizer, shardings).lower(state, batch)
+        memory = step.compile(compiler_options=QUICK).memory_analysis()
+    record_property('seconds', round(time.perf_counter() - began, 1))
+    # Parameters and two moments of what learns, float32, and the batch: all there is beside the step's own work.
+    every, learning = COUNTS[stage]
+    if mesh.shape['data'] == 8:  # each device has all of it
+        assert per_device(state) == pytest.approx(4 * every + 8 * learning, rel=1e-6)
+    else:
+        assert (4 * every + 8 * learning) / 8 < per_device(state) < (4 * every + 8 * learning) / 8 * 1.01
+    assert memory.argument_size_in_bytes == pytest.approx(per_device(state) + per_device(batch), rel=0.01)
+    assert memory.alias_size_in_bytes == pytest.approx(per_device(state), rel=0.01)  # the old state becomes the new
