@@ -94,7 +94,8 @@ def main(argv):
     from nanovision_jax.inference import load
 
     model = load(args.run)
-    model.check_speaks()
+    if model.config.stage == 'clip':
+        raise UserError(f'{args.run} is a clip run: it compares pictures with captions, and does not answer.')
     if pictures:
         model.check_sees()
     if model.config.stage == 'pretrain':

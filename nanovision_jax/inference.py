@@ -31,10 +31,6 @@ class Run:
         """The engine that decodes with this model."""
         return engine.Engine(self.config, self.graphdef, self.params, self.tokenizer)
 
-    def check_speaks(self):
-        """Raises UserError for a run without a decoder."""
-        assert self.engine  # making one is the check
-
     def check_sees(self):
         """Raises UserError for a run that cannot talk about pictures."""
         if not self.config.stage.startswith('vision'):

@@ -1,4 +1,4 @@
-"""The published recipes at full size: each step compiles for eight devices and takes the memory that arithmetic says."""
+"""The published recipes at full size: each step compiles for eight devices, in the memory that arithmetic says."""
 
 import dataclasses
 import time

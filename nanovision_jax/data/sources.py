@@ -60,7 +60,7 @@ class TinyWorld:
 
     def __getitem__(self, i):
         row = self._source()[int(i)]
-        name = row['id'].decode() if 'id' in row else f'{self.split}-{i}'
+        name = row['id'].decode()
         if self.view == 'chat':
             return Example(name, json.loads(row['conversation']), [], [])
         if self.view == 'caption':
