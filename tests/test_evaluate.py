@@ -202,7 +202,7 @@ def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_conf
     assert {split: len(names) for split, names in sides.items()} == {'train': 56, 'validation': 4}
     assert not sides['train'] & sides['validation']
     found = vqa.load_questions(tiny_config('vision_instruct'), 'heldout', limit=50)
-    assert len(found) == 50 and {q.picture.shape for q in found} == {(64, 64, 3)}
+    assert len(found) == 50 and {q.picture.shape for q in found} == {(60, 60, 3)}
     assert 'description' in {q.kind for q in found} and len({q.id for q in found}) == 50
 
 

@@ -62,7 +62,7 @@ def test_the_command_shows_the_first_batch_of_a_stage(llava_folder, tmp_path, ca
     turns = [row['conversations'] for row in json.loads((llava_folder / 'instruct.json').read_text())]
     answers = {turn['value'] for row in turns for turn in row if turn['from'] == 'gpt'}
     learned = re.findall('«(.*?)<\\|end\\|>»', text)
-    assert 'images     uint8    [3, ' in text and '[picture: 16 tokens]' in text and text.count('\nrow ') == 3
+    assert 'images     uint8    [3, ' in text and '[picture: 9 tokens]' in text and text.count('\nrow ') == 3
     assert len(learned) > 6 and answers.issuperset(learned)
 
 

@@ -41,21 +41,25 @@ class Block(nnx.Module):
         return x + self.ffn_out(quick_gelu(self.ffn_in(self.ffn_norm(x))))
 
 
-def run_blocks(blocks, x, mask, layers):
-    """The first `layers` of the stacked blocks over x [B, T, D]."""
+def run_blocks(blocks, x, mask, layers, remat):
+    """The first `layers` of the stacked blocks over x [B, T, D]; remat recomputes them in the backward pass."""
+
+    def body(x, block):
+        return block(over_batch(x), mask), None
+
     first = jax.tree.map(lambda leaf: leaf[:layers], blocks)
     unroll = layers if layers <= 4 else 1
-    return jax.lax.scan(lambda x, block: (block(over_batch(x), mask), None), x, first, unroll=unroll)[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, first, unroll=unroll)[0]
 
 
 class VisionTower(nnx.Module):
-    """A ViT with a class token. `cfg` is a config.Vision."""
+    """A ViT with a class token. `cfg` is a config.Vision; `remat` is for training it."""
 
-    def __init__(self, cfg, dtype, rngs: nnx.Rngs):
+    def __init__(self, cfg, dtype, rngs: nnx.Rngs, remat: bool = False):
         d = cfg.width
         norm = functools.partial(nnx.LayerNorm, d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
         scale = nnx.initializers.normal(d**-0.5)
-        self.cfg = cfg
+        self.cfg, self.remat = cfg, remat
         self.patch = nnx.Linear(
             cfg.patch_size**2 * 3, d, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs
         )
@@ -76,7 +80,7 @@ class VisionTower(nnx.Module):
             x = over_batch(self.patch(patches))
             first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
             x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(x.dtype)
-            return run_blocks(self.blocks, self.norm_in(x), None, layers)
+            return run_blocks(self.blocks, self.norm_in(x), None, layers, self.remat)
 
     def features(self, pixels: Float[Array, 'B height width 3'], layer: int = -2) -> Float[Array, 'B P D']:
         """Patch tokens as LLaVA takes them: the last layer but one, without the class token, before the final norm."""
@@ -89,22 +93,22 @@ class VisionTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """A causal transformer over captions. `cfg` is a config.Text."""
+    """A causal transformer over captions. `cfg` is a config.Text; `remat` is for training it."""
 
-    def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs, remat: bool = False):
         d = cfg.width
         scale = nnx.initializers.normal(d**-0.5)
         self.embedding = nnx.Embed(rows, d, embedding_init=scale, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(scale(rngs.params(), (length, d)))
         self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r))(rngs.split(cfg.layers))
         self.norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
-        self.layers = cfg.layers
+        self.layers, self.remat = cfg.layers, remat
 
     def pooled(self, tokens: Int[Array, 'B T'], ends: Int[Array, ' B']) -> Float[Array, 'B D']:
         """The state at each caption's end token, which has seen the whole caption."""
         with jax.named_scope('text_tower'):
             x = over_batch(self.embedding(tokens) + self.position[...][: tokens.shape[1]])
-            x = self.norm(run_blocks(self.blocks, x, causal_mask(tokens.shape[1]), self.layers))
+            x = self.norm(run_blocks(self.blocks, x, causal_mask(tokens.shape[1]), self.layers, self.remat))
             return x[jnp.arange(x.shape[0]), ends]
 
 
@@ -113,8 +117,8 @@ class CLIP(nnx.Module):
 
     def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs):
         project = functools.partial(nnx.Linear, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
-        self.vision = VisionTower(cfg.vision, dtype, rngs)
-        self.text = TextTower(cfg.text, rows, length, dtype, rngs)
+        self.vision = VisionTower(cfg.vision, dtype, rngs, cfg.remat)
+        self.text = TextTower(cfg.text, rows, length, dtype, rngs, cfg.remat)
         self.vision_projection = project(cfg.vision.width, cfg.text.embed)
         self.text_projection = project(cfg.text.width, cfg.text.embed)
         self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
