@@ -115,8 +115,8 @@ _QUESTIONS = {
         'Tell me what you can see.',
     ),
 }
-# How often a training conversation draws a kind: the harder kinds come more often. A description is rare, since its many
-# words would make most of what is learned: it needs no more, and choosing the right thing among several does.
+# How often a training conversation draws a kind: the harder kinds come more often. A description is rare: it is soon
+# learned, and its many words would weigh more than the answers for which one thing must be chosen among several.
 _WEIGHTED_KINDS = KINDS[:-1] * 2 + ('place', 'existence', 'comparison', 'comparison', 'description')
 _LIMITS = dict.fromkeys(KINDS, 2) | {'place': 3, 'description': 1}
 
