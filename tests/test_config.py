@@ -54,7 +54,7 @@ MISTAKES = {
     'no length': ([SFT, '--config.steps=0', '--config.epochs=0'], 'how long'),
     'heads that do not divide': ([SFT, '--config.model.heads=3'], 'not a multiple'),
     'heads of odd size': ([SFT, '--config.model.width=126', '--config.model.heads=2'], 'RoPE'),
-    'patches that do not divide': ([SFT, '--config.model.vision.patch_size=15'], 'patch_size 15'),
+    'patches that do not divide': ([SFT, '--config.model.vision.patch_size=16'], 'patch_size 16'),
     'a row beyond the positions': ([SFT, '--config.data.length=4096'], 'beyond model.positions 512'),
     'parts that do not divide': ([SFT, '--config.optim.accumulate=3'], 'optim.accumulate=3'),
     'text for conversations': ([SFT, '--config.data.source=text'], 'for pretrain'),

@@ -188,7 +188,7 @@ def test_every_example_can_be_read_back_from_its_row(make, stage):
         if stage == 'sft':
             assert 'images' not in row
         else:
-            assert row['images'].shape == (3, 64, 64, 3)
+            assert row['images'].shape == (3, 60, 60, 3)
             assert (row['tokens'] == rows.tokenizer.image).sum() == len(pictures) * vision.patches
             assert all((a == b).all() for a, b in zip(row['images'], pictures, strict=False))
             assert not row['images'][len(pictures) :].any()
@@ -225,7 +225,7 @@ def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
         ids = [tokenizer.end_of_text, *tokenizer.encode(example.caption), tokenizer.end]
         assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
         assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
-        assert (row['images'] == images.decode(example.images[0], 64)).all()
+        assert (row['images'] == images.decode(example.images[0], 60)).all()
 
 
 def test_augmented_pairs_change_with_the_epoch_only(make):

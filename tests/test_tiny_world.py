@@ -407,7 +407,7 @@ def test_picture_shows_the_scene(examples, split):
             mask = (pixels[rows, columns] - background) @ step > step @ step / 2
             ys, xs = np.nonzero(mask)
             across = max(np.ptp(ys), np.ptp(xs)) + 1
-            assert 8 <= across <= 11 if thing.size == 'small' else 15 <= across <= 19
+            assert 8 <= across <= 11 if thing.size == 'small' else 13 <= across <= 17
             assert likest(mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]) == thing.shape
             seen.add((thing.size, thing.shape))
     assert len(seen) == len(tw.SIZES) * len(tw.SHAPES)
