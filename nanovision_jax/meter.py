@@ -5,6 +5,7 @@ matrix products. Only what a stage does is counted: 2·N forward, 2·N more wher
 weights learn. Padding is not counted as work.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -82,6 +83,27 @@ def peak_memory():
     """The most bytes in use so far on one device, or None where the backend does not say."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get('peak_bytes_in_use') if stats else None
+
+
+class Clock:
+    """Seconds of training: laps between log lines and the sum over the run, without evaluation and saving."""
+
+    def __init__(self, so_far):
+        self.total, self.since = so_far, time.perf_counter()
+
+    def lap(self):
+        """(seconds since the last lap, seconds in all)."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        self.total += seconds
+        return max(seconds, 1e-9), self.total
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A context whose time does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
 
 class Metrics:

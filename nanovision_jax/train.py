@@ -252,7 +252,7 @@ def _train(config, folder, start, mesh, stop):
             file=sys.stdout,
         )
 
-    clock = Clock(log.last['seconds'])
+    clock = meter.Clock(log.last['seconds'])
     for step in range(start + 1, steps + 1):
         with jax.transfer_guard('disallow'):
             state, metrics = train_step(state, batch)
@@ -344,35 +344,6 @@ def held_out_prompt(config, tokenizer, held_out, i):
     question = example.messages[:1]
     pictures = [images.load(data) for data in example.images]
     return engine.chat_prompt(config, tokenizer, question, pictures), conversation.text_of(question[0])
-
-
-class Clock:
-    """Seconds of training: laps between log lines and the sum over the run, without evaluation and saving."""
-
-    def __init__(self, so_far):
-        self.total, self.since = so_far, time.perf_counter()
-
-    def lap(self):
-        """(seconds since the last lap, seconds in all)."""
-        now = time.perf_counter()
-        seconds, self.since = now - self.since, now
-        self.total += seconds
-        return max(seconds, 1e-9), self.total
-
-    def paused(self):
-        """A context whose time does not count."""
-        return _Paused(self)
-
-
-class _Paused:
-    def __init__(self, clock):
-        self.clock = clock
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.clock.since += time.perf_counter() - self.start
 
 
 class StopOnSignal:
