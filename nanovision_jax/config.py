@@ -61,7 +61,7 @@ class Model:
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     unroll: int = 1  # layers a scan step: more is faster to run and slower to compile
     projector: str = 'mlp'  # mlp (LLaVA 1.5) or linear (LLaVA v1)
-    tower: str = ''  # a clip run folder, a Hugging Face folder or id; '' is the clip run beside this one
+    tower: str = ''  # a clip run folder; '' is the clip run beside this one
     vision: Vision = dataclasses.field(default_factory=Vision)
     text: Text = dataclasses.field(default_factory=Text)
 

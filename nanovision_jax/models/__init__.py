@@ -33,5 +33,5 @@ def abstract(config, vocab_size: int, image_token: int):
 
 
 def merge(graphdef, params):
-    """The live module of parameters in nested dicts. Raises ValueError where they do not fit."""
+    """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
     return nnx.merge(graphdef, params)
