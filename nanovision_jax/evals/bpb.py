@@ -50,7 +50,8 @@ def run(model_run, split='validation', data=None, limit=None):
     nats = tokens = size = 0
     for start in tqdm(range(0, count, BATCH), 'bpb', unit='batch'):
         row_numbers = [min(i, count - 1) for i in range(start, start + BATCH)]  # the last batch repeats its last row
-        batch = {name: np.stack([rows[i][name] for i in row_numbers]) for name in rows[0]}
+        laid = [rows[i] for i in row_numbers]
+        batch = {name: np.stack([row[name] for row in laid]) for name in laid[0]}
         kept = min(BATCH, count - start)
         nats += float(np.asarray(losses(params, batch))[:kept].sum())
         tokens += batch['targets'][:kept].size
