@@ -12,10 +12,10 @@ from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_confi
 def get_config(size='d20'):
     config = base_config('pretrain', size)
     if size == 'tiny':
-        config.steps = 100
+        config.steps = 80
         config.data = Data(batch_size=64, length=128)
         config.optim = Optim(learning_rate=2e-3, end_learning_rate=2e-4, warmup=20)
-        config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=100, batches=4), Log(every=10)
+        config.checkpoint, config.eval, config.log = Checkpoint(every=80), Eval(every=80, batches=4), Log(every=10)
     else:
         config.steps = 35_000
         config.data = Data('shards', 'data/fineweb_edu', tokenizer='gpt2', batch_size=256, length=1024)

@@ -12,10 +12,10 @@ from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_confi
 def get_config(size='d20'):
     config = base_config('sft', size)
     if size == 'tiny':
-        config.steps = 60
+        config.steps = 40
         config.data = Data(batch_size=32, length=256)
         config.optim = Optim(learning_rate=1e-3, end_learning_rate=1e-4, schedule='linear', warmup=10)
-        config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=60, batches=4), Log(every=10)
+        config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=40, batches=4), Log(every=10)
     else:
         config.steps = 5_000
         config.data = Data('conversations', 'data/magpie.jsonl', tokenizer='gpt2', batch_size=32, length=1024)
