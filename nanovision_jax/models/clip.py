@@ -64,8 +64,7 @@ class VisionTower(nnx.Module):
             cfg.patch_size**2 * 3, d, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs
         )
         self.class_token = nnx.Param(scale(rngs.params(), (d,)))
-        # Of the order of the patches' own vectors: smaller, and a tower trained for minutes hardly knows where a thing is.
-        self.position = nnx.Param(nnx.initializers.normal(0.2)(rngs.params(), (cfg.patches + 1, d)))
+        self.position = nnx.Param(scale(rngs.params(), (cfg.patches + 1, d)))
         self.norm_in, self.norm_out = norm(), norm()
         self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r))(rngs.split(cfg.layers))
 

@@ -116,11 +116,11 @@ _QUESTIONS = {
     ),
 }
 # How often a training conversation draws a kind. To answer, a model must choose one thing among several. It learns that
-# from one kind of question within minutes and from an even mixture hardly at all, so one kind, colour, is a third of
-# all; the others follow. A description is rare: its many words would weigh more than the other answers.
+# from one kind of question within minutes and from an even mixture hardly at all, so one kind, colour, is asked most
+# and the others follow. Descriptions, which say everything of everything, teach to read a picture.
 _WEIGHTED_KINDS = ('colour',) * 6 + (
     *('shape', 'shape', 'size', 'place', 'place', 'place', 'count'),
-    *('existence', 'existence', 'comparison', 'comparison', 'description'),
+    *('existence', 'existence', 'comparison', 'comparison', 'description', 'description', 'description'),
 )
 _LIMITS = dict.fromkeys(KINDS, 2) | {'place': 3, 'description': 1}
 
@@ -208,8 +208,8 @@ def example(split: str, index: int, seed: int = 0) -> dict:
     Image.fromarray(render(things, rng)).save(png, 'PNG', compress_level=3)
     caption = _caption(things, rng) if rng.random() < 0.4 else _short_caption(things, rng)
     if split == 'train':
-        # Mostly one question: the answers of a longer conversation are half told by its other questions.
-        turns = _turns(things, rng, _pick(rng, (1, 1, 1, 1, 2, 3)))
+        # Few questions on many pictures: the answers of a long conversation are told by its other questions.
+        turns = _turns(things, rng, int(rng.integers(1, 4)))
     else:
         turns = _exam(things, rng, split == 'heldout')
     content = [{'type': 'image'}, {'type': 'text', 'text': turns[0][1]}]
@@ -401,7 +401,7 @@ def _short_caption(things, rng):
     Contrastive learning looks no further than it must: where captions tell everything, colours and places are enough
     to tell a batch's pictures apart, and no shape is learned.
     """
-    told = _pick(rng, ('', 'colour', 'size', 'place', 'place'))
+    told = _pick(rng, ('', '', 'colour', 'size', 'place'))
     things = [things[i] for i in rng.permutation(len(things))]
     if told == 'place':
         return _join([f'{_a(thing.shape)} in the {thing.place}' for thing in things])
