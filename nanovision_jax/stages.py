@@ -7,13 +7,13 @@ for all: train.py.
 import dataclasses
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from nanovision_jax import checkpoint
+from nanovision_jax import checkpoint, hf
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
-from nanovision_jax.models.clip import contrastive_loss
 
 # Top-level parts of the model that learn; None is all of them. What is not named is frozen: it gets no gradient, no
 # optimizer state, and its bytes are the same afterwards.
@@ -32,7 +32,7 @@ def loss(stage, model, batch):
     """(sum of losses, their number): next-token cross-entropy over learned tokens, or CLIP's loss over pairs."""
     if stage == 'clip':
         pairs = batch['images'].shape[0]
-        return contrastive_loss(model(batch['images'], batch['tokens'], batch['ends'])) * pairs, jnp.float32(pairs)
+        return model.loss(model(batch['images'], batch['tokens'], batch['ends'])) * pairs, jnp.float32(pairs)
     inputs = [batch[name] for name in ('tokens', 'positions', 'segments', 'images') if name in batch]
     losses = optax.softmax_cross_entropy_with_integer_labels(model(*inputs), batch['targets'])
     return jnp.sum(losses * batch['weights']), jnp.sum(batch['weights'])
@@ -40,10 +40,13 @@ def loss(stage, model, batch):
 
 @dataclasses.dataclass
 class Parent:
-    """A run whose parameters this one starts from: `part` of its tree ('' is all) becomes `target` of ours."""
+    """A run whose parameters this one starts from: `part` of its tree ('' is all) becomes `target` of ours.
+
+    Without a step it is no run but a Hugging Face folder with a tower.
+    """
 
     run_dir: pathlib.Path
-    step: int
+    step: int | None
     part: str
     target: str
 
@@ -61,8 +64,11 @@ def parents(config):
             allowed = (config.stage,)
         found.append(_parent(config, run_dir, allowed, '', 'decoder' if config.stage == 'vision_pretrain' else ''))
     if config.stage == 'vision_pretrain':
-        tower = pathlib.Path(config.model.tower or config.family / 'clip')
-        found.append(_parent(config, tower, ('clip',), 'vision', 'vision'))
+        if configs.is_foreign(config.model.tower):
+            found.append(Parent(hf.find(config.model.tower), None, 'vision', 'vision'))
+        else:
+            tower = pathlib.Path(config.model.tower or config.family / 'clip')
+            found.append(_parent(config, tower, ('clip',), 'vision', 'vision'))
     return found
 
 
@@ -84,7 +90,8 @@ def _parent(config, run_dir, allowed, part, target):
     if theirs.stage.startswith('vision'):
         names += ['model.projector']
     if theirs.stage != 'clip':
-        names += [f'model.{n}' for n in ('layers', 'width', 'heads', 'ffn', 'positions', 'rope_theta')]
+        elsewhere = ('tower', 'contrastive', 'projector', 'remat', 'unroll', 'vision', 'text')
+        names += [f'model.{f.name}' for f in dataclasses.fields(configs.Model) if f.name not in elsewhere]
     for name in names:
         ours, given = configs.get(config, name), configs.get(theirs, name)
         if ours != given:
@@ -108,6 +115,9 @@ def check_tokenizer(parent, tokenizer):
 def inherit(parent, params):
     """`params` (nested dicts of arrays, or of ShapeDtypeStructs with shardings) with the parent's part read in."""
     target = params[parent.target] if parent.target else params
+    if parent.step is None:
+        read = hf.tower_weights(parent.run_dir, target)
+        return params | {parent.target: jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), read, target)}
     wrapped = {parent.part: target} if parent.part else target
     read = checkpoint.restore(parent.run_dir, parent.step, 'params', checkpoint.like(wrapped))
     read = read[parent.part] if parent.part else read

@@ -13,6 +13,7 @@ from nanovision_jax import checkpoint, models, stages, train
 from nanovision_jax import config as configs
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.models.clip import softmax_loss
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +79,14 @@ def test_the_loss_of_pairs_counts_pairs():
     logits = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     batch = micro.batch(micro.config('clip'))
     batch['images'] = batch['images'][:4]
-    total, count = stages.loss('clip', lambda *_: jnp.asarray(logits), batch)
+
+    class Towers:
+        loss = staticmethod(softmax_loss)
+
+        def __call__(self, *_):
+            return jnp.asarray(logits)
+
+    total, count = stages.loss('clip', Towers(), batch)
     rows, columns = (np.exp(logits) / np.exp(logits).sum(axis, keepdims=True) for axis in (1, 0))
     wanted = -(np.log(np.diag(rows)) + np.log(np.diag(columns))).mean() / 2
     np.testing.assert_allclose(total / count, wanted, rtol=1e-5)

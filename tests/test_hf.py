@@ -1,0 +1,175 @@
+"""Hugging Face towers: the same features as transformers with torch, and one clear error for what does not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from nanovision_jax import hf
+from nanovision_jax.errors import UserError
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((24, 24), (30, 41), (50, 26))]
+
+
+def save(model, folder, preprocessor):
+    model.save_pretrained(folder)
+    (folder / 'preprocessor_config.json').write_text(json.dumps(preprocessor))
+
+
+def clip_preprocessor(size):
+    return {
+        'crop_size': size, 'do_center_crop': True, 'do_normalize': True, 'do_resize': True, 'size': size, 'resample': 3,
+        'feature_extractor_type': 'CLIPFeatureExtractor', 'image_mean': MEAN, 'image_std': STD,
+    }  # fmt: skip
+
+
+def siglip_preprocessor(size):
+    return {
+        'do_rescale': True, 'do_resize': True, 'image_processor_type': 'SiglipImageProcessor', 'resample': 3,
+        'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'rescale_factor': 1 / 255, 'size': {'height': size, 'width': size},
+    }  # fmt: skip
+
+
+def make(kind, folder, **changes):
+    """A random model of a family in the published layout, from transformers with torch."""
+    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    vision = SMALL | dict(image_size=24, patch_size=8) | changes
+    text = SMALL | dict(vocab_size=64, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    if kind == 'clip':
+        model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+    elif kind == 'clip_vision':
+        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
+    elif kind == 'siglip':
+        model = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text))
+    else:
+        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
+    with torch.no_grad():  # norms and biases start at 1 and 0, which would hide a swap
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    size = vision['image_size']
+    save(model, folder, clip_preprocessor(size) if kind.startswith('clip') else siglip_preprocessor(size))
+    return getattr(model, 'vision_model', model).eval()
+
+
+def theirs(model, pixels, layer):
+    import torch
+
+    with torch.no_grad():
+        states = model(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
+    return states[layer].numpy()
+
+
+@pytest.mark.parametrize('kind', ['clip', 'clip_vision', 'siglip', 'siglip_vision'])
+def test_a_tower_gives_the_features_of_its_home(kind, tmp_path):
+    model = make(kind, tmp_path)
+    first = int(kind.startswith('clip'))  # the class token
+    for layer in (-2, -1, 1):
+        tower, preprocess = hf.load_vision_tower(tmp_path, layer=layer)
+        pixels = preprocess(pictures())
+        assert pixels.shape == (3, 24, 24, 3) and pixels.dtype == np.float32
+        features = np.asarray(tower(pixels))
+        assert features.shape == (3, 9, 32)
+        np.testing.assert_allclose(features, theirs(model, pixels, layer)[:, first:], atol=1e-4)
+
+
+def test_a_whole_size_tower_gives_the_features_of_its_home(tmp_path):
+    whole = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    model = make('clip_vision', tmp_path, **whole, image_size=224, patch_size=32)
+    tower, preprocess = hf.load_vision_tower(tmp_path)
+    pixels = preprocess(pictures()[1:2])
+    np.testing.assert_allclose(np.asarray(tower(pixels)), theirs(model, pixels, -2)[:, 1:], atol=1e-4)
+
+
+@pytest.mark.parametrize(('kind', 'name'), [('clip', 'CLIPImageProcessorPil'), ('siglip', 'SiglipImageProcessorPil')])
+def test_preprocessing_is_that_of_its_home(kind, name, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    make(kind, tmp_path)
+    processor = getattr(transformers, name).from_pretrained(tmp_path)
+    wanted = np.stack(processor(pictures(), return_tensors='np')['pixel_values']).transpose(0, 2, 3, 1)
+    _, preprocess = hf.load_vision_tower(tmp_path)
+    std = np.array(hf.vision_config(tmp_path).std)
+    assert np.abs((preprocess(pictures()) - wanted) * std).max() <= 1 / 255 + 1e-6
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / 'model.safetensors')
+    change(weights)
+    save_file(weights, folder / 'model.safetensors')
+
+
+def test_all_that_does_not_fit_is_listed_together(tmp_path):
+    make('clip', tmp_path)
+
+    def change(weights):
+        del weights['vision_model.pre_layrnorm.bias']
+        weights['vision_model.encoder.layers.3.mlp.fc1.bias'] = np.zeros(48, np.float32)
+        weights['vision_model.embeddings.class_embedding'] = np.zeros(31, np.float32)
+        weights['vision_model.embeddings.position_ids'] = np.zeros((1, 10), np.int64)  # older files have it
+
+    rewrite(tmp_path, change)
+    with pytest.raises(UserError) as error:
+        hf.load_vision_tower(tmp_path)
+    message = str(error.value)
+    assert 'pre_layrnorm.bias is missing' in message and 'layers.3.mlp.fc1.bias is unknown' in message
+    assert 'class_embedding is [31] and not [32]' in message and message.count(';') == 2
+
+
+def test_shards_with_an_index_are_read_and_names_are_never_paths(tmp_path):
+    make('siglip_vision', tmp_path)
+    tower, preprocess = hf.load_vision_tower(tmp_path)
+    pixels = preprocess(pictures())
+    wanted = np.asarray(tower(pixels))
+    weights = load_file(tmp_path / 'model.safetensors')
+    names = sorted(weights)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: weights[name] for name in part}, tmp_path / f'part-{number}.safetensors')
+    index = {'weight_map': {name: f'part-{i % 2}.safetensors' for i, name in enumerate(names)}}
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    tower, _ = hf.load_vision_tower(tmp_path)
+    np.testing.assert_array_equal(np.asarray(tower(pixels)), wanted)
+    index['weight_map'][names[0]] = '../part-0.safetensors'
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match='outside its folder'):
+        hf.load_vision_tower(tmp_path)
+
+
+def test_what_is_no_tower_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match='is no folder'):
+        hf.load_vision_tower(tmp_path / 'none' / 'such' / 'folder')
+    source = tmp_path / 'good'
+    source.mkdir()
+    make('clip', source)
+
+    def damaged(name, **changes):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        for file, values in changes.items():
+            path = folder / f'{file}.json'
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    with pytest.raises(UserError, match="'bert' model"):
+        hf.load_vision_tower(damaged('family', config={'model_type': 'bert'}))
+    with pytest.raises(UserError, match='must be equal'):
+        hf.load_vision_tower(damaged('size', preprocessor_config={'crop_size': 48}))
+    with pytest.raises(UserError, match='resample 1'):
+        hf.load_vision_tower(damaged('resample', preprocessor_config={'resample': 1}))
+    folder = damaged('torn')
+    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-4])
+    with pytest.raises(UserError, match='missing or damaged'):
+        hf.load_vision_tower(folder)
+    folder = damaged('pickle')
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+    with pytest.raises(UserError, match='a pickle'):
+        hf.load_vision_tower(folder)
