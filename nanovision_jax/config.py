@@ -84,6 +84,7 @@ class Model:
     unroll: int = 1  # layers a scan step: more is faster to run and slower to compile
     projector: str = 'mlp'  # mlp (LLaVA 1.5) or linear (LLaVA v1)
     contrastive: str = 'softmax'  # the loss of stage clip: softmax (CLIP) or sigmoid (SigLIP)
+    decoder: str = ''  # a Hugging Face folder or id that the decoder starts from, and whose tokenizer it takes
     tower: str = ''  # a clip run folder, a Hugging Face folder or id; '' is the clip run beside this one
     vision: Vision = dataclasses.field(default_factory=Vision)
     text: Text = dataclasses.field(default_factory=Text)
@@ -329,17 +330,28 @@ def fill(config):
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
     if config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
-    if is_foreign(config.model.tower) and config.stage.startswith('vision'):
+    model = config.model
+    if config.stage.startswith('vision') and is_foreign(model.tower):
         from nanovision_jax import hf
 
-        padded = config.model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
-        config.model.vision = hf.vision_config(hf.find(config.model.tower))
-        config.model.vision.fit = 'pad' if padded else config.model.vision.fit
+        padded = model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
+        model.vision = hf.vision_config(hf.find(model.tower))
+        model.vision.fit = 'pad' if padded else model.vision.fit
+    if config.stage != 'clip' and model.decoder:
+        from nanovision_jax import hf
+
+        folder = hf.find(model.decoder)
+        for name, value in hf.decoder_config(folder).items():
+            setattr(model, name, value)
+        config.data.tokenizer = str(folder)
 
 
 def is_foreign(tower):
-    """Whether model.tower is a Hugging Face folder or id, and not a run folder."""
-    return bool(tower) and not (pathlib.Path(tower) / 'lineage.json').is_file()
+    """Whether model.tower is a Hugging Face folder or id, and not a run folder or the place of one."""
+    folder = pathlib.Path(tower)
+    if folder.is_dir():
+        return (folder / 'config.json').is_file() and not (folder / 'lineage.json').is_file()
+    return tower.count('/') == 1 and not folder.parent.is_dir()
 
 
 def check(config):

@@ -1,8 +1,10 @@
-"""Hugging Face weights in: CLIP's and SigLIP's vision towers.
+"""Hugging Face weights in: CLIP's and SigLIP's vision towers; Llama, SmolLM2, Qwen2 and Qwen3 as decoders.
 
     from nanovision_jax.hf import load_vision_tower
     tower, preprocess = load_vision_tower('openai/clip-vit-large-patch14')
     features = tower(preprocess([picture]))        # [B, P, D]
+
+Training takes them as --config.model.tower=… and --config.model.decoder=….
 
 A family is a table: our parameter, its names there, and how its axes turn. Only safetensors are read, never a pickle;
 names in a file are looked up in the table, never used as paths.
@@ -83,6 +85,23 @@ TOWERS = {
         'norm_out/bias': ('post_layernorm.bias', SAME),
     },
 }
+_LAYER = 'model.layers.{}.'
+DECODER = {
+    'blocks/attention_norm/scale': (_LAYER + 'input_layernorm.weight', SAME),
+    'blocks/q/kernel': (_LAYER + 'self_attn.q_proj.weight', INTO_HEADS),
+    'blocks/q/bias': (_LAYER + 'self_attn.q_proj.bias', HEADS_BIAS),
+    'blocks/kv/kernel': (tuple(_LAYER + f'self_attn.{n}_proj.weight' for n in 'kv'), INTO_HEADS),
+    'blocks/kv/bias': (tuple(_LAYER + f'self_attn.{n}_proj.bias' for n in 'kv'), HEADS_BIAS),
+    'blocks/q_norm/scale': (_LAYER + 'self_attn.q_norm.weight', SAME),
+    'blocks/k_norm/scale': (_LAYER + 'self_attn.k_norm.weight', SAME),
+    'blocks/out/kernel': (_LAYER + 'self_attn.o_proj.weight', OUT_OF_HEADS),
+    'blocks/ffn_norm/scale': (_LAYER + 'post_attention_layernorm.weight', SAME),
+    'blocks/ffn_gate/kernel': (_LAYER + 'mlp.gate_proj.weight', LINEAR),
+    'blocks/ffn_in/kernel': (_LAYER + 'mlp.up_proj.weight', LINEAR),
+    'blocks/ffn_out/kernel': (_LAYER + 'mlp.down_proj.weight', LINEAR),
+    'norm/scale': ('model.norm.weight', SAME),
+}
+_VOCABULARY = {'embedding': 'model.embed_tokens.weight', 'head': 'lm_head.weight'}  # [V, D] both
 # What a file holds beside the tower: the text half of a whole model, its projections, SigLIP's pooling head.
 _BESIDE = (
     *('text_model.*', 'visual_projection.*', 'text_projection.*', 'logit_scale', 'logit_bias'),
@@ -293,3 +312,68 @@ def load_vision_tower(source, layer: int = -2, dtype=jnp.float32):
         return (prepared / np.float32(255) - np.float32(cfg.mean)) / np.float32(cfg.std)
 
     return lambda pixels: run(params, pixels), preprocess
+
+
+# Decoders ------------------------------------------------------------------------------------------------------------
+
+
+def decoder_config(folder) -> dict:
+    """The fields of config.Model that a folder with a Llama, SmolLM2, Qwen2 or Qwen3 model sets.
+
+    Raises UserError for another family, and for what our decoder cannot represent.
+    """
+    theirs = read_json(folder / 'config.json')
+    family = theirs.get('model_type')
+    if family not in ('llama', 'qwen2', 'qwen3'):
+        raise UserError(f'{folder} holds a {family!r} model: a decoder is llama (SmolLM2 too), qwen2 or qwen3.')
+    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    refused = {
+        f'rope type {kind!r}': kind not in ('default', 'llama3'),
+        f'hidden_act {theirs.get("hidden_act")!r}': theirs.get('hidden_act', 'silu') != 'silu',
+        'a sliding window': bool(theirs.get('use_sliding_window')),
+        'a bias in the feed-forward layer': bool(theirs.get('mlp_bias')),
+        'a bias on the attention output': family != 'qwen2' and bool(theirs.get('attention_bias')),
+    }
+    if any(refused.values()):
+        raise UserError(f'{folder} has {next(n for n, bad in refused.items() if bad)}, which our decoder lacks.')
+    scaling = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+    heads = theirs['num_attention_heads']
+    return dict(
+        flavour='llama', layers=theirs['num_hidden_layers'], width=theirs['hidden_size'], heads=heads,
+        ffn=theirs['intermediate_size'], positions=theirs['max_position_embeddings'],
+        rope_theta=float(theirs.get('rope_theta') or rope.get('rope_theta', 1e4)),
+        epsilon=theirs.get('rms_norm_eps', 1e-6), tied=bool(theirs.get('tie_word_embeddings', False)),
+        kv_heads=theirs.get('num_key_value_heads') or heads,
+        head_dim=theirs.get('head_dim') or (128 if family == 'qwen3' else theirs['hidden_size'] // heads),
+        qkv_bias=family == 'qwen2', qk_norm=family == 'qwen3',
+        rope_scaling=tuple(float(rope[name]) for name in scaling) if kind == 'llama3' else (),
+    )  # fmt: skip
+
+
+def decoder_weights(folder, shapes, vocab_size):
+    """The parameters (nested dicts like `shapes`) of a decoder from a folder, for `vocab_size` tokens.
+
+    Rows of tokens that the file does not know are drawn at random round the mean of the others; padded rows are zero.
+    Raises UserError where they do not fit.
+    """
+    weights = Weights(folder)
+    rest = {name: part for name, part in shapes.items() if name not in _VOCABULARY}
+    beside = (*_VOCABULARY.values(), '*rotary_emb.inv_freq')  # a tied file may hold the output layer all the same
+    params = take(weights, DECODER, rest, beside=beside)
+    for ours, theirs in _VOCABULARY.items():
+        if ours not in shapes:
+            continue
+        if theirs not in weights.names:
+            raise UserError(f'the weights in {folder} do not fit: {theirs} is missing.')
+        rows = weights.read(theirs)
+        ((leaf, like),) = shapes[ours].items()
+        padded, width = like.shape if ours == 'embedding' else like.shape[::-1]
+        if rows.shape[1:] != (width,):
+            raise UserError(f'the weights in {folder} do not fit: {theirs} is {list(rows.shape)}, of width {width}.')
+        noise = np.random.default_rng(0).standard_normal((padded, width), np.float32)
+        table = rows.mean(0) + 0.1 * rows.std() * noise
+        table[: len(rows)] = rows[:padded]
+        table[vocab_size:] = 0
+        params[ours] = {leaf: table if ours == 'embedding' else table.T}
+    return params

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from nanovision_jax import hf
+from nanovision_jax import config as configs
+from nanovision_jax import hf, models
 from nanovision_jax.errors import UserError
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
@@ -55,7 +57,7 @@ def make(kind, folder, **changes):
         model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
     with torch.no_grad():  # norms and biases start at 1 and 0, which would hide a swap
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.02 * torch.randn_like(parameter))
     size = vision['image_size']
     save(model, folder, clip_preprocessor(size) if kind.startswith('clip') else siglip_preprocessor(size))
     return getattr(model, 'vision_model', model).eval()
@@ -173,3 +175,95 @@ def test_what_is_no_tower_is_refused_in_a_sentence(tmp_path):
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     with pytest.raises(UserError, match='a pickle'):
         hf.load_vision_tower(folder)
+
+
+# Decoders ------------------------------------------------------------------------------------------------------------
+
+DECODERS = {
+    'llama': ('Llama', dict(num_key_value_heads=2, rms_norm_eps=1e-5)),
+    'smollm2': ('Llama', dict(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1e5)),
+    'llama31': (
+        'Llama',
+        dict(
+            num_key_value_heads=4, head_dim=12,
+            rope_scaling={
+                'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+                'original_max_position_embeddings': 32,
+            },
+        ),
+    ),
+    'qwen2': ('Qwen2', dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    'qwen3': ('Qwen3', dict(num_key_value_heads=2, head_dim=16)),
+}  # fmt: skip
+VOCAB = 100
+
+
+def make_decoder(name, folder):
+    """A random decoder of a family in the published layout, from transformers with torch."""
+    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    family, fields = DECODERS[name]
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    config = getattr(transformers, f'{family}Config')(**sizes, max_position_embeddings=256, **fields)
+    model = getattr(transformers, f'{family}ForCausalLM')(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def our_decoder(folder, vocab_size=VOCAB):
+    """(graphdef, parameters) of the decoder that a folder holds."""
+    cfg = configs.Config(stage='sft', model=configs.Model(**hf.decoder_config(folder)))
+    graphdef, shapes = models.abstract(cfg, vocab_size, vocab_size - 1)
+    return graphdef, hf.decoder_weights(folder, shapes, vocab_size)
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_a_decoder_gives_the_logits_of_its_home(name, tmp_path):
+    model = make_decoder(name, tmp_path)
+    import torch
+
+    graphdef, params = our_decoder(tmp_path)
+    tokens = jnp.array(np.random.default_rng(0).integers(0, VOCAB, (2, 40)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), tokens.shape)
+    with torch.no_grad():
+        wanted = model(torch.tensor(np.array(tokens))).logits.numpy()
+    ours = models.merge(graphdef, params)
+    found = np.asarray(ours(tokens, positions, jnp.ones_like(positions)))
+    np.testing.assert_allclose(found[..., :VOCAB], wanted, atol=1e-4)
+    # and so does its cache, in two parts
+    cache, parts = ours.empty_cache(2, 40), []
+    for part in (slice(0, 25), slice(25, 40)):
+        x, cache = ours.extend(ours.embed(tokens[:, part]), positions[:, part], cache)
+        parts.append(np.asarray(ours.logits(x)))
+    np.testing.assert_allclose(np.concatenate(parts, 1)[..., :VOCAB], wanted, atol=1e-4)
+
+
+def test_new_tokens_get_rows_and_padded_rows_are_zero(tmp_path):
+    make_decoder('llama', tmp_path)
+    theirs = load_file(tmp_path / 'model.safetensors')
+    _, params = our_decoder(tmp_path, VOCAB + 4)
+    table, head = params['embedding']['embedding'], params['head']['kernel'].T
+    for ours, name in ((table, 'model.embed_tokens.weight'), (head, 'lm_head.weight')):
+        np.testing.assert_array_equal(ours[:VOCAB], theirs[name])
+        assert (ours[VOCAB + 4 :] == 0).all() and ours[VOCAB : VOCAB + 4].std(0).min() > 0
+
+
+@pytest.mark.parametrize(
+    ('changes', 'why'),
+    [
+        ({'model_type': 'gpt2'}, "'gpt2' model"),
+        ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope type 'yarn'"),
+        ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+        ({'mlp_bias': True}, 'a bias in the feed-forward layer'),
+        ({'attention_bias': True}, 'a bias on the attention output'),
+    ],
+)
+def test_what_our_decoder_lacks_is_refused_by_name(changes, why, tmp_path):
+    make_decoder('llama', tmp_path)
+    file = tmp_path / 'config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=why):
+        hf.decoder_config(tmp_path)

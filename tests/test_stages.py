@@ -202,7 +202,7 @@ def test_parents_parameters_are_inherited_bit_for_bit(family, stage):
     fresh = jax.device_put(micro.params(cfg, tokenizer, seed=1)[1])
     params = fresh
     for parent in stages.parents(cfg):
-        params = stages.inherit(parent, params)
+        params = stages.inherit(parent, params, tokenizer.size)
     theirs = {name: micro.params(micro.run_config(name, family), tokenizer)[1] for name in micro.STAGES}
     if stage == 'vision_pretrain':
         wanted = {'decoder': theirs['sft'], 'vision': theirs['clip']['vision'], 'projector': fresh['projector']}
@@ -219,4 +219,4 @@ def test_shapes_can_inherit_too(family):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
     (parent,) = stages.parents(cfg)
-    micro.assert_same(stages.inherit(parent, shapes), micro.params(cfg, tokenizer)[1])
+    micro.assert_same(stages.inherit(parent, shapes, tokenizer.size), micro.params(cfg, tokenizer)[1])
