@@ -19,15 +19,24 @@ STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
 
 @dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
 class Vision:
-    """A CLIP vision tower. `mean` and `std` normalise pixels in 0..1; `fit` is crop (CLIP) or pad (LLaVA's square)."""
+    """A vision tower and the pictures it takes. `mean` and `std` normalise pixels in 0..1.
 
+    kind: clip has a class token and a norm before its blocks, siglip neither, and a bias on its patches.
+    fit: crop (the short side to image_size, then the middle square; CLIP), pad (to a square first; LLaVA 1.5) or
+    stretch (SigLIP).
+    """
+
+    kind: str = 'clip'
     image_size: int = 224
     patch_size: int = 16
     width: int = 768
     layers: int = 12
     heads: int = 12
     ffn: int = 3072
+    activation: str = 'quick_gelu'  # quick_gelu, gelu (exact) or gelu_tanh
+    epsilon: float = 1e-5  # of the norms
     fit: str = 'crop'
+    resample: str = 'bicubic'  # or bilinear
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,6 +44,11 @@ class Vision:
     def patches(self):
         """Patch tokens a picture: P."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def class_tokens(self):
+        """Tokens before the patches: one class token, or none."""
+        return int(self.kind == 'clip')
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
@@ -58,12 +72,27 @@ class Model:
     ffn: int = 5120
     positions: int = 2048  # the longest context; data.length may be shorter
     rope_theta: float = 1e6
+    flavour: str = 'gpt'  # gpt (LayerNorm, ReLU) or llama (RMSNorm, SwiGLU; Llama, SmolLM2, Qwen2, Qwen3)
+    epsilon: float = 1e-5  # of the norms
+    tied: bool = False  # the embedding is the output layer too
+    kv_heads: int = 0  # llama: key-value heads; 0 is as many as heads
+    head_dim: int = 0  # llama: 0 is width / heads
+    qkv_bias: bool = False  # llama: Qwen2's
+    qk_norm: bool = False  # llama: Qwen3's
+    rope_scaling: tuple[float, ...] = ()  # llama: factor, low and high frequency factor, original context (Llama 3.1)
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     unroll: int = 1  # layers a scan step: more is faster to run and slower to compile
     projector: str = 'mlp'  # mlp (LLaVA 1.5) or linear (LLaVA v1)
-    tower: str = ''  # a clip run folder; '' is the clip run beside this one
+    contrastive: str = 'softmax'  # the loss of stage clip: softmax (CLIP) or sigmoid (SigLIP)
+    decoder: str = ''  # a Hugging Face folder or id that the decoder starts from, and whose tokenizer it takes
+    tower: str = ''  # a clip run folder, a Hugging Face folder or id; '' is the clip run beside this one
     vision: Vision = dataclasses.field(default_factory=Vision)
     text: Text = dataclasses.field(default_factory=Text)
+
+    @property
+    def head_size(self):
+        """Numbers a head: H."""
+        return self.head_dim or self.width // self.heads
 
 
 @dataclasses.dataclass
@@ -269,16 +298,17 @@ def _read(file, size, given):
 
 def _check_type(name, kind, text):
     """Refuses a value that is not of the field's type, in one sentence."""
+    count = 4 if name.endswith('rope_scaling') else 3
     try:
         if kind is bool:
             if text.lower() not in ('true', 'false', '1', '0'):
                 raise ValueError
         elif kind in (int, float):
             kind(text)
-        elif kind is tuple and len([float(number) for number in text.strip('()').split(',')]) != 3:
+        elif kind is tuple and len([float(n) for n in text.strip('()').split(',')]) != count:
             raise ValueError
     except ValueError:
-        wanted = 'three numbers' if kind is tuple else kind.__name__
+        wanted = f'{"three" if count == 3 else "four"} numbers' if kind is tuple else kind.__name__
         raise UserError(f'--{name} takes {wanted}, not {text!r}.') from None
 
 
@@ -295,11 +325,33 @@ def fields(kind, prefix=''):
 
 
 def fill(config):
-    """Sets the fields whose default follows from others: name, run_dir, data.path."""
+    """Sets the fields whose default follows from others: name, run_dir, data.path, and a foreign tower's own fields."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
     if config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
+    model = config.model
+    if config.stage.startswith('vision') and is_foreign(model.tower):
+        from nanovision_jax import hf
+
+        padded = model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
+        model.vision = hf.vision_config(hf.find(model.tower))
+        model.vision.fit = 'pad' if padded else model.vision.fit
+    if config.stage != 'clip' and model.decoder:
+        from nanovision_jax import hf
+
+        folder = hf.find(model.decoder)
+        for name, value in hf.decoder_config(folder).items():
+            setattr(model, name, value)
+        config.data.tokenizer = str(folder)
+
+
+def is_foreign(tower):
+    """Whether model.tower is a Hugging Face folder or id, and not a run folder or the place of one."""
+    folder = pathlib.Path(tower)
+    if folder.is_dir():
+        return (folder / 'config.json').is_file() and not (folder / 'lineage.json').is_file()
+    return tower.count('/') == 1 and not folder.parent.is_dir()
 
 
 def check(config):
@@ -308,8 +360,13 @@ def check(config):
     choices = {
         'stage': STAGES,
         'dtype': ('auto', 'float32', 'bfloat16'),
+        'model.flavour': ('gpt', 'llama'),
         'model.projector': ('mlp', 'linear'),
-        'model.vision.fit': ('crop', 'pad'),
+        'model.contrastive': ('softmax', 'sigmoid'),
+        'model.vision.kind': ('clip', 'siglip'),
+        'model.vision.activation': ('quick_gelu', 'gelu', 'gelu_tanh'),
+        'model.vision.fit': ('crop', 'pad', 'stretch'),
+        'model.vision.resample': ('bicubic', 'bilinear'),
         'data.source': ('tiny_world', 'conversations', 'text', 'shards'),
         'data.mixture': ('',),
         'optim.name': ('adamw', 'sgd'),
@@ -321,7 +378,8 @@ def check(config):
             raise UserError(f'{name} is {value!r}.{nearest(value, allowed)}')
     positive = ['data.batch_size', 'data.length', 'data.slots', 'data.vocab_size', 'optim.accumulate', 'log.every']
     positive += ['checkpoint.every', 'checkpoint.keep', 'eval.every', 'eval.batches', 'optim.clip_norm']
-    positive += [name for name, kind in fields(Config).items() if name.startswith('model.') and kind is int]
+    zero = ('model.kv_heads', 'model.head_dim')
+    positive += [n for n, kind in fields(Config).items() if n.startswith('model.') and kind is int and n not in zero]
     for name in positive:
         if not get(config, name) > 0:  # nan is not above 0 either
             raise UserError(f'{name} is {get(config, name)}, and must be above 0.')
@@ -331,11 +389,18 @@ def check(config):
     if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
         raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
     for name, part in (('model', m), ('model.vision', m.vision), ('model.text', m.text)):
-        if part.width % part.heads:
+        if part.width % part.heads and not getattr(part, 'head_dim', 0):
             raise UserError(f'{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.')
-    if m.width // m.heads % 2:
+    llama_only = [n for n in ('kv_heads', 'head_dim', 'qkv_bias', 'qk_norm', 'rope_scaling') if getattr(m, n)]
+    if m.flavour == 'gpt' and llama_only:
+        raise UserError(f"model.{llama_only[0]} is for model.flavour 'llama'.")
+    if m.heads % (m.kv_heads or m.heads):
+        raise UserError(f'model.heads {m.heads} is not a multiple of model.kv_heads {m.kv_heads}.')
+    if len(m.rope_scaling) not in (0, 4):
+        raise UserError('model.rope_scaling takes four numbers: factor, low and high frequency factor, context.')
+    if m.head_size % 2:
         raise UserError(
-            f'heads of {m.width // m.heads} cannot be rotated in pairs (RoPE): make model.width / model.heads even.'
+            f'heads of {m.head_size} cannot be rotated in pairs (RoPE): make model.width / model.heads even.'
         )
     if m.vision.image_size % m.vision.patch_size:
         raise UserError(

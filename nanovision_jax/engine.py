@@ -45,7 +45,7 @@ def chat_prompt(config, tokenizer, messages, pictures=()):
         ids, _, _ = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True)
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
-    prepared = [images.prepare(images.to_rgb(picture), vision.image_size, vision.fit) for picture in pictures]
+    prepared = [images.prepare(images.to_rgb(picture), vision) for picture in pictures]
     return Prompt(ids, prepared)
 
 

@@ -23,7 +23,7 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
     """
     file = pathlib.Path(config.run_dir) / 'lineage.json'
     vision = config.model.vision
-    preprocessing = [vision.image_size, vision.fit, vision.mean, vision.std]
+    preprocessing = [vision.image_size, vision.fit, vision.resample, vision.mean, vision.std]
     record = {
         'stage': config.stage,
         'parents': [
@@ -31,7 +31,7 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
                 'run': str(parent.run_dir),
                 'step': parent.step,
                 'part': parent.part or 'all',
-                'manifest': file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json'),
+                'manifest': _digest(parent),
             }
             for parent in inherited
         ],
@@ -61,6 +61,14 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + '\n')
+
+
+def _digest(parent):
+    """The digest of what a parent's parameters were read from."""
+    if parent.step is not None:
+        return file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json')
+    weights = sorted(parent.run_dir.glob('model*.safetensors'))
+    return hashlib.sha256(''.join(map(file_digest, weights)).encode()).hexdigest()
 
 
 def end(config, step, frozen, peak_memory):

@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from nanovision_jax.models.gpt import padded
+from nanovision_jax.models.layers import padded
 
 # Dense bf16 matrix products, FLOP/s per device, from the makers' data sheets. Device kinds as jax names them.
 PEAK = {
@@ -57,6 +57,9 @@ def peak_flops():
 
 def matmul_weights(part):
     """Weights in the matrix products of a transformer's blocks. part: config.Model, Vision or Text."""
+    if getattr(part, 'flavour', '') == 'llama':
+        attention = 2 * part.width * part.head_size * (part.heads + (part.kv_heads or part.heads))
+        return part.layers * (attention + 3 * part.width * part.ffn)
     return part.layers * (4 * part.width**2 + 2 * part.width * part.ffn)
 
 
@@ -67,15 +70,15 @@ def step_flops(config, vocab_size, tokens, pictures):
     def cost(part, length, extra=0, passes=3):
         return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * part.width * length)
 
-    patch = vision.patch_size**2 * 3 * vision.width
+    patch, seen_tokens = vision.patch_size**2 * 3 * vision.width, vision.patches + vision.class_tokens
     if config.stage == 'clip':
-        towers = pictures * (vision.patches + 1) * cost(vision, vision.patches + 1, patch)
+        towers = pictures * seen_tokens * cost(vision, seen_tokens, patch)
         return towers + tokens * cost(model.text, config.data.length)
     passes = 2 if config.stage == 'vision_pretrain' else 3  # gradients flow through a frozen decoder
     total = tokens * cost(model, config.data.length, model.width * padded(vocab_size), passes)
     if config.stage.startswith('vision'):
         seen = dataclasses.replace(vision, layers=vision.layers - 1)  # features are taken before the last layer
-        total += pictures * (vision.patches + 1) * cost(seen, vision.patches + 1, patch, passes=1)
+        total += pictures * seen_tokens * cost(seen, seen_tokens, patch, passes=1)
     return total
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.models.gpt import padded
+from nanovision_jax.models.layers import padded
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
@@ -22,8 +22,12 @@ BATCH = P(('data', 'fsdp'))
 RULES = (
     (r'blocks/qkv/kernel', P(None, 'fsdp', None, 'tensor', None)),
     (r'blocks/qkv/bias', P(None, None, 'tensor', None)),
+    (r'blocks/q/kernel', P(None, 'fsdp', 'tensor', None)),
+    (r'blocks/q/bias', P(None, 'tensor', None)),
+    (r'blocks/kv/kernel', P(None, 'fsdp', None, 'tensor', None)),
+    (r'blocks/kv/bias', P(None, None, 'tensor', None)),
     (r'blocks/out/kernel', P(None, 'tensor', None, 'fsdp')),
-    (r'blocks/ffn_in/kernel', P(None, 'fsdp', 'tensor')),
+    (r'blocks/ffn_(in|gate)/kernel', P(None, 'fsdp', 'tensor')),
     (r'blocks/ffn_in/bias', P(None, 'tensor')),
     (r'blocks/ffn_out/kernel', P(None, 'tensor', 'fsdp')),
     (r'embedding/embedding', P('tensor', 'fsdp')),
@@ -71,6 +75,8 @@ def check_divides(config, mesh, vocab_size):
     for name, part in widths.items():
         splits += [(f'{name}.{f}', getattr(part, f), shape['tensor'], 'tensor') for f in ('heads', 'ffn')]
         splits += [(f'{name}.width', part.width, shape['fsdp'], 'fsdp')]
+    if 'model' in widths and model.flavour == 'llama':
+        splits += [('model.kv_heads', model.kv_heads or model.heads, shape['tensor'], 'tensor')]
     splits += [('the padded vocabulary', padded(vocab_size), shape['tensor'], 'tensor')]
     for name, value, parts, axis in splits:
         if value % parts:

@@ -66,7 +66,7 @@ def init_state(config, tokenizer, optimizer, mesh, inherited=(), start=0):
         return graphdef, state, shardings
     params = target['params']
     for parent in inherited:
-        params = stages.inherit(parent, params)
+        params = stages.inherit(parent, params, tokenizer.size)
     missing = [k for k, part in params.items() if isinstance(jax.tree.leaves(part)[0], jax.ShapeDtypeStruct)]
     where = {k: shardings['params'][k] for k in missing}
     params = params | jax.jit(lambda: {k: new_params()[k] for k in missing}, out_shardings=where)()

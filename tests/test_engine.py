@@ -220,7 +220,7 @@ def test_prompts_are_what_training_sees(tokenizer):
     answered = [*messages, {'role': 'assistant', 'content': 'the dog'}]
     ids, learned, _ = conversation.encode(answered, tokenizer, P, 1)
     assert prompt.ids.tolist() == ids[: int(learned.argmax())].tolist() and prompt.ids[-1] == tokenizer.assistant
-    np.testing.assert_array_equal(prompt.images, [images.prepare(picture, 21)])
+    np.testing.assert_array_equal(prompt.images, [images.prepare(picture, cfg.model.vision)])
     continued = engine.text_prompt(tokenizer, 'the cat runs').ids
     assert continued.tolist() == tokenizer.encode_documents(['the cat runs']).tolist()
 

@@ -15,7 +15,8 @@ from flax import nnx
 from nanovision_jax import config as configs
 from nanovision_jax import models, optim
 from nanovision_jax.data import packing
-from nanovision_jax.models.gpt import padded, rotate
+from nanovision_jax.models.gpt import rotate
+from nanovision_jax.models.layers import padded
 
 T = 29
 CFG = tiny.config('sft')

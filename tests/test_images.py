@@ -12,9 +12,15 @@ import pytest
 import transformers
 from PIL import Image
 
+from nanovision_jax.config import Vision
 from nanovision_jax.data import images
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
+
+
+def vision(size, fit='crop', **fields):
+    """The tower's wishes: pictures of `size`."""
+    return Vision(image_size=size, fit=fit, **fields)
 
 
 def noise(width, height, seed=0, channels=3):
@@ -48,7 +54,7 @@ def test_crop_is_what_clip_does(size, side):
         size={'shortest_edge': side}, crop_size={'height': side, 'width': side}, do_normalize=False, do_rescale=False
     )
     theirs = processor(images=image, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
-    ours = images.prepare(image, side)
+    ours = images.prepare(image, vision(side))
     assert ours.shape == (side, side, 3) and ours.dtype == np.uint8
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
     assert np.ptp(ours) > 100  # there was something to compare
@@ -57,33 +63,33 @@ def test_crop_is_what_clip_does(size, side):
 def test_crop_keeps_the_middle():
     image = Image.new('RGB', (90, 30), 'red')
     image.paste('blue', (30, 0, 60, 30))
-    assert (images.prepare(image, 30) == (0, 0, 255)).all()
-    assert (images.prepare(image.transpose(Image.Transpose.ROTATE_90), 30) == (0, 0, 255)).all()
+    assert (images.prepare(image, vision(30)) == (0, 0, 255)).all()
+    assert (images.prepare(image.transpose(Image.Transpose.ROTATE_90), vision(30)) == (0, 0, 255)).all()
 
 
 def test_pad_keeps_everything_on_the_mean_colour():
     image = noise(40, 20)
-    padded = images.prepare(image, 40, 'pad')
+    padded = images.prepare(image, vision(40, 'pad'))
     assert (padded[:10] == (122, 116, 104)).all() and (padded[30:] == (122, 116, 104)).all()
     assert (padded[10:30] == np.asarray(image)).all()
-    upright = images.prepare(image.transpose(Image.Transpose.ROTATE_90), 40, 'pad')
+    upright = images.prepare(image.transpose(Image.Transpose.ROTATE_90), vision(40, 'pad'))
     assert (upright[:, :10] == (122, 116, 104)).all() and (upright[:, 30:] == (122, 116, 104)).all()
 
 
 def test_the_mean_colour_is_clips():
     mean = (0.48145466, 0.4578275, 0.40821073)
-    assert (images.prepare(Image.new('RGB', (2, 1)), 2, 'pad')[1] == [int(255 * m) for m in mean]).all()
+    assert (images.prepare(Image.new('RGB', (2, 1)), vision(2, 'pad'))[1] == [int(255 * m) for m in mean]).all()
 
 
 def test_a_picture_of_the_right_size_is_untouched():
     image = noise(64, 64)
     for how in ('crop', 'pad'):
-        assert (images.prepare(image, 64, how) == np.asarray(image)).all()
+        assert (images.prepare(image, vision(64, how)) == np.asarray(image)).all()
 
 
 def test_decode_loads_and_prepares():
     image = noise(50, 30)
-    assert (images.decode(encoded(image), 24, 'pad') == images.prepare(image, 24, 'pad')).all()
+    assert (images.decode(encoded(image), vision(24, 'pad')) == images.prepare(image, vision(24, 'pad'))).all()
 
 
 # Kinds of pictures ---------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_every_example_can_be_read_back_from_its_row(make, stage):
             assert row['targets'][here].tolist() == ids[1:].tolist()
             assert row['weights'][here].tolist() == learned[1:].tolist()
             assert row['positions'][here].tolist() == list(range(len(ids) - 1))
-            pictures += [images.decode(data, vision.image_size, vision.fit) for data in example.images]
+            pictures += [images.decode(data, vision) for data in example.images]
         assert row['segments'].max() == number
         several += number > 1
         padding = row['segments'] == 0
@@ -225,7 +225,7 @@ def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
         ids = [tokenizer.end_of_text, *tokenizer.encode(example.caption), tokenizer.end]
         assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
         assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
-        assert (row['images'] == images.decode(example.images[0], 60)).all()
+        assert (row['images'] == images.decode(example.images[0], rows.config.model.vision)).all()
 
 
 def test_augmented_pairs_change_with_the_epoch_only(make):

@@ -13,6 +13,7 @@ from nanovision_jax import checkpoint, models, stages, train
 from nanovision_jax import config as configs
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.models.clip import softmax_loss
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +79,14 @@ def test_the_loss_of_pairs_counts_pairs():
     logits = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
     batch = micro.batch(micro.config('clip'))
     batch['images'] = batch['images'][:4]
-    total, count = stages.loss('clip', lambda *_: jnp.asarray(logits), batch)
+
+    class Towers:
+        loss = staticmethod(softmax_loss)
+
+        def __call__(self, *_):
+            return jnp.asarray(logits)
+
+    total, count = stages.loss('clip', Towers(), batch)
     rows, columns = (np.exp(logits) / np.exp(logits).sum(axis, keepdims=True) for axis in (1, 0))
     wanted = -(np.log(np.diag(rows)) + np.log(np.diag(columns))).mean() / 2
     np.testing.assert_allclose(total / count, wanted, rtol=1e-5)
@@ -194,7 +202,7 @@ def test_parents_parameters_are_inherited_bit_for_bit(family, stage):
     fresh = jax.device_put(micro.params(cfg, tokenizer, seed=1)[1])
     params = fresh
     for parent in stages.parents(cfg):
-        params = stages.inherit(parent, params)
+        params = stages.inherit(parent, params, tokenizer.size)
     theirs = {name: micro.params(micro.run_config(name, family), tokenizer)[1] for name in micro.STAGES}
     if stage == 'vision_pretrain':
         wanted = {'decoder': theirs['sft'], 'vision': theirs['clip']['vision'], 'projector': fresh['projector']}
@@ -211,4 +219,4 @@ def test_shapes_can_inherit_too(family):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
     (parent,) = stages.parents(cfg)
-    micro.assert_same(stages.inherit(parent, shapes), micro.params(cfg, tokenizer)[1])
+    micro.assert_same(stages.inherit(parent, shapes, tokenizer.size), micro.params(cfg, tokenizer)[1])

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from nanovision_jax.data.datasets import tiny_world as tw
 
-SPLITS = {'train': 1500, 'validation': 1000, 'heldout': 1000}
+SPLITS = {'train': 2500, 'validation': 1000, 'heldout': 1000}
 WORDS_SPLITS = ('train', 'validation')
 N_WORDS = 300
 UNSEEN = set(tw.heldout_pairs())

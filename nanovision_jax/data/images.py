@@ -49,9 +49,9 @@ class ImageStore:
             raise BadExample(f'image {name!r} cannot be read from the zip file') from error
 
 
-def decode(data, size, how='crop'):
-    """Encoded bytes to uint8 [size, size, 3]. Raises BadExample for what is not a whole JPEG, PNG or WEBP."""
-    return prepare(load(data), size, how)
+def decode(data, vision):
+    """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample for what is no whole JPEG, PNG or WEBP."""
+    return prepare(load(data), vision)
 
 
 def load(data):
@@ -78,21 +78,22 @@ def to_rgb(image):
     return image.convert('RGB')
 
 
-def prepare(image, size, how='crop', mean=(122, 116, 104)):
-    """An RGB picture to uint8 [size, size, 3].
+def prepare(image, vision):
+    """An RGB picture to uint8 [S, S, 3], S = vision.image_size. vision: config.Vision.
 
-    crop: the short side to `size`, bicubic, then the middle square, as CLIP does. pad: to a square with the mean
-    colour first, as LLaVA 1.5 does.
+    vision.fit: crop takes the short side to S, then the middle square, as CLIP does; pad makes a square with the mean
+    colour first, as LLaVA 1.5 does; stretch does not keep the proportions, as SigLIP does not.
     """
+    size, how = vision.image_size, vision.fit
     if how == 'pad' and image.width != image.height:
         side = max(image.size)
-        square = Image.new('RGB', (side, side), mean)
+        square = Image.new('RGB', (side, side), tuple(int(255 * x) for x in vision.mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
     if image.size != (size, size):
         short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        width, height = (size, size) if how == 'stretch' else (int(size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling[vision.resample.upper()])
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image)

@@ -123,7 +123,7 @@ class PackedRows:
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
             ids, learned = encode_example(example, self.config, self.tokenizer)
-            pictures = [images.decode(data, vision.image_size, vision.fit) for data in example.images]
+            pictures = [images.decode(data, vision) for data in example.images]
             laid.append((ids, learned, pictures))
         return pack(laid, self.config.data.length, self.slots, vision.image_size)
 
@@ -209,7 +209,7 @@ class PairRows:
         if self.augment:
             picture = images.augment(picture, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {
-            'images': images.prepare(picture, vision.image_size, vision.fit),
+            'images': images.prepare(picture, vision),
             'tokens': np.pad(ids, (0, self.config.data.length - len(ids))),
             'ends': np.int32(len(ids) - 1),
         }

@@ -80,7 +80,7 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
             example = source[i]
             if len(example.images) != 1 or (hasattr(source, 'side') and not data and source.side(example) != split):
                 continue
-            picture = images.decode(example.images[0], vision.image_size, vision.fit)
+            picture = images.decode(example.images[0], vision)
         except conversation.BadExample:
             continue
         for user, answer in zip(example.messages[::2], example.messages[1::2], strict=False):

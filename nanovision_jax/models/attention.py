@@ -1,6 +1,6 @@
 """Attention, its masks, and where activations lie on a mesh.
 
-Axes: B batch, T query, S key, N heads, H head dim.
+Axes: B batch, T query, S key, N heads, K key-value heads (each serves N / K of the heads), H head dim.
 """
 
 import jax
@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 def attend(
     q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B S N H'],
-    v: Float[Array, 'B S N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
     mask: Bool[Array, '#B T S'] | None,
 ) -> Float[Array, 'B T N H']:
     """Softmax attention; a query sees the keys where mask is True (all of them without a mask).

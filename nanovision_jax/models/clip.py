@@ -1,4 +1,4 @@
-"""CLIP's vision and text towers (arXiv:2103.00020), and the contrastive loss that trains them.
+"""Vision towers as CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343) have them, CLIP's text tower, their losses.
 
 Axes: B batch, T text length, N heads, H head dim, D width, P patches, E embedding, L layers.
 """
@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from nanovision_jax.models.attention import attend, causal_mask, over_batch
-from nanovision_jax.models.gpt import matrix_init
+from nanovision_jax.models.layers import matrix_init
 
 
 def quick_gelu(x):
@@ -20,14 +20,22 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and a quick-GELU MLP, with biases throughout."""
+ACTIVATIONS = {
+    'quick_gelu': quick_gelu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
 
-    def __init__(self, cfg, dtype, rngs: nnx.Rngs):
+
+class Block(nnx.Module):
+    """Pre-norm attention and an MLP, with biases throughout."""
+
+    def __init__(self, cfg, dtype, rngs: nnx.Rngs, activation: str = 'quick_gelu', epsilon: float = 1e-5):
         d, n = cfg.width, cfg.heads
-        norm = functools.partial(nnx.LayerNorm, d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+        norm = functools.partial(nnx.LayerNorm, d, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[activation]
         self.attention_norm, self.ffn_norm = norm(), norm()
         self.qkv = nnx.LinearGeneral(d, (3, n, d // n), **into)
         self.out = nnx.LinearGeneral((n, d // n), d, axis=(-2, -1), **out)
@@ -38,7 +46,7 @@ class Block(nnx.Module):
         """x [B, T, D] → [B, T, D]."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
         x = x + self.out(attend(q, k, v, mask))
-        return x + self.ffn_out(quick_gelu(self.ffn_in(self.ffn_norm(x))))
+        return x + self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 
 def run_blocks(blocks, x, mask, layers, remat):
@@ -53,43 +61,47 @@ def run_blocks(blocks, x, mask, layers, remat):
 
 
 class VisionTower(nnx.Module):
-    """A ViT with a class token. `cfg` is a config.Vision; `remat` is for training it."""
+    """A ViT. `cfg` is a config.Vision, whose `kind` says what stands before the blocks; `remat` is for training it."""
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs, remat: bool = False):
-        d = cfg.width
-        norm = functools.partial(nnx.LayerNorm, d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+        d, with_class = cfg.width, cfg.class_tokens
+        norm = functools.partial(nnx.LayerNorm, d, epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         scale = nnx.initializers.normal(d**-0.5)
+        linear = dict(use_bias=not with_class, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         self.cfg, self.remat = cfg, remat
-        self.patch = nnx.Linear(
-            cfg.patch_size**2 * 3, d, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs
-        )
-        self.class_token = nnx.Param(scale(rngs.params(), (d,)))
-        self.position = nnx.Param(scale(rngs.params(), (cfg.patches + 1, d)))
-        self.norm_in, self.norm_out = norm(), norm()
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r))(rngs.split(cfg.layers))
+        self.patch = nnx.Linear(cfg.patch_size**2 * 3, d, **linear)
+        self.class_token = nnx.Param(scale(rngs.params(), (d,))) if with_class else None
+        self.position = nnx.Param(scale(rngs.params(), (cfg.patches + with_class, d)))
+        self.norm_in = norm() if with_class else None
+        self.norm_out = norm()
+        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
 
     def normalize(self, images: UInt8[Array, 'B height width 3']) -> Float[Array, 'B height width 3']:
         """Bytes to the normalised pixels that the tower was trained on."""
         return (images.astype(jnp.float32) / 255 - jnp.array(self.cfg.mean)) / jnp.array(self.cfg.std)
 
     def hidden(self, pixels: Float[Array, 'B height width 3'], layers: int) -> Float[Array, 'B T D']:
-        """Hidden states after the first `layers` blocks: T = 1 + P, the class token comes first."""
+        """Hidden states after the first `layers` blocks: T patches, behind the class token if there is one."""
         with jax.named_scope('tower'):
             p, b, side = self.cfg.patch_size, pixels.shape[0], self.cfg.image_size // self.cfg.patch_size
             patches = pixels.reshape(b, side, p, side, p, 3).swapaxes(2, 3).reshape(b, side * side, p * p * 3)
             x = over_batch(self.patch(patches))
-            first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
-            x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(x.dtype)
-            return run_blocks(self.blocks, self.norm_in(x), None, layers, self.remat)
+            if self.class_token is not None:
+                first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b, 1, x.shape[-1]))
+                x = jnp.concatenate([first, x], axis=1)
+            x = x + self.position[...].astype(x.dtype)
+            x = x if self.norm_in is None else self.norm_in(x)
+            return run_blocks(self.blocks, x, None, layers, self.remat)
 
     def features(self, pixels: Float[Array, 'B height width 3'], layer: int = -2) -> Float[Array, 'B P D']:
         """Patch tokens as LLaVA takes them: the last layer but one, without the class token, before the final norm."""
         count = self.cfg.layers + 1 + layer if layer < 0 else layer
-        return self.hidden(pixels, count)[:, 1:]
+        return self.hidden(pixels, count)[:, self.cfg.class_tokens :]
 
     def pooled(self, pixels: Float[Array, 'B height width 3']) -> Float[Array, 'B D']:
-        """The class token after all layers and the final norm."""
-        return self.norm_out(self.hidden(pixels, self.cfg.layers)[:, 0])
+        """The class token after all layers and the final norm; the mean of the patches where there is none."""
+        x = self.hidden(pixels, self.cfg.layers)
+        return self.norm_out(x[:, 0] if self.class_token is not None else x.mean(axis=1))
 
 
 class TextTower(nnx.Module):
@@ -121,7 +133,11 @@ class CLIP(nnx.Module):
         self.text = TextTower(cfg.text, rows, length, dtype, rngs, cfg.remat)
         self.vision_projection = project(cfg.vision.width, cfg.text.embed)
         self.text_projection = project(cfg.text.width, cfg.text.embed)
-        self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
+        # Where the losses' papers start: CLIP at a temperature of 0.07, SigLIP at 0.1 and with all pairs unlikely.
+        sigmoid = cfg.contrastive == 'sigmoid'
+        self.logit_scale = nnx.Param(jnp.array(math.log(10 if sigmoid else 1 / 0.07), jnp.float32))
+        self.logit_bias = nnx.Param(jnp.array(-10.0, jnp.float32)) if sigmoid else None
+        self.loss = sigmoid_loss if sigmoid else softmax_loss
 
     def __call__(
         self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
@@ -131,12 +147,20 @@ class CLIP(nnx.Module):
         caption = self.text_projection(self.text.pooled(tokens, ends)).astype(jnp.float32)
         picture, caption = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (picture, caption))
         # Clipped at 100 as in CLIP: above it, training becomes unstable.
-        return jnp.exp(jnp.minimum(self.logit_scale[...], math.log(100))) * picture @ caption.T
+        logits = jnp.exp(jnp.minimum(self.logit_scale[...], math.log(100))) * picture @ caption.T
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
 
-def contrastive_loss(logits: Float[Array, 'B B']) -> Float[Array, '']:
+def softmax_loss(logits: Float[Array, 'B B']) -> Float[Array, '']:
     """CLIP's loss: each picture finds its caption among the batch's, each caption its picture; the mean of both."""
     diagonal = jnp.diagonal(logits)
     to_caption = jax.nn.logsumexp(logits, axis=1) - diagonal
     to_picture = jax.nn.logsumexp(logits, axis=0) - diagonal
     return (to_caption.mean() + to_picture.mean()) / 2
+
+
+def sigmoid_loss(logits: Float[Array, 'B B']) -> Float[Array, '']:
+    """SigLIP's loss (arXiv:2303.15343): each pair on its own, matching or not; the sum over captions, the mean over
+    pictures."""
+    matches = 2 * jnp.eye(logits.shape[0]) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(matches * logits)) / logits.shape[0]

@@ -1,8 +1,9 @@
-"""The text decoder: a GPT as in nanoGPTVision, with rotary positions, segment masks and a key-value cache.
+"""The text decoder: a GPT as in nanoGPTVision, or with Llama's blocks; segment masks and a key-value cache.
 
 Axes: B batch, T query, S key (cache slots), N heads, H head dim, D width, V vocabulary (padded), L layers.
 """
 
+import functools
 import math
 
 import jax
@@ -11,13 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nanovision_jax.models.attention import attend, cache_mask, over_batch, segment_mask
+from nanovision_jax.models.layers import extend_cache, matrix_init, padded
+from nanovision_jax.models.llama import LlamaBlock
 
 Cache = dict[str, Float[Array, 'L B S N H']]
-
-
-def padded(vocab_size: int) -> int:
-    """The vocabulary's rows in the model: the next multiple of 128, which matrix units and meshes like."""
-    return math.ceil(vocab_size / 128) * 128
 
 
 def rotate(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: float) -> Float[Array, 'B T N H']:
@@ -30,18 +28,13 @@ def rotate(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: floa
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
-def matrix_init(layers: int = 0):
-    """Normal with variance 1/fan-in; matrices that write to the residual stream are scaled by 1/sqrt(2 layers)."""
-    return nnx.initializers.variance_scaling(1 / (2 * layers) if layers else 1.0, 'fan_in', 'normal')
-
-
 class Block(nnx.Module):
     """Pre-norm attention and a ReLU feed-forward layer. `layers` sets the scale of the output matrices."""
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.heads
         self.theta = cfg.rope_theta
-        norm = dict(epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+        norm = dict(epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(d, **norm)
@@ -55,10 +48,7 @@ class Block(nnx.Module):
         """x [B, T, D] → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys at slots `positions`."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]  # a position beyond the cache is dropped
-            cache = {name: cache[name].at[rows, positions].set(new, mode='drop') for name, new in (('k', k), ('v', v))}
-            k, v = cache['k'], cache['v']
+        k, v, cache = extend_cache(cache, k, v, positions)
         x = x + self.out(attend(q, k, v, mask))
         with jax.named_scope('ffn'):
             return x + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(x)))), cache
@@ -78,10 +68,14 @@ class GPT(nnx.Module):
             return matrix_init()(key, shape, dtype) * real
 
         self.cfg, self.vocab_size, self.dtype = cfg, vocab_size, dtype
+        llama = cfg.flavour == 'llama'
+        block = LlamaBlock if llama else Block
+        norm = nnx.RMSNorm if llama else functools.partial(nnx.LayerNorm, use_fast_variance=False)
         self.embedding = nnx.Embed(rows, cfg.width, embedding_init=embed_init, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r))(rngs.split(cfg.layers))
-        self.norm = nnx.LayerNorm(cfg.width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(cfg.width, rows, use_bias=False, kernel_init=head_init, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.vmap(lambda r: block(cfg, dtype, r))(rngs.split(cfg.layers))
+        self.norm = norm(cfg.width, epsilon=cfg.epsilon, dtype=dtype, rngs=rngs)
+        head = dict(use_bias=False, kernel_init=head_init, dtype=dtype, rngs=rngs)
+        self.head = None if cfg.tied else nnx.Linear(cfg.width, rows, **head)
 
     def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
         """Token ids to vectors."""
@@ -106,7 +100,8 @@ class GPT(nnx.Module):
     def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
         """Hidden states to float32 scores of the next token; padded vocabulary rows are -inf."""
         with jax.named_scope('head'):
-            scores = self.head(self.norm(x)).astype(jnp.float32)
+            x = self.norm(x)
+            scores = (self.embedding.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)
             return jnp.where(jnp.arange(scores.shape[-1]) < self.vocab_size, scores, -jnp.inf)
 
     def __call__(
@@ -118,7 +113,7 @@ class GPT(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A key-value cache of zeros for `batch` rows of up to `slots` positions."""
         cfg = self.cfg
-        shape = (cfg.layers, batch, slots, cfg.heads, cfg.width // cfg.heads)
+        shape = (cfg.layers, batch, slots, cfg.kv_heads or cfg.heads, cfg.head_size)
         return {name: jnp.zeros(shape, self.dtype) for name in ('k', 'v')}
 
     def extend(
