@@ -325,21 +325,21 @@ def fields(kind, prefix=''):
 
 
 def fill(config):
-    """Sets the fields whose default follows from others: name, run_dir, data.path, and a foreign tower's own fields."""
+    """Sets the fields whose default follows from others: name, run_dir, data.path; what published weights fix."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
     if config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
     model = config.model
-    if config.stage.startswith('vision') and is_foreign(model.tower):
+    tower = config.stage.startswith('vision') and is_foreign(model.tower)
+    decoder = config.stage != 'clip' and model.decoder
+    if tower or decoder:
         from nanovision_jax import hf
-
+    if tower:
         padded = model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
         model.vision = hf.vision_config(hf.find(model.tower))
         model.vision.fit = 'pad' if padded else model.vision.fit
-    if config.stage != 'clip' and model.decoder:
-        from nanovision_jax import hf
-
+    if decoder:
         folder = hf.find(model.decoder)
         for name, value in hf.decoder_config(folder).items():
             setattr(model, name, value)

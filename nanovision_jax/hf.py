@@ -252,10 +252,12 @@ def vision_config(folder) -> Vision:
     if 'num_patches' in theirs:
         raise UserError(f'{folder} is a NaFlex tower, which has no fixed resolution: take a fixed one.')
     size = theirs['image_size']
-    wanted = picture.get('crop_size') if family == 'clip' and picture.get('do_center_crop', True) else picture['size']
-    wanted = wanted if isinstance(wanted, dict) else {'height': wanted, 'width': wanted}
-    if {wanted.get('height', size), wanted.get('width', size)} != {size}:
-        raise UserError(f'{folder} prepares pictures of {wanted} for a tower of {size} pixels: they must be equal.')
+    for name in ('size', 'crop_size') if family == 'clip' else ('size',):
+        wanted = picture.get(name, size)
+        if set(wanted.values() if isinstance(wanted, dict) else [wanted]) != {size}:
+            raise UserError(f'{folder} has {name} {wanted} for a tower of {size} pixels: they must be equal.')
+    if family == 'clip' and not picture.get('do_center_crop', True):
+        raise UserError(f'{folder} does not crop its pictures (do_center_crop), as our CLIP towers do.')
     return Vision(
         kind=family, image_size=size, patch_size=theirs['patch_size'], width=theirs['hidden_size'],
         layers=theirs['num_hidden_layers'], heads=theirs['num_attention_heads'], ffn=theirs['intermediate_size'],

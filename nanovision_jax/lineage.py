@@ -67,7 +67,7 @@ def _digest(parent):
     """The digest of what a parent's parameters were read from."""
     if parent.step is not None:
         return file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json')
-    weights = sorted(parent.run_dir.glob('model*.safetensors'))
+    weights = sorted(parent.run_dir.glob('*.safetensors'))
     return hashlib.sha256(''.join(map(file_digest, weights)).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face towers: the same features as transformers with torch, and one clear error for what does not fit."""
+"""Hugging Face weights: the same numbers as transformers with torch, and one clear error for what does not fit."""
 
 import json
 import shutil
@@ -170,6 +170,10 @@ def test_what_is_no_tower_is_refused_in_a_sentence(tmp_path):
         hf.load_vision_tower(damaged('family', config={'model_type': 'bert'}))
     with pytest.raises(UserError, match='must be equal'):
         hf.load_vision_tower(damaged('size', preprocessor_config={'crop_size': 48}))
+    with pytest.raises(UserError, match='has size 32'):
+        hf.load_vision_tower(damaged('resize', preprocessor_config={'size': 32}))
+    with pytest.raises(UserError, match='does not crop'):
+        hf.load_vision_tower(damaged('whole', preprocessor_config={'do_center_crop': False}))
     with pytest.raises(UserError, match='resample 1'):
         hf.load_vision_tower(damaged('resample', preprocessor_config={'resample': 1}))
     folder = damaged('torn')
@@ -297,4 +301,6 @@ def test_a_published_decoder_and_tower_go_down_the_road(tiny_family, tokenizer_f
     assert np.abs(trained['decoder']['embedding']['embedding'] - given['embedding']['embedding']).max() > 0
     lineage = json.loads((family / 'vision_pretrain' / 'lineage.json').read_text())
     assert [parent['run'] for parent in lineage['parents']] == [str(family / 'sft'), str(tower)]
-    assert nanovision_jax.load(family / 'vision_instruct').chat('What?', max_new_tokens=3) is not None
+    assert len({parent['manifest'] for parent in lineage['parents']}) == 2
+    logits = np.asarray(nanovision_jax.load(family / 'vision_instruct').logits([[5, 6, 7]]))
+    assert np.isfinite(logits[..., : tokenizer.size]).all() and np.ptp(logits[..., : tokenizer.size]) > 0
