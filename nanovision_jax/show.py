@@ -8,7 +8,7 @@ Learned tokens are green, masked ones grey, pictures boxes; examples packed into
 import itertools
 import sys
 
-from nanovision_jax import config as configs
+from nanovision_jax import commandline
 from nanovision_jax.errors import UserError, run
 
 GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
@@ -42,7 +42,7 @@ def main(argv):
     count = next((arg.partition('=')[2] for arg in argv if arg.startswith('--rows=')), '2')
     if not count.isdigit() or int(count) < 1:
         raise UserError(f'--rows takes a number above 0, not {count!r}.')
-    config, _ = configs.parse([arg for arg in argv if not arg.startswith('--rows=')], __doc__)
+    config, _ = commandline.parse([arg for arg in argv if not arg.startswith('--rows=')], __doc__)
 
     from nanovision_jax.data import pipeline
 

@@ -29,7 +29,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from nanovision_jax import checkpoint, engine, lineage, meter, models, optim, parallel, stages
+from nanovision_jax import checkpoint, commandline, engine, lineage, meter, models, optim, parallel, stages
 from nanovision_jax import config as configs
 from nanovision_jax.data import conversation, images, pipeline
 from nanovision_jax.errors import UserError, run
@@ -372,7 +372,7 @@ class StopOnSignal:
 def main(argv):
     """The command: see the module's docstring."""
     sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
-    config, flags = configs.parse(argv, __doc__, ('resume', 'anew'))
+    config, flags = commandline.parse(argv, __doc__, ('resume', 'anew'))
     train(config, **flags)
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, parse
 
+from nanovision_jax import commandline
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError, nearest
 
@@ -64,7 +65,7 @@ MISTAKES = {
 
 def message_of(argv):
     with pytest.raises(UserError) as caught:
-        configs.parse(argv, 'usage', ('resume', 'anew'))
+        commandline.parse(argv, 'usage', ('resume', 'anew'))
     return str(caught.value)
 
 
@@ -112,7 +113,7 @@ def test_the_command_answers_in_one_line():
 @pytest.mark.parametrize('argv', [['--help'], [SFT, '-h'], ['--config=nothing.py', '--help']])
 def test_help_names_every_field(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        configs.parse(argv, 'what it is for')
+        commandline.parse(argv, 'what it is for')
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert told.startswith('what it is for\n')
@@ -148,7 +149,7 @@ def test_help_names_every_field(argv, capsys):
 @pytest.mark.parametrize('apart', [False, True])
 def test_an_override_arrives(name, text, value, apart):
     given = [f'--config.{name}', text] if apart else [f'--config.{name}={text}']
-    plain, changed = configs.parse([SFT])[0], configs.parse([SFT, *given])[0]
+    plain, changed = commandline.parse([SFT])[0], commandline.parse([SFT, *given])[0]
     assert configs.get(changed, name) == value
     assert type(configs.get(changed, name)) is type(value)
     others = [other for other in configs.fields(configs.Config) if other not in (name, 'run_dir', 'data.path')]
@@ -156,26 +157,26 @@ def test_an_override_arrives(name, text, value, apart):
 
 
 def test_the_last_of_two_overrides_counts():
-    assert configs.parse([SFT, '--config.steps=1', '--config.steps=2'])[0].steps == 2
+    assert commandline.parse([SFT, '--config.steps=1', '--config.steps=2'])[0].steps == 2
 
 
 def test_order_does_not_matter():
     argv = [SFT, '--config.steps=9', '--config.optim.b1=0.5', '--resume']
-    expected = configs.parse(argv, flags=('resume', 'anew'))
+    expected = commandline.parse(argv, flags=('resume', 'anew'))
     assert expected[0].steps == 9 and expected[0].optim.b1 == 0.5
     assert expected[1] == {'resume': True, 'anew': False}
     for shuffled in itertools.permutations(argv):
-        assert configs.parse(shuffled, flags=('resume', 'anew')) == expected
+        assert commandline.parse(shuffled, flags=('resume', 'anew')) == expected
 
 
 @pytest.mark.parametrize('text, value', {'': True, '=true': True, '=False': False, '=0': False}.items())
 def test_flags_take_values(text, value):
-    assert configs.parse([SFT, f'--resume{text}'], flags=('resume',))[1] == {'resume': value}
+    assert commandline.parse([SFT, f'--resume{text}'], flags=('resume',))[1] == {'resume': value}
 
 
 def test_parse_reads_its_argument_and_not_the_process(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train', '--config=nothing.py', '--config.steps=1'])
-    assert configs.parse([SFT, '--config.steps=5'])[0].steps == 5
+    assert commandline.parse([SFT, '--config.steps=5'])[0].steps == 5
 
 
 def test_names_follow_from_each_other():
@@ -231,7 +232,7 @@ def test_every_config_file_parses(stage, size):
 
 def test_d20_is_the_default():
     for stage in configs.STAGES:
-        assert configs.parse([f'--config={ROOT}/configs/{stage}.py'])[0] == parse(stage, size='d20')
+        assert commandline.parse([f'--config={ROOT}/configs/{stage}.py'])[0] == parse(stage, size='d20')
 
 
 def test_d20_is_the_reference_model():
@@ -285,8 +286,8 @@ def test_importing_loads_nothing_heavy():
         'assert nanovision_jax.__version__ and callable(nanovision_jax.load)\n'
         'heavy = {"jax", "flax", "grain", "transformers", "tensorflow_datasets", "orbax", "numpy"}\n'
         'print(sorted(heavy & set(sys.modules)))\n'
-        'from nanovision_jax import config\n'
-        f'config.parse(["--config={ROOT}/configs/clip.py:tiny"])\n'
+        'from nanovision_jax import commandline\n'
+        f'commandline.parse(["--config={ROOT}/configs/clip.py:tiny"])\n'
         'print(sorted((heavy - {"numpy"}) & set(sys.modules)))\n'
     )
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)

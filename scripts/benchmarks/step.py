@@ -14,8 +14,7 @@ import time
 import jax
 import optax
 
-from nanovision_jax import config as configs
-from nanovision_jax import meter, optim, parallel
+from nanovision_jax import commandline, meter, optim, parallel
 from nanovision_jax.data import pipeline
 from nanovision_jax.train import init_state, make_train_step
 
@@ -30,7 +29,7 @@ class Vocabulary:
 
 def main(argv):
     steps = next((int(arg.partition('=')[2]) for arg in argv if arg.startswith('--steps=')), 20)
-    config, _ = configs.parse([arg for arg in argv if not arg.startswith('--steps=')], __doc__)
+    config, _ = commandline.parse([arg for arg in argv if not arg.startswith('--steps=')], __doc__)
     mesh = parallel.make_mesh(config.mesh)
     jax.set_mesh(mesh)
     vocabulary = Vocabulary(config)
