@@ -32,7 +32,7 @@ class Checkpoints:
         self._thread, self._error = None, None
 
     def save(self, step, params, optimizer, extra):
-        """Starts writing `params` and `optimizer` (trees of arrays); `extra` goes into the manifest.
+        """Starts writing `params` and `optimizer` (trees of arrays; None: none); `extra` goes into the manifest.
 
         Returns once the arrays are copied. An error in the background is raised by the next save() or wait().
         """
@@ -41,7 +41,8 @@ class Checkpoints:
             params, optimizer = _copy((params, optimizer))
         for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
             shutil.rmtree(stale, ignore_errors=True)  # unfinished or damaged: a whole one would not be written again
-        items = {'params': ocp.args.PyTreeSave(params), 'optimizer': ocp.args.PyTreeSave(optimizer)}
+        trees = {'params': params} | ({} if optimizer is None else {'optimizer': optimizer})
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
         self._thread = threading.Thread(target=self._finish, args=(step, extra))
         self._thread.start()
@@ -133,6 +134,8 @@ def restore(run_dir, step, item, target):
     leaf is missing or has another shape or dtype.
     """
     folder = pathlib.Path(run_dir).absolute() / 'checkpoints' / str(step) / item
+    if not folder.is_dir():
+        raise UserError(f'{run_dir} has no {item} at step {step}: a converted run is a start for others (init_from).')
     # The handler itself: an ocp.Checkpointer would warn, at each reading, of a file that only whole checkpoints have.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         saved = {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(reader.metadata(folder).tree)}

@@ -240,7 +240,7 @@ def fill(config):
         model.vision.fit = 'pad' if padded else model.vision.fit
     if decoder:
         folder = hf.find(model.decoder)
-        for name, value in hf.decoder_config(folder).items():
+        for name, value in hf.read_decoder_config(folder).items():
             setattr(model, name, value)
         config.data.tokenizer = str(folder)
 

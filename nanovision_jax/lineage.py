@@ -22,10 +22,7 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
     Raises UserError if a run that goes on would do so with another tokenizer, template, preprocessing or frozen part.
     """
     file = pathlib.Path(config.run_dir) / 'lineage.json'
-    vision = config.model.vision
-    preprocessing = [vision.image_size, vision.fit, vision.resample, vision.mean, vision.std]
-    record = {
-        'stage': config.stage,
+    record = _record(config, tokenizer) | {
         'parents': [
             {
                 'run': str(parent.run_dir),
@@ -35,10 +32,6 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
             }
             for parent in inherited
         ],
-        'tokenizer': tokenizer.digest,
-        'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
-        'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
-        'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
         'frozen_before': frozen,
         'sessions': [],
     }
@@ -63,12 +56,39 @@ def begin(config, tokenizer, inherited, mesh, frozen, start):
     file.write_text(json.dumps(record, indent=1) + '\n')
 
 
+def imported(config, tokenizer, source, step):
+    """Writes lineage.json of a run that was converted, at `step`, from `source`: a file or folder of weights."""
+    record = _record(config, tokenizer)
+    parent = {'run': str(source), 'step': None, 'part': 'all', 'manifest': weights_digest(source)}
+    record |= {'parents': [parent], 'frozen_before': {}, 'sessions': [], 'finished': step}
+    (pathlib.Path(config.run_dir) / 'lineage.json').write_text(json.dumps(record, indent=1) + '\n')
+
+
+def _record(config, tokenizer):
+    """What a run is made with, whatever it starts from."""
+    vision = config.model.vision
+    preprocessing = [vision.image_size, vision.fit, vision.resample, vision.mean, vision.std]
+    return {
+        'stage': config.stage,
+        'tokenizer': tokenizer.digest,
+        'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+        'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
+        'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
+    }
+
+
 def _digest(parent):
     """The digest of what a parent's parameters were read from."""
     if parent.step is not None:
         return file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json')
-    weights = sorted(parent.run_dir.glob('*.safetensors'))
-    return hashlib.sha256(''.join(map(file_digest, weights)).encode()).hexdigest()
+    return weights_digest(parent.run_dir)
+
+
+def weights_digest(source):
+    """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
+    if source.is_file():
+        return file_digest(source)
+    return hashlib.sha256(''.join(map(file_digest, sorted(source.glob('*.safetensors')))).encode()).hexdigest()
 
 
 def end(config, step, frozen, peak_memory):

@@ -123,7 +123,7 @@ def inherit(parent, params, vocab_size):
         if parent.part == 'vision':
             read = hf.tower_weights(parent.run_dir, target)
         else:
-            read = hf.decoder_weights(parent.run_dir, target, vocab_size)
+            read = hf.read_decoder(parent.run_dir, target, vocab_size)
         read = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), read, target)
         return params | {parent.target: read} if parent.target else read
     wrapped = {parent.part: target} if parent.part else target

@@ -172,7 +172,7 @@ def test_what_is_no_tower_is_refused_in_a_sentence(tmp_path):
         hf.load_vision_tower(damaged('size', preprocessor_config={'crop_size': 48}))
     with pytest.raises(UserError, match='has size 32'):
         hf.load_vision_tower(damaged('resize', preprocessor_config={'size': 32}))
-    with pytest.raises(UserError, match='does not crop'):
+    with pytest.raises(UserError, match='neither crops'):
         hf.load_vision_tower(damaged('whole', preprocessor_config={'do_center_crop': False}))
     with pytest.raises(UserError, match='resample 1'):
         hf.load_vision_tower(damaged('resample', preprocessor_config={'resample': 1}))
@@ -224,9 +224,9 @@ def make_decoder(name, folder):
 
 def our_decoder(folder, vocab_size=VOCAB):
     """(graphdef, parameters) of the decoder that a folder holds."""
-    cfg = configs.Config(stage='sft', model=configs.Model(**hf.decoder_config(folder)))
+    cfg = configs.Config(stage='sft', model=configs.Model(**hf.read_decoder_config(folder)))
     graphdef, shapes = models.abstract(cfg, vocab_size, vocab_size - 1)
-    return graphdef, hf.decoder_weights(folder, shapes, vocab_size)
+    return graphdef, hf.read_decoder(folder, shapes, vocab_size)
 
 
 @pytest.mark.parametrize('name', DECODERS)
@@ -275,7 +275,7 @@ def test_what_our_decoder_lacks_is_refused_by_name(changes, why, tmp_path):
     file = tmp_path / 'config.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(UserError, match=why):
-        hf.decoder_config(tmp_path)
+        hf.read_decoder_config(tmp_path)
 
 
 # Down the road -------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_published_decoder_and_tower_go_down_the_road(tiny_family, tokenizer_f
     trained = micro.read(family / 'vision_instruct')['params']
     shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
     micro.assert_same(trained['vision'], hf.tower_weights(tower, shapes['vision']))  # frozen, to the last bit
-    given = hf.decoder_weights(decoder, shapes['decoder'], tokenizer.size)
+    given = hf.read_decoder(decoder, shapes['decoder'], tokenizer.size)
     assert np.abs(trained['decoder']['embedding']['embedding'] - given['embedding']['embedding']).max() > 0
     lineage = json.loads((family / 'vision_pretrain' / 'lineage.json').read_text())
     assert [parent['run'] for parent in lineage['parents']] == [str(family / 'sft'), str(tower)]

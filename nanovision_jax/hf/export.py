@@ -1,0 +1,59 @@
+"""A run folder as a folder that plain `transformers` opens, without code of ours.
+
+Text runs become GPTNeoXForCausalLM, Qwen2, Qwen3 or LlamaForCausalLM; vision runs LlavaForConditionalGeneration. With
+the weights come tokenizer, chat template, processor, generation config, model card, and nanovision_jax.json (the run's
+config), with which the way back is exact.
+"""
+
+import dataclasses
+import json
+import shutil
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.hf import card, decoders, llava
+from nanovision_jax.hf.weights import write_weights
+
+CONFIG = 'nanovision_jax.json'
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
+
+
+def export(run, output, dtype='float32'):
+    """Writes a run (inference.Run) to the folder `output`, which must not exist yet.
+
+    Raises UserError for a clip run, which has no decoder, and for a folder that is there.
+    """
+    config, tokenizer, model = run.config, run.tokenizer, run.config.model
+    if config.stage == 'clip':
+        raise UserError(f'{config.run_dir} is a clip run: only runs with a decoder are written as Hugging Face models.')
+    if output.exists():
+        raise UserError(f'{output} exists: name a folder that does not.')
+    vision = config.stage.startswith('vision')
+    tokens = dict(bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end, pad_token_id=tokenizer.end_of_text)
+    if vision:
+        content = llava.llava_json(model, tokenizer.size, tokenizer.image)
+        content['text_config'] |= tokens | {'dtype': dtype}
+        content['vision_config']['dtype'] = dtype
+        tensors = llava.give_llava(run.params, model, tokenizer.size)
+    else:
+        content = decoders.decoder_json(model, tokenizer.size)
+        family = decoders.FAMILIES[content['model_type']]
+        tensors = decoders.give_decoder(run.params, family, tokenizer.size)
+    files = {'config.json': content | tokens | {'dtype': dtype}}
+    files['generation_config.json'] = tokens | dict(
+        eos_token_id=[tokenizer.end, *(i for i in tokenizer.special if i != tokenizer.end)],  # as our engine stops
+        do_sample=False, max_new_tokens=256,
+    )  # fmt: skip
+    if vision:
+        image = tokenizer.decode([tokenizer.image], special=True)
+        files['processor_config.json'], files['preprocessor_config.json'] = llava.processor_json(model.vision, image)
+    partial = output.with_name(output.name + '.part')  # what is interrupted must not look finished
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_weights(tensors, partial, dtype)
+    for name, value in files.items():
+        (partial / name).write_text(json.dumps(value, indent=2) + '\n')
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer.folder / name, partial / name)
+    (partial / CONFIG).write_text(json.dumps({'step': run.step, 'config': dataclasses.asdict(config)}, indent=2) + '\n')
+    (partial / 'README.md').write_text(card.card(run, content['architectures'][0]))
+    partial.rename(output)

@@ -1,0 +1,57 @@
+"""The way back: a folder in a layout of Hugging Face's as a run's config, parameters and tokenizer."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+from nanovision_jax import config as configs
+from nanovision_jax import models
+from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
+from nanovision_jax.errors import UserError
+from nanovision_jax.hf import decoders, llava
+from nanovision_jax.hf.export import CONFIG, TOKENIZER_FILES
+from nanovision_jax.hf.weights import open_weights, read_json
+
+
+def restore(folder, output):
+    """(config, step, parameters as numpy arrays in nested dicts, tokenizer) of a folder, for a run in `output`.
+
+    The tokenizer is written to output/tokenizer. What we wrote comes back bit for bit, and as the stage it was; another
+    LLaVA model counts as vision_instruct, another decoder as sft. Raises UserError for what ours cannot represent.
+    """
+    theirs, weights = read_json(folder / 'config.json'), open_weights(folder)
+    vision = theirs.get('model_type') == 'llava'
+    fields = llava.model_fields(folder) if vision else decoders.decoder_config(theirs, folder)
+    if ours := (folder / CONFIG).is_file():
+        saved = read_json(folder / CONFIG)
+        config, step = configs.from_json(json.dumps(saved['config'])), saved['step']
+        _check_same(config.model, fields, folder)
+    else:
+        config = configs.Config('vision_instruct' if vision else 'sft', size='hf', steps=1)
+        config.model, step = dataclasses.replace(config.model, **fields), 1
+        config.data.tokenizer, config.data.length = str(folder), min(1024, config.model.positions)
+    config.run_dir, config.name = str(output), output.parent.name or config.name
+    target = output / 'tokenizer'
+    target.mkdir()
+    if ours:
+        for name in TOKENIZER_FILES:
+            shutil.copy(folder / name, target / name)
+    else:
+        import_tokenizer(str(folder), target)
+    tokenizer = Tokenizer(target)
+    shapes = models.abstract(config, tokenizer.size, tokenizer.image)[1]
+    if vision:
+        params = llava.take_llava(weights, config.model, theirs['text_config']['model_type'], shapes, tokenizer.size)
+    else:
+        params = decoders.take_decoder(weights, decoders.FAMILIES[theirs['model_type']], shapes, tokenizer.size)
+    return config, step, params, tokenizer
+
+
+def _check_same(model, fields, folder: pathlib.Path):
+    """Raises UserError if config.json says something else of a model than our own file does."""
+    filled = {'kv_heads': model.kv_heads or model.heads, 'head_dim': model.head_size}
+    for name, value in fields.items():
+        mine = filled[name] if name in filled and model.flavour == 'llama' else getattr(model, name)
+        if mine != value:
+            raise UserError(f'{folder}: {name} is {value} in config.json, and {mine} in {CONFIG}.')

@@ -1,0 +1,441 @@
+"""Conversions: transformers says the same as our engine, the way back is bit-equal, and what does not fit is named."""
+
+import json
+import shutil
+import sys
+
+import jax
+import micro
+import numpy as np
+import pytest
+from conftest import sentence
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import nanovision_jax
+from nanovision_jax import checkpoint, convert, engine, models, nanogptvision, stages
+from nanovision_jax import config as configs
+from nanovision_jax.data import conversation
+from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.errors import UserError
+
+LLAMA = dict(flavour='llama', kv_heads=2, head_dim=10, rope_theta=1e4)
+# name: (stage, fields of model, fields of model.vision, the class that it is written as)
+KINDS = {
+    'gpt': ('sft', {}, {}, 'GPTNeoXForCausalLM'),
+    'gpt, tied': ('pretrain', dict(tied=True), {}, 'GPTNeoXForCausalLM'),
+    'llama': ('sft', LLAMA | dict(rope_scaling=(8.0, 1.0, 4.0, 32.0)), {}, 'LlamaForCausalLM'),
+    'qwen2': ('sft', LLAMA | dict(qkv_bias=True, tied=True), {}, 'Qwen2ForCausalLM'),
+    'qwen3': ('sft', LLAMA | dict(qk_norm=True), {}, 'Qwen3ForCausalLM'),
+    'gpt, clip': ('vision_instruct', {}, {}, 'LlavaForConditionalGeneration'),
+    'gpt, clip, padded': (
+        'vision_pretrain',
+        dict(projector='linear'),
+        dict(fit='pad'),
+        'LlavaForConditionalGeneration',
+    ),
+    'qwen3, siglip': (
+        'vision_instruct',
+        LLAMA | dict(qk_norm=True),
+        dict(kind='siglip', fit='stretch', resample='bilinear', activation='gelu_tanh', epsilon=1e-6),
+        'LlavaForConditionalGeneration',
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def runs(tokenizer, tmp_path_factory):
+    """A function kind → the folder of a run of that kind with random weights; made once each."""
+    family, made = tmp_path_factory.mktemp('family'), {}
+
+    def make(kind):
+        if kind not in made:
+            stage, model, vision, _ = KINDS[kind]
+            cfg = micro.config(stage, family / f'{len(made)}-{stage}')
+            cfg.dtype, cfg.data.tokenizer = 'float32', str(tokenizer.folder)
+            for name, value in (model | {'positions': 256}).items():
+                setattr(cfg.model, name, value)
+            for name, value in vision.items():
+                setattr(cfg.model.vision, name, value)
+            configs.check(cfg)
+            write(cfg, tokenizer)
+            made[kind] = cfg.run_dir
+        return made[kind]
+
+    return make
+
+
+def write(cfg, tokenizer):
+    """A run folder of random weights, padded rows zero as training leaves them."""
+    _, params = micro.params(cfg, tokenizer)
+    text = params.get('decoder', params)
+    if 'embedding' in text:
+        text['embedding']['embedding'][tokenizer.size :] = 0
+    if 'head' in text:
+        text['head']['kernel'][:, tokenizer.size :] = 0
+    from nanovision_jax import lineage, parallel, train
+
+    train.write_run(cfg, tokenizer, [])
+    lineage.begin(cfg, tokenizer, [], parallel.make_mesh(configs.Mesh()), {}, 0)
+    writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
+    writer.save(7, jax.device_put(params), {'count': np.zeros(())}, {})
+    writer.wait()
+
+
+def picture(seed=0, size=(23, 31)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+
+
+def say(argv, capsys):
+    convert.main(argv)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_transformers_generates_what_our_engine_does(kind, runs, tmp_path, capsys):
+    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    run, folder = nanovision_jax.load(runs(kind)), tmp_path / 'out'
+    assert str(folder) in say(['--to=hf', f'--run={runs(kind)}', f'--output={folder}'], capsys)
+    vision = run.config.stage.startswith('vision')
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    model, told = auto.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == KINDS[kind][3]
+    assert not any(told[name] for name in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    content = [{'type': 'text', 'text': 'the cat sees a tree ?'}]
+    if vision:
+        content = [{'type': 'image'}, *content]
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        messages = [{'role': 'user', 'content': content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=picture(), text=text, add_special_tokens=False, return_tensors='pt')
+        prompt = engine.chat_prompt(run.config, run.tokenizer, messages, [picture()])
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        messages = [{'role': 'user', 'content': content[0]['text']}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors='pt')
+        prompt = engine.chat_prompt(run.config, run.tokenizer, messages)
+    inputs.pop('token_type_ids', None)
+    assert inputs['input_ids'][0].tolist() == prompt.ids.tolist()
+    # Random weights stop nowhere in particular: stopping is left to another test, so that all 64 tokens count.
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, len(prompt.ids) :]
+    assert ids.tolist() == greedy(run, prompt, 64)
+
+
+def greedy(run, prompt, n):
+    """The n likeliest tokens after a prompt, none of which may end it, by our prefill and cached decoding."""
+    params, graphdef, tokenizer = run.params, run.graphdef, run.tokenizer
+    pictures = np.stack(prompt.images)[None] if prompt.images else None
+    logits, cache = engine.prefill(graphdef, params, prompt.ids[None], np.array([len(prompt.ids)]), pictures, 256)
+    found, model = [], models.merge(graphdef, params)
+    decoder = getattr(model, 'decoder', model)
+    extend = jax.jit(lambda token, at, cache: decoder.extend(decoder.embed(token), at, cache))
+    for i in range(n):
+        scores = np.array(logits[0])
+        scores[list(tokenizer.special)] = -np.inf
+        found.append(int(scores.argmax()))
+        x, cache = extend(np.array([[found[-1]]]), np.array([[len(prompt.ids) + i]]), cache)
+        logits = decoder.logits(x)[:, 0]
+    return found
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_there_and_back_is_bit_equal(kind, runs, tmp_path, capsys):
+    folder, back = tmp_path / 'out', tmp_path / 'back' / 'run'
+    say(['--to=hf', f'--run={runs(kind)}', f'--output={folder}'], capsys)
+    assert 'a ' + KINDS[kind][0] in say(['--from=hf', f'--input={folder}', f'--output={back}'], capsys)
+    before, after = nanovision_jax.load(runs(kind)), nanovision_jax.load(back)
+    micro.assert_same(jax.device_get(after.params), jax.device_get(before.params))
+    assert (after.step, after.config.model, after.config.stage) == (7, before.config.model, before.config.stage)
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+        assert (back / 'tokenizer' / name).read_bytes() == (before.tokenizer.folder / name).read_bytes()
+    assert json.loads((back / 'lineage.json').read_text())['parents'][0]['run'] == str(folder)
+
+
+def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
+    folder, back = tmp_path / 'out', tmp_path / 'runs' / 'sft'
+    say(['--to=hf', f'--run={runs("qwen2")}', f'--output={folder}'], capsys)
+    (folder / 'nanovision_jax.json').unlink()
+    say(['--from=hf', f'--input={folder}', f'--output={back}'], capsys)
+    before, after = nanovision_jax.load(runs('qwen2')), nanovision_jax.load(back)
+    micro.assert_same(jax.device_get(after.params), jax.device_get(before.params))
+    np.testing.assert_array_equal(after.logits([[5, 6, 7]]), before.logits([[5, 6, 7]]))
+
+
+def test_bfloat16_halves_the_file(runs, tmp_path, capsys):
+    sizes = {}
+    for dtype in ('float32', 'bfloat16'):
+        folder = tmp_path / dtype
+        say(['--to=hf', f'--run={runs("gpt")}', f'--output={folder}', f'--dtype={dtype}'], capsys)
+        sizes[dtype] = (folder / 'model.safetensors').stat().st_size
+        assert json.loads((folder / 'config.json').read_text())['dtype'] == dtype
+    assert 1.8 < sizes['float32'] / sizes['bfloat16'] < 2.0  # names and shapes take room too
+
+
+def test_a_run_without_an_optimizer_starts_others_and_is_not_gone_on_with(runs, tmp_path, capsys):
+    folder, back = tmp_path / 'out', tmp_path / 'back' / 'sft'
+    say(['--to=hf', f'--run={runs("gpt")}', f'--output={folder}'], capsys)
+    say(['--from=hf', f'--input={folder}', f'--output={back}'], capsys)
+    cfg = configs.from_json((back / 'config.json').read_text())
+    cfg.stage, cfg.run_dir, cfg.init_from = 'vision_pretrain', str(tmp_path / 'back' / 'next'), str(back)
+    cfg.model.tower = str(folder)  # any other folder: only the decoder is looked at
+    assert stages._parent(cfg, back, ('sft',), '', 'decoder').step == 7
+    with pytest.raises(UserError, match='has no optimizer at step 7'):
+        checkpoint.restore(back, 7, 'optimizer', {})
+
+
+def test_the_card_tells_data_recipe_and_results(runs, tmp_path, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(runs('gpt, clip'), run)
+    cfg = configs.from_json((run / 'config.json').read_text())
+    cfg.run_dir = str(run)
+    (run / 'config.json').write_text(configs.to_json(cfg))
+    (run / 'eval').mkdir()
+    kinds = {'colour': {'n': 3, 'accuracy': 2 / 3, 'chance': 0.125}}
+    result = {'task': 'vqa', 'n': 3, 'accuracy': 2 / 3, 'interval': [0.1, 0.9], 'by_kind': kinds}
+    (run / 'eval' / 'vqa.json').write_text(json.dumps(result | {'controls': {'blank': 0.0, 'shuffled': 1 / 3}}))
+    say(['--to=hf', f'--run={run}', f'--output={tmp_path / "out"}'], capsys)
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'pipeline_tag: image-text-to-text' in card
+    assert '| vision_instruct | tiny_world | generated by nanovision_jax (MIT) | unfinished | 8 | 32 | 0.01 |' in card
+    assert '66.7% of 3 questions (95% interval 10.0% to 90.0%)' in card and '| colour | 66.7% | 12.5% | 3 |' in card
+
+
+# What does not fit ---------------------------------------------------------------------------------------------------
+
+
+def test_wrong_commands_get_one_sentence(runs, tmp_path, tokenizer):
+    there, clip = tmp_path / 'there', micro.config('clip', tmp_path / 'clip')
+    there.mkdir()
+    write(clip, tokenizer)
+    gpt, out = runs('gpt'), tmp_path / 'out'
+    mistakes = {
+        (f'--output={out}',): 'say either',
+        ('--to=hf', '--from=hf', f'--output={out}'): 'say either',
+        ('--to=hf', f'--output={out}'): 'needs --run',
+        ('--from=hf', f'--output={out}'): 'needs --input',
+        ('--to=hf', f'--run={gpt}'): '--output',
+        ('--to=hf', f'--run={gpt}', f'--output={there}'): 'exists',
+        ('--from=hf', f'--input={there}', f'--output={there}'): 'exists',
+        ('--to=hf', f'--run={gpt}', f'--output={out}', '--input=x'): '--input does not go with --to=hf',
+        ('--from=hf', f'--input={there}', f'--output={out}', '--push=a/b'): '--push does not go with --from=hf',
+        ('--to=onnx', f'--run={gpt}', f'--output={out}'): 'invalid choice',
+        ('--to=hf', f'--run={tmp_path / "clip"}', f'--output={out}'): 'is a clip run',
+        ('--to=hf', f'--run={there}', f'--output={out}'): 'no run folder',
+        ('--from=hf', f'--input={there}', f'--output={out}'): 'config.json is missing',
+        ('--from=nanogptvision', f'--input={tmp_path / "x.pt"}', f'--output={out}'): 'there is no',
+    }
+    for argv, why in mistakes.items():
+        with pytest.raises(UserError, match=why):
+            convert.main(list(argv))
+        assert not out.exists(), argv
+
+
+def test_what_our_models_cannot_represent_is_refused_by_name(runs, tmp_path, capsys):
+    good = {}
+    for kind in ('gpt', 'gpt, clip', 'gpt, clip, padded'):
+        good[kind] = tmp_path / kind
+        say(['--to=hf', f'--run={runs(kind)}', f'--output={good[kind]}'], capsys)
+
+    def refused(kind, why, config=None, change=None):
+        folder, out = tmp_path / 'damaged', tmp_path / 'refused' / 'run'
+        shutil.copytree(good[kind], folder)
+        if config:
+            file = folder / 'config.json'
+            file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        if change:
+            weights = load_file(folder / 'model.safetensors')
+            change(weights)
+            save_file(weights, folder / 'model.safetensors')
+        with pytest.raises(UserError, match=why):
+            convert.from_hf(folder, out)
+        assert not out.exists()
+        shutil.rmtree(folder)
+
+    def set_to_one(name):
+        return lambda weights: weights[name].__setitem__(..., 1)
+
+    layer = 'gpt_neox.layers.1.'
+    refused('gpt', 'parallel residual', {'use_parallel_residual': True})
+    refused('gpt', 'rotary positions on 0.25', {'rotary_pct': 0.25})
+    refused('gpt', "hidden_act 'gelu'", {'hidden_act': 'gelu'})
+    refused('gpt', "'bert' model", {'model_type': 'bert'})
+    refused('gpt', 'layers is 3 in config.json, and 2 in', {'num_hidden_layers': 3})
+    refused('gpt', 'layers.1.mlp.dense_h_to_4h.bias is not zero', change=set_to_one(layer + 'mlp.dense_h_to_4h.bias'))
+    name = layer + 'attention.query_key_value.bias'
+    refused('gpt', 'query_key_value.bias is not zero', change=set_to_one(name))
+    refused('gpt', 'embed_out.weight is missing', change=lambda weights: weights.pop('embed_out.weight'))
+    refused('gpt', 'extra.weight is unknown', change=lambda weights: weights.update(extra=0, **{
+        'extra.weight': weights['embed_out.weight']}) or weights.pop('extra'))  # fmt: skip
+    refused('gpt, clip', 'vision_feature_layer -1', {'vision_feature_layer': -1})
+    refused('gpt, clip', "strategy 'full'", {'vision_feature_select_strategy': 'full'})
+    refused('gpt, clip', "projector_hidden_act 'relu'", {'projector_hidden_act': 'relu'})
+    name = 'multi_modal_projector.linear_2.weight'
+    refused('gpt, clip', 'linear_2.weight is missing', change=lambda weights: weights.pop(name))
+    refused('gpt, clip, padded', 'linear_2 is not the identity', change=set_to_one(name))
+
+
+# nanoGPTVision -------------------------------------------------------------------------------------------------------
+
+
+def reference_model(torch, vocab=50, width=24, heads=2, ffn=40, layers=2):
+    """nanoGPTVision's decoder as its parts are named, written for this test: logits of token ids [B, T]."""
+    nn = torch.nn
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ('query_fc', 'key_fc', 'value_fc'):
+                setattr(self, name, nn.Linear(width, width, bias=False))
+            self.output_projection = nn.Linear(width, width)
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = (f(x).view(b, t, heads, -1).transpose(1, 2) for f in (self.query_fc, self.key_fc, self.value_fc))
+            size = q.shape[-1]
+            angle = torch.arange(t)[:, None] * 1e6 ** (-torch.arange(0, size, 2) / size)
+            turn = torch.polar(torch.ones_like(angle), angle)
+
+            def rotate(x):  # interleaved pairs as complex numbers
+                pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+                return torch.view_as_real(pairs * turn).flatten(-2)
+
+            out = nn.functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            return self.output_projection(out.transpose(1, 2).reshape(b, t, width))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.multihead_attention, self.feed_forward = Attention(), nn.Module()
+            self.feed_forward.net = nn.Sequential(
+                nn.Linear(width, ffn, bias=False), nn.ReLU(), nn.Linear(ffn, width, bias=False)
+            )
+
+        def forward(self, x):
+            x = x + self.multihead_attention(self.layer_norm1(x))
+            return x + self.feed_forward.net(self.layer_norm2(x))
+
+    class Reference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token_embedding_layer, self.vocab_projection = nn.Module(), nn.Module()
+            self.token_embedding_layer.token_embedding_table = nn.Embedding(vocab, width)
+            self.blocks = nn.ModuleList(Block() for _ in range(layers))
+            self.vocab_projection.output_norm = nn.LayerNorm(width)
+            self.vocab_projection.vocab_projection = nn.Linear(width, vocab, bias=False)
+
+        def forward(self, ids):
+            x = self.token_embedding_layer.token_embedding_table(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.vocab_projection.vocab_projection(self.vocab_projection.output_norm(x))
+
+    torch.manual_seed(0)
+    model = Reference()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    config = dict(
+        embedding_dim=width, hidden_dim=ffn, num_attention_heads=heads, layer_count=layers, vocab_size=vocab,
+        rope_theta=1e6, max_sequence_length=64, input_sequence_length=32, autocast_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return model, config
+
+
+def test_nanogptvision_comes_in_with_the_same_logits(tokenizer, tmp_path, capsys):
+    torch = pytest.importorskip('torch')
+    model, config = reference_model(torch, vocab=tokenizer.size - 4)  # as GPT-2's, without our special tokens
+    file, out = tmp_path / 'checkpoint_000007.pt', tmp_path / 'runs' / 'pretrain'
+    state = {f'_orig_mod.module.{name}': value for name, value in model.state_dict().items()}
+    torch.save({'model_state_dict': state, 'optimizer_state_dict': {}, 'config': config, 'current_step': 7}, file)
+    argv = ['--from=nanogptvision', f'--input={file}', f'--output={out}', f'--tokenizer={tokenizer.folder}']
+    assert 'a pretrain run at step 7' in say(argv, capsys)
+    run = nanovision_jax.load(out)
+    ids = np.random.default_rng(0).integers(0, tokenizer.size - 4, (2, 30))
+    with torch.no_grad():
+        wanted = model(torch.tensor(ids)).numpy()
+    np.testing.assert_allclose(run.logits(ids)[..., : tokenizer.size - 4], wanted, atol=1e-4)
+    table, rows = run.params['embedding']['embedding'], tokenizer.size - 4
+    np.testing.assert_array_equal(table[:rows], model.token_embedding_layer.token_embedding_table.weight.detach())
+    assert np.ptp(table[rows : tokenizer.size], axis=1).min() > 0 and not table[tokenizer.size :].any()
+    # and sft takes it
+    cfg = micro.run_config('sft', tmp_path / 'runs')
+    cfg.model = run.config.model
+    (parent,) = stages.parents(cfg)
+    stages.check_tokenizer(parent, Tokenizer(out / 'tokenizer'))
+    assert (parent.step, parent.run_dir) == (7, out)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip('torch')
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / 'ran').touch, ()
+
+    file = tmp_path / 'checkpoint_000001.pt'
+    torch.save({'model_state_dict': {}, 'config': Evil(), 'current_step': 1}, file)
+    with pytest.raises(UserError, match='cannot be read as plain tensors'):
+        nanogptvision.read(file)
+    assert not (tmp_path / 'ran').exists()
+    torch.save({'model_state_dict': {}}, file)
+    with pytest.raises(UserError, match='no nanoGPTVision checkpoint'):
+        nanogptvision.read(file)
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(UserError, match='takes PyTorch'):
+        nanogptvision.read(file)
+
+
+# The template --------------------------------------------------------------------------------------------------------
+
+
+def random_talk(rng, pictures=0):
+    """A conversation of one to three turns, every second one hostile; pictures stand anywhere in the questions."""
+    special = ['<|user|>', '<|end|>', '<|image|>', '<|endoftext|>', '<|assistant|>hi', '{{ x }}', '<image>', '\u200b']
+    messages, turns = [], rng.randint(1, 3)
+    for _ in range(turns):
+        for role in ('user', 'assistant'):
+            text = sentence(rng)
+            if rng.random() < 0.5:
+                text = rng.choice(special).join([text, sentence(rng, 0, 3)]) + rng.choice(['', ' ', '\n', *special])
+            messages.append({'role': role, 'content': text})
+    for _ in range(pictures):
+        message = messages[2 * rng.randrange(turns)]
+        if isinstance(message['content'], str):
+            message['content'] = [{'type': 'text', 'text': message['content']}]
+        message['content'].insert(rng.randint(0, len(message['content'])), {'type': 'image'})
+    return messages
+
+
+def test_the_tokenizer_s_template_gives_the_ids_of_training(runs, tmp_path, capsys):
+    import random
+
+    transformers = pytest.importorskip('transformers')
+    folder, rng = tmp_path / 'out', random.Random(0)
+    say(['--to=hf', f'--run={runs("gpt")}', f'--output={folder}'], capsys)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    for _ in range(200):
+        messages = random_talk(rng)
+        wanted, _, _ = conversation.encode(messages, ours)
+        found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert found == wanted.tolist(), messages
+
+
+def test_the_processor_s_template_gives_the_ids_of_training(runs, tmp_path, capsys):
+    import random
+
+    pytest.importorskip('torch')  # LLaVA's processor is only made where it is
+    transformers = pytest.importorskip('transformers')
+    folder, rng = tmp_path / 'out', random.Random(1)
+    say(['--to=hf', f'--run={runs("gpt, clip")}', f'--output={folder}'], capsys)
+    processor, run = transformers.AutoProcessor.from_pretrained(folder), nanovision_jax.load(runs('gpt, clip'))
+    for n in range(50):
+        pictures = [picture(n + i) for i in range(rng.randint(1, 3))]
+        messages = random_talk(rng, len(pictures))
+        patches = run.config.model.vision.patches
+        wanted, _, _ = conversation.encode(messages, run.tokenizer, patches, len(pictures))
+        text = processor.apply_chat_template(messages)
+        found = processor(images=pictures, text=text, add_special_tokens=False, return_tensors='pt')
+        assert found['input_ids'][0].tolist() == wanted.tolist(), messages
