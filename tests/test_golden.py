@@ -1,0 +1,42 @@
+"""Our models say what transformers said of the same weights, from files: where there is no PyTorch, too."""
+
+import golden
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+
+from nanovision_jax import engine, models
+
+
+@pytest.mark.parametrize('kind', golden.KINDS)
+def test_our_model_says_what_transformers_said(kind):
+    cfg, graphdef, params, tensors, _ = golden.model_of(kind)
+    with np.load(golden.FOLDER / f'{kind.replace(", ", "-")}.npz') as file:
+        wanted = dict(file)
+    assert golden.digest(tensors) == str(
+        wanted['digest']
+    )  # these very tensors, so written, were opened by transformers
+    ids, picture = golden.inputs_of(cfg)
+    model, size = models.merge(graphdef, params), micro.TOKENIZER.size
+    positions = jnp.arange(golden.PROMPT)[None]
+    inputs = [jnp.asarray(ids, jnp.int32), positions, jnp.ones_like(positions)]
+    if picture is not None:
+        inputs.append(jnp.asarray(picture[None, None]))
+        features = model.vision.features(model.vision.normalize(inputs[-1][0]))
+        np.testing.assert_allclose(features, wanted['features'], atol=1e-4)
+    np.testing.assert_allclose(model(*inputs)[..., :size], wanted['logits'], atol=1e-4)
+    pictures = None if picture is None else inputs[-1]
+    logits, cache = engine.prefill(graphdef, params, inputs[0], jnp.array([golden.PROMPT]), pictures, 128)
+    decoder, found = getattr(model, 'decoder', model), []
+
+    @jax.jit
+    def extend(token, at, cache):
+        x, cache = decoder.extend(decoder.embed(token), at, cache)
+        return decoder.logits(x)[:, 0], cache
+
+    for i in range(golden.NEW):
+        found.append(int(jnp.argmax(logits[0].at[micro.TOKENIZER.image].set(-jnp.inf))))
+        logits, cache = extend(jnp.array([[found[-1]]]), jnp.array([[golden.PROMPT + i]]), cache)
+    assert found == wanted['tokens'].tolist() and len(set(found)) > 8
