@@ -51,11 +51,15 @@ def lines(result):
         f'{result["task"]}: {result["accuracy"]:.1%} of {result["n"]} questions (95% interval {low:.1%} to {high:.1%})'
     ]
     for kind, row in result['by_kind'].items():
-        text.append(f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  n {row["n"]}')
+        text.append(
+            f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  blank {row["blank"]:6.1%}  n {row["n"]}'
+        )
     text += [
         f'  {name + " pictures":24} {value:6.1%}  ({100 * (result["accuracy"] - value):.0f} points below)'
         for name, value in controls.items()
     ]
+    if result['too_long']:
+        text.append(f'  {result["too_long"]} questions longer than the context were not asked')
     return text
 
 

@@ -229,12 +229,14 @@ def evaluation(run_, split, result):
     yield 'heading', f'Questions about pictures: {run_.stage}, {split} split'
     yield 'text', headline(run_, split, result), ''
     kinds = sorted(result['by_kind'].items(), key=lambda item: -item[1]['n'])
+    others = ('chance', 'blank', 'shuffled')
     rows = [
-        (kind, f'{r["n"]:,}', f'{r["accuracy"]:.1%}', (r['accuracy'], r['chance']), f'{r["chance"]:.1%}')
+        (kind, f'{r["n"]:,}', f'{r["accuracy"]:.1%}', (r['accuracy'], r['chance']), *(f'{r[x]:.1%}' for x in others))
         for kind, r in sorted(kinds[:16])
     ]
-    yield 'table', ('Kind', 'Questions', 'Accuracy', '', 'Chance'), rows
+    yield 'table', ('Kind', 'Questions', 'Accuracy', '', 'Chance', 'Blank', 'Shuffled'), rows
     note = 'Chance, the mark in a bar, is the score of always giving the kind’s commonest answer.'
+    note += ' Blank and Shuffled are the scores with grey pictures, and with those of other questions.'
     note += ' A description counts by the share of its parts that are right.' if 'description' in dict(kinds) else ''
     note += ' In heldout are the pairs of colour and shape that training never shows.' if split == 'heldout' else ''
     note += f' {len(kinds) - 16} rarer kinds are left out.' if len(kinds) > 16 else ''

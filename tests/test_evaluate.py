@@ -142,13 +142,15 @@ def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
     model_run(looks=True)
     found = evaluate.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
     assert (found['task'], found['n'], found['accuracy'], found['interval']) == ('vqa', 24, 1.0, [1.0, 1.0])
-    assert found['by_kind'] == {
-        'is it dark': {'n': 12, 'accuracy': 1.0, 'chance': 0.75},
-        'what colour is': {'n': 12, 'accuracy': 1.0, 'chance': 0.25},
-    }
-    assert found['controls']['blank'] == 9 / 24  # only that it is not dark
-    assert found['controls']['shuffled'] < 0.7
     assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found
+    shuffled = [found['by_kind'][kind].pop('shuffled') for kind in ('is it dark', 'what colour is')]
+    assert found['by_kind'] == {
+        'is it dark': {'n': 12, 'accuracy': 1.0, 'chance': 0.75, 'blank': 0.75},  # only that it is not dark
+        'what colour is': {'n': 12, 'accuracy': 1.0, 'chance': 0.25, 'blank': 0.0},
+    }
+    assert found['controls']['shuffled'] == pytest.approx(sum(shuffled) / 2)
+    assert found['controls']['blank'] == 9 / 24 and found['too_long'] == 0
+    assert found['controls']['shuffled'] < 0.7
     rows = [json.loads(line) for line in (squares / 'run/eval/vqa.jsonl').read_text().splitlines()]
     assert len(rows) == 24 and len({row['id'] for row in rows}) == 24
     assert rows[2] | {'id': ''} == {
@@ -173,6 +175,17 @@ def test_a_model_that_does_not_look_does_as_well_without_its_picture(model_run, 
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith('vqa: 55.0% of 20 questions (95% interval ')
     assert sum('(0 points below)' in line for line in said) == 2
+
+
+def test_a_question_beyond_the_context_is_not_asked_but_counted(model_run, squares, capsys):
+    model_run(looks=True)
+    rows = json.loads((squares / 'squares.json').read_text())
+    rows[0]['conversations'][2]['value'] = 'dark ' * 61
+    (squares / 'long.json').write_text(json.dumps(rows))
+    evaluate.main([f'--run={squares}/run', '--task=vqa', f'--data={squares}/long.json'])
+    found = json.loads((squares / 'run/eval/vqa.json').read_text())
+    assert (found['n'], found['too_long'], found['accuracy']) == (23, 1, 1.0)
+    assert '1 questions longer than the context were not asked' in capsys.readouterr().out
 
 
 def test_what_cannot_be_evaluated_is_said(model_run, squares):

@@ -66,7 +66,8 @@ def make_vqa(folder, blank=0.25, shuffled=0.2, n=40):
         rows.append({'id': f'q{i}', 'image': f'{i % 20}.png', 'question': text, 'reference': 'Red.', 'answer': answer})
         rows[-1] |= {'correct': float(right), 'kind': kind}
     write_lines(folder / 'eval' / 'vqa.jsonl', rows)
-    by_kind = {kind: {'n': n // 2, 'accuracy': x, 'chance': 0.125} for kind, x in (('colour', 0.625), ('shape', 0.875))}
+    shared = {'n': n // 2, 'chance': 0.125, 'blank': blank, 'shuffled': shuffled}
+    by_kind = {kind: shared | {'accuracy': x} for kind, x in (('colour', 0.625), ('shape', 0.875))}
     result = {'task': 'vqa', 'n': n, 'accuracy': 0.75, 'interval': [0.7, 0.8], 'by_kind': by_kind}
     result['controls'] = {'blank': blank, 'shuffled': shuffled}
     (folder / 'eval' / 'vqa.json').write_text(json.dumps(result))

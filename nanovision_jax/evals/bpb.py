@@ -4,6 +4,7 @@ Tokens are scored as the run was trained, in windows of its length. Special toke
 """
 
 import copy
+import functools
 import math
 
 import jax
@@ -16,6 +17,15 @@ from nanovision_jax.data import packing, text
 from nanovision_jax.errors import UserError
 
 BATCH = 16
+
+
+@functools.partial(jax.jit, static_argnames='graphdef')
+def losses(graphdef, params, batch):
+    """The loss of every target of a batch, in nats: float32 [B, T]."""
+    model = models.merge(graphdef, params)
+    decoder = getattr(model, 'decoder', model)
+    logits = decoder(batch['tokens'], batch['positions'], batch['segments'])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
 
 
 def run(model_run, split='validation', data=None, limit=None):
@@ -37,15 +47,6 @@ def run(model_run, split='validation', data=None, limit=None):
     else:
         shards = text.token_shards(config, tokenizer, split)
     rows = packing.TextRows(shards, config, tokenizer, seed=0, shuffle=False)
-    graphdef, params = model_run.graphdef, model_run.params
-
-    @jax.jit
-    def losses(params, batch):
-        model = models.merge(graphdef, params)
-        decoder = getattr(model, 'decoder', model)
-        logits = decoder(batch['tokens'], batch['positions'], batch['segments'])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
-
     count = min(rows.rows_per_epoch(), limit or rows.rows_per_epoch())
     nats = tokens = size = 0
     for start in tqdm(range(0, count, BATCH), 'bpb', unit='batch'):
@@ -53,7 +54,7 @@ def run(model_run, split='validation', data=None, limit=None):
         laid = [rows[i] for i in row_numbers]
         batch = {name: np.stack([row[name] for row in laid]) for name in laid[0]}
         kept = min(BATCH, count - start)
-        nats += float(np.asarray(losses(params, batch))[:kept].sum())
+        nats += float(np.asarray(losses(model_run.graphdef, model_run.params, batch))[:kept].sum())
         tokens += batch['targets'][:kept].size
         size += int(tokenizer.byte_lengths[batch['targets'][:kept]].sum())
     result = {'task': 'bpb', 'n': tokens, 'bytes': size, 'loss': nats / tokens}

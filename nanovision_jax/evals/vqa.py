@@ -95,18 +95,20 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
     return found[:limit]
 
 
-def ask(runner, config, tokenizer, questions, pictures, title):
-    """The answers to questions, each with the picture of the same index."""
+def prompt_ids(question, config, tokenizer):
+    """A question asked alone, behind its picture, as token ids."""
+    content = [{'type': 'image'}, {'type': 'text', 'text': question.text}]
+    messages = [{'role': 'user', 'content': content}]
+    return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True)[0]
+
+
+def ask(runner, questions, ids, pictures, title):
+    """The answers to questions, each with the ids and the picture of the same index."""
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, i))  # kinds have answers of like length
     answers = [''] * len(questions)
     for start in tqdm(range(0, len(order), BATCH), title, unit='batch'):
         chosen = order[start : start + BATCH]
-        prompts = []
-        for i in chosen:
-            content = [{'type': 'image'}, {'type': 'text', 'text': questions[i].text}]
-            messages = [{'role': 'user', 'content': content}]
-            ids, _, _ = conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True)
-            prompts.append(engine.Prompt(ids, [pictures[i]]))
+        prompts = [engine.Prompt(ids[i], [pictures[i]]) for i in chosen]
         filled = prompts + prompts[-1:] * (BATCH - len(prompts))  # one shape, one compilation
         for i, answer in zip(chosen, runner.answer(filled, max_new_tokens=64), strict=False):
             answers[i] = answer
@@ -114,36 +116,47 @@ def ask(runner, config, tokenizer, questions, pictures, title):
 
 
 def run(model_run, split='validation', data=None, images=None, limit=None):
-    """(result, rows): the scores with their controls, and one object a question. Needs a vision run."""
+    """(result, rows): the scores with their controls, and one object a question. Needs a vision run.
+
+    A question longer than the context is not asked; `too_long` counts these.
+    """
     config, tokenizer = model_run.config, model_run.tokenizer
     if not config.stage.startswith('vision'):
         raise UserError(f'vqa takes a vision_pretrain or vision_instruct run: a {config.stage} run cannot answer it.')
     questions = load_questions(config, split, data, images, limit)
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
+    whole = [(q, prompt_ids(q, config, tokenizer)) for q in questions]
+    kept = [(q, ids) for q, ids in whole if len(ids) < config.model.positions]
+    if not kept:
+        raise UserError(f'every question is longer than the context of {config.model.positions} tokens.')
+    questions, ids = zip(*kept, strict=True)
     runner = model_run.engine
+
+    def asked(pictures, title):
+        answers = ask(runner, questions, ids, pictures, title)
+        return answers, np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
+
     pictures = [q.picture for q in questions]
-    answers = ask(runner, config, tokenizer, questions, pictures, 'vqa')
-    scores = np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
-
-    def control(pictures, title):
-        given = ask(runner, config, tokenizer, questions, pictures, title)
-        return float(np.mean([score(q.kind, a, q.reference) for q, a in zip(questions, given, strict=True)]))
-
-    blank = control([np.full_like(p, GREY) for p in pictures], 'vqa, blank pictures')
-    shuffled = control(other_pictures(questions), 'vqa, shuffled pictures')
+    answers, scores = asked(pictures, 'vqa')
+    controls = {
+        'blank': asked([np.full_like(p, GREY) for p in pictures], 'vqa, blank pictures')[1],
+        'shuffled': asked(other_pictures(questions), 'vqa, shuffled pictures')[1],
+    }
     by_kind = {}
     for kind in sorted({q.kind for q in questions}):
         members = [i for i, q in enumerate(questions) if q.kind == kind]
-        asked = [questions[i] for i in members]
-        by_kind[kind] = {'n': len(members), 'accuracy': float(scores[members].mean()), 'chance': chance(asked)}
+        row = {'n': len(members), 'accuracy': scores[members].mean(), 'chance': chance([questions[i] for i in members])}
+        row |= {name: values[members].mean() for name, values in controls.items()}
+        by_kind[kind] = {name: value if name == 'n' else float(value) for name, value in row.items()}
     result = {
         'task': 'vqa',
         'n': len(questions),
         'accuracy': float(scores.mean()),
         'interval': interval(scores, [q.image for q in questions]),
         'by_kind': by_kind,
-        'controls': {'blank': blank, 'shuffled': shuffled},
+        'controls': {name: float(values.mean()) for name, values in controls.items()},
+        'too_long': len(whole) - len(kept),
     }
     rows = [
         {
