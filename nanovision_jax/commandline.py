@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from nanovision_jax.config import Config, base_config, check, fields, fill
+from nanovision_jax.config import Config, base_config, check, fields, fill, get
 from nanovision_jax.errors import UserError, nearest
 
 
@@ -40,7 +40,14 @@ def parse(argv, usage='', flags=()):
     for name in flags:
         _check_type(name, bool, options.get(name, 'false'))
     config = _read(file, size, given)
+    chosen = {name: get(config, name) for name in (o.removeprefix('config.') for o in options) if name in known}
     fill(config)
+    for name, value in chosen.items():
+        if get(config, name) != value:
+            raise UserError(
+                f'{name} is {value!r} on the command line, and {get(config, name)!r} in the published weights '
+                f'({config.model.decoder or config.model.tower}), which fix it: leave it out.'
+            )
     check(config)
     return config, {name: options.get(name, 'false').lower() in ('true', '1') for name in flags}
 

@@ -14,6 +14,8 @@ import typing
 from nanovision_jax.errors import UserError, nearest
 
 STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
+# The stages that one may start from, the usual one first.
+PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
@@ -230,16 +232,20 @@ def fill(config):
     if config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
     model = config.model
+    parent = pathlib.Path(config.init_from or config.family / PARENTS.get(config.stage, [''])[0])
+    if config.stage in PARENTS and (parent / 'config.json').is_file():  # published weights are named once a road
+        theirs = from_json((parent / 'config.json').read_text()).model
+        model.decoder, model.tower = model.decoder or theirs.decoder, model.tower or theirs.tower
     tower = config.stage.startswith('vision') and is_foreign(model.tower)
     decoder = config.stage != 'clip' and model.decoder
     if tower or decoder:
         from nanovision_jax import hf
     if tower:
         padded = model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
-        model.vision = hf.vision_config(hf.find(model.tower))
+        model.vision = hf.vision_config(hf.find_tower(model.tower))
         model.vision.fit = 'pad' if padded else model.vision.fit
     if decoder:
-        folder = hf.find(model.decoder)
+        folder = hf.find_decoder(model.decoder)
         for name, value in hf.read_decoder_config(folder).items():
             setattr(model, name, value)
         config.data.tokenizer = str(folder)

@@ -52,10 +52,10 @@ def upload(folder, name):
 
 def from_hf(source, output):
     """Makes a run folder of a Hugging Face folder or id."""
-    from nanovision_jax import hf
     from nanovision_jax.hf.restore import restore
+    from nanovision_jax.hf.weights import find
 
-    folder = hf.find(source)
+    folder = find(source)
     with _new(output) as output:
         config, step, params, tokenizer = restore(folder, output)
         _write(config, step, params, tokenizer, folder)

@@ -13,7 +13,7 @@ import optax
 
 from nanovision_jax import checkpoint, hf
 from nanovision_jax import config as configs
-from nanovision_jax.config import is_foreign
+from nanovision_jax.config import PARENTS, is_foreign
 from nanovision_jax.errors import UserError
 
 # Top-level parts of the model that learn; None is all of them. What is not named is frozen: it gets no gradient, no
@@ -25,8 +25,6 @@ TRAINS = {
     'vision_pretrain': ('projector',),
     'vision_instruct': ('projector', 'decoder'),
 }
-
-PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
 
 
 def loss(stage, model, batch):
@@ -62,12 +60,12 @@ def parents(config):
     run_dir = pathlib.Path(config.init_from or config.family / allowed[0])
     foreign = config.model.decoder and not config.init_from and not (vision and (run_dir / 'config.json').is_file())
     if foreign and config.stage != 'clip':
-        found.append(Parent(hf.find(config.model.decoder), None, '', 'decoder' if vision else ''))
+        found.append(Parent(hf.find_decoder(config.model.decoder), None, '', 'decoder' if vision else ''))
     elif config.init_from or config.stage in PARENTS:
         found.append(_parent(config, run_dir, allowed, '', 'decoder' if config.stage == 'vision_pretrain' else ''))
     if config.stage == 'vision_pretrain' or (vision and foreign):
         if is_foreign(config.model.tower):
-            found.append(Parent(hf.find(config.model.tower), None, 'vision', 'vision'))
+            found.append(Parent(hf.find_tower(config.model.tower), None, 'vision', 'vision'))
         else:
             tower = pathlib.Path(config.model.tower or config.family / 'clip')
             found.append(_parent(config, tower, ('clip',), 'vision', 'vision'))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+from conftest import parse
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -278,6 +279,13 @@ def test_what_our_decoder_lacks_is_refused_by_name(changes, why, tmp_path):
         hf.read_decoder_config(tmp_path)
 
 
+def test_a_field_that_published_weights_fix_is_refused(tmp_path):
+    make_decoder('qwen2', tmp_path)
+    with pytest.raises(UserError, match=r'model.width is 64 on the command line, and 32 in the published weights'):
+        parse('sft', f'model.decoder={tmp_path}', 'model.width=64', 'data.length=256')
+    assert parse('sft', f'model.decoder={tmp_path}', 'model.width=32', 'data.length=256').model.width == 32
+
+
 # Down the road -------------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +298,10 @@ def test_a_published_decoder_and_tower_go_down_the_road(tiny_family, tokenizer_f
     shutil.copytree(tokenizer_folder, decoder, dirs_exist_ok=True)
     (family / 'data').symlink_to(tiny_family / 'data')
     foreign = {'model__decoder': str(decoder), 'model__tower': str(tower), 'steps': 2, 'data__length': 384}
+    named = {'sft': ('model__decoder',), 'vision_pretrain': ('model__tower',), 'vision_instruct': ()}
     for stage in ('sft', 'vision_pretrain', 'vision_instruct'):
-        cfg = micro.run_config(stage, family, **foreign)
+        left = {name: value for name, value in foreign.items() if not name.startswith('model') or name in named[stage]}
+        cfg = micro.run_config(stage, family, **left)  # what an earlier stage named need not be named again
         assert (cfg.model.flavour, cfg.model.kv_heads, cfg.data.tokenizer) == ('llama', 2, str(decoder))
         train.train(cfg)
     trained = micro.read(family / 'vision_instruct')['params']

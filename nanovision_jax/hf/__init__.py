@@ -7,8 +7,15 @@
 Training takes them as --config.model.tower=… and --config.model.decoder=…; convert writes and reads whole runs.
 """
 
-from nanovision_jax.hf.decoders import read_decoder, read_decoder_config
-from nanovision_jax.hf.towers import load_vision_tower, tower_weights, vision_config
-from nanovision_jax.hf.weights import find
+from nanovision_jax.hf.decoders import find_decoder, read_decoder, read_decoder_config
+from nanovision_jax.hf.towers import find_tower, load_vision_tower, tower_weights, vision_config
 
-__all__ = ['find', 'load_vision_tower', 'read_decoder', 'read_decoder_config', 'tower_weights', 'vision_config']
+__all__ = [
+    'find_decoder',
+    'find_tower',
+    'load_vision_tower',
+    'read_decoder',
+    'read_decoder_config',
+    'tower_weights',
+    'vision_config',
+]

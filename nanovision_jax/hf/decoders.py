@@ -17,6 +17,7 @@ from nanovision_jax.hf.weights import (
     OUT_OF_HEADS,
     SAME,
     Layout,
+    find,
     give,
     open_weights,
     read_json,
@@ -138,6 +139,11 @@ def decoder_config(theirs, where) -> dict:
         head_dim=theirs.get('head_dim') or size, qkv_bias=family == 'qwen2', qk_norm=family == 'qwen3',
         rope_scaling=tuple(float(rope[name]) for name in _SCALING) if kind == 'llama3' else (),
     )  # fmt: skip
+
+
+def find_decoder(source):
+    """The folder of a decoder: a folder, or the hub's files of an id. Raises UserError for what is neither."""
+    return find(source, 'config.json, model.safetensors and tokenizer.json')
 
 
 def read_decoder_config(folder) -> dict:

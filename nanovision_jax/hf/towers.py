@@ -65,6 +65,11 @@ BESIDE = (
 )
 
 
+def find_tower(source):
+    """The folder of a tower: a folder, or the hub's files of an id. Raises UserError for what is neither."""
+    return find(source, 'config.json, preprocessor_config.json and model.safetensors')
+
+
 def vision_config(folder) -> Vision:
     """The config.Vision of a folder with a CLIP or SigLIP model, whole or the tower alone, and its preprocessing.
 
@@ -155,7 +160,7 @@ def load_vision_tower(source, layer: int = -2, dtype=jnp.float32):
     hidden_states, without class token and final norm. preprocess(PIL pictures) → pixels.
     Raises UserError for another family, and for weights that do not fit.
     """
-    folder = find(source)
+    folder = find_tower(source)
     cfg = vision_config(folder)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VisionTower(cfg, dtype, nnx.Rngs(0))))
     params = tower_weights(folder, nnx.to_pure_dict(state))

@@ -41,10 +41,10 @@ def _patch_there(x):  # [p·p·3, D] ↔ a convolution's [D, 3, p, p]
 PATCH = Layout(_patch_there, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape))
 
 
-def find(source) -> pathlib.Path:
+def find(source, files='config.json and model.safetensors') -> pathlib.Path:
     """The folder of a model: `source` itself, or the hub's files of that id, downloaded once.
 
-    Raises UserError for what is neither.
+    Raises UserError for what is neither; it names the `files` that a folder must hold.
     """
     folder = pathlib.Path(source).expanduser()
     if folder.is_dir():
@@ -56,8 +56,8 @@ def find(source) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise UserError(
-            f'{source!r} is no folder, and no model that the hub gives us ({type(error).__name__}). Offline, place '
-            'config.json, preprocessor_config.json and model.safetensors in a folder and name that.'
+            f'{source!r} is no folder, and no model that the hub gives us ({type(error).__name__}): check the name. '
+            f'Offline, place {files} in a folder and name that.'
         ) from error
 
 
