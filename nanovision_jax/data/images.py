@@ -32,6 +32,15 @@ class ImageStore:
     def __reduce__(self):
         return ImageStore, (self.path,)
 
+    def _zip(self):
+        if not hasattr(self._local, 'zip'):
+            self._local.zip = zipfile.ZipFile(self.path)  # one handle a thread
+        return self._local.zip
+
+    def names(self):
+        """The names of all members of the zip file, folders left out."""
+        return [info.filename for info in self._zip().infolist() if not info.is_dir()]
+
     def read(self, name):
         """The bytes of one picture. Raises BadExample if there is none of that name."""
         try:
@@ -40,9 +49,7 @@ class ImageStore:
                 if not file.is_relative_to(self.path.resolve()):
                     raise BadExample(f'image name {name!r} leaves the folder')
                 return file.read_bytes()
-            if not hasattr(self._local, 'zip'):
-                self._local.zip = zipfile.ZipFile(self.path)  # one handle a thread
-            return self._local.zip.read(name)
+            return self._zip().read(name)
         except (KeyError, OSError, ValueError) as error:
             raise BadExample(f'missing image {name!r}') from error
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted
