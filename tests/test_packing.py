@@ -94,7 +94,8 @@ def make(llava_folder, tokenizer, tmp_path_factory):
         config = parse(stage, 'data.length=128', 'data.slots=3', *place, *overrides)
         source = sources.open_source(config, split)
         kind = packing.PairRows if stage == 'clip' else packing.PackedRows
-        return kind(source, index.build_index(source, config, tokenizer, split), config, tokenizer, seed, **options)
+        found = index.build_index(source, config, tokenizer, split)
+        return kind(source, found, config, tokenizer, packing.Shuffled(len(found.rows), seed, **options))
 
     return fresh
 

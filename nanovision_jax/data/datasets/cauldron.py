@@ -36,13 +36,13 @@ class Cauldron(ConversationsBuilder):
         turns = []
         for turn in row['texts']:
             turns += [{'from': 'human', 'value': turn['user']}, {'from': 'gpt', 'value': turn['assistant']}]
+        if not turns:
+            raise BadExample('no answer')
         pictures = [(picture or {}).get('bytes') for picture in row.get('images') or []]
         if not all(pictures):
             raise BadExample('missing image')
-        if any('<image>' in (turn['value'] or '') for turn in turns[::2]):
-            return from_llava(turns), pictures
         messages = from_llava(turns)
-        if messages and pictures:
+        if pictures and not any('<image>' in turn['value'] for turn in turns[::2]):
             text = {'type': 'text', 'text': messages[0]['content']}
             messages[0]['content'] = [{'type': 'image'}] * len(pictures) + [text]
         return messages, pictures
