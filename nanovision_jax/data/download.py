@@ -26,9 +26,11 @@ def download(repo, revision, patterns, folder):
     What is there already is not fetched again, and a file that broke off goes on. The commit is `revision`, else the
     one that an earlier call fetched into this folder, else the pinned one, else the newest. Raises UserError.
     """
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+    )  # HTTPError: of whichever library it speaks HTTP with
 
     folder = pathlib.Path(folder)
     record = folder / 'revision.json'
@@ -48,7 +50,7 @@ def download(repo, revision, patterns, folder):
                 repo, file.rfilename, repo_type='dataset', revision=info.sha, local_dir=folder
             )
             _check(pathlib.Path(path), file)
-    except (HFValidationError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f'{repo} cannot be downloaded ({type(error).__name__}): place its {", ".join(patterns)} in a folder '
             'and say --from=FOLDER.'
