@@ -99,8 +99,7 @@ class Model:
 class Data:
     """Where the examples come from and how they become batches."""
 
-    source: str = 'tiny_world'  # a prepared set or a part of it (magpie[:10%]); tiny_world; conversations (LLaVA's
-    # JSON), text (files) or shards (token files) where they lie
+    source: str = 'tiny_world'  # a prepared set or part of it, magpie[:10%]; tiny_world, conversations, text or shards
     path: str = ''  # the file or folder; '' is data for prepared sets, runs/<name>/data for tiny_world
     images: str = ''  # the zip or folder of pictures that conversations name; '' is images.zip or images/ beside path
     mixture: str = ''  # prepared sets by their share of the examples, instead of source: llava_instruct:0.9,magpie:0.1

@@ -73,7 +73,7 @@ def build_index(source, config, tokenizer, split):
 
 
 def join(indices, sizes):
-    """The Index of sources one after the other, of `sizes` examples each; what is bad is named by its source."""
+    """The Index of sources one after the other, of `sizes` examples each."""
     starts = np.cumsum([0, *sizes])
     return Index(
         np.concatenate([index.rows + start for index, start in zip(indices, starts, strict=False)]).astype(np.int32),

@@ -96,7 +96,7 @@ class Shuffled:
 class Mixed(Shuffled):
     """Endless epochs over several sets of things, numbered one after the other, in shares.
 
-    sizes: how many of each; weights: the share of each in every epoch, which add up to 1. An epoch is as long as the set
+    sizes: how many of each; weights: the share of each in every epoch; they add up to 1. An epoch is as long as the set
     that runs out first lasts; the others go on in the next one where they stopped, so that nothing is drawn a second
     time before all of its set was.
     """

@@ -234,6 +234,10 @@ class Prepared:
     def __len__(self):
         return len(self._source()[1])
 
+    def number(self, i):
+        """How row i is called in bad_rows.jsonl: by its id."""
+        return self[i].id
+
     def __getitem__(self, i):
         rows, part = self._source()
         row = rows[part[int(i)]]
@@ -262,6 +266,16 @@ def open_parts(config, split):
         raise UserError(f'prepared data has no {split} split: it has train and validation.')
     parts, text_only = mixture.parts_of(config.data), config.stage == 'sft'
     return [Prepared(config.data.path, part.name, split, part.subset, text_only) for part in parts]
+
+
+def provenance(data):
+    """What lineage.json says of a config's `data`; of prepared sets also what they were made from."""
+    told = {'source': data.source, 'path': data.path, 'images': data.images, 'mixture': data.mixture}
+    for part in mixture.parts_of(data):
+        home = pathlib.Path(data.path) / part.name
+        files = [file for file in (home / PREPARED_VERSION / 'source.json', home / 'source.json') if file.exists()]
+        told.setdefault('prepared', {})[part.name] = [json.loads(file.read_text()) for file in files]
+    return told
 
 
 def open_source(config, split):

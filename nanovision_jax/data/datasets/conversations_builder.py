@@ -85,13 +85,12 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             concurrent.futures.ThreadPoolExecutor(self.workers) as pool,
         ):
             looked = files.ordered_map(pool, self._look, self.rows(), 4 * self.workers)
-            for key, record, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
+            for key, record, side, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:
                     reasons[re.sub(r" '.*'", '', reason)] += 1
                     listed.write(json.dumps({'row': key, 'reason': reason}) + '\n')
                     continue
-                side = conversation.side(json.loads(record['messages']), record['images'])
                 counts.update({side: 1, 'pictures': len(record['images'])})
                 if side == 'validation':
                     pickle.dump((key, record), self.spool)
@@ -110,9 +109,10 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             for picture in pictures:
                 images.load(picture)
         except conversation.BadExample as error:
-            return key, None, str(error)
+            return key, None, None, str(error)
         name = str(next((row[field] for field in ('id', 'uuid') if row.get(field) is not None), key))
-        return key, {'id': name, 'messages': json.dumps(messages), 'images': pictures}, None
+        record = {'id': name, 'messages': json.dumps(messages), 'images': pictures}
+        return key, record, conversation.side(messages, pictures), None
 
     def _refuse(self, counts, reasons, listed):
         if counts['bad'] > 0.01 * counts['rows']:
