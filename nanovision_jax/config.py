@@ -228,6 +228,8 @@ def fill(config):
     """Sets the fields whose default follows from others: name, run_dir, data.path; what published weights fix."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
+    if config.data.mixture:
+        config.data.source = 'mixture'
     if parts_of(config.data):
         config.data.path = config.data.path or 'data'
     elif config.data.source == 'tiny_world':
@@ -318,7 +320,7 @@ def _check_data(config):
     d = config.data
     part = parse_source(d.source)
     known = ('tiny_world', 'conversations', 'text', 'shards', *PREPARED)
-    if part.name not in known:
+    if part.name not in known and not d.mixture:
         raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
     if part.subset and part.name not in PREPARED:
         raise UserError(f'data.source {d.source!r}: only prepared sets are taken in part.')

@@ -68,7 +68,7 @@ def prepare(name, source='', output='data', **options):
     made_from = asked
     if not source:
         source, fetched = _fetch(name, output, patterns, options)
-        made_from = fetched | asked
+        made_from = asked | fetched
     return _make(name, source, home, patterns, minimum, made_from, options)
 
 
@@ -114,7 +114,7 @@ def _fetch(name, output, patterns, options):
     if not (patterns or wanted):
         raise UserError(f"{repo} is large: say which part of it with --files, as in --files='ai2d/*'.")
     folder = pathlib.Path(output) / 'downloads' / name
-    revision = download(repo, options.get('revision'), patterns or wanted, folder)
+    revision = download(repo, options.get('revision'), patterns or wanted, folder, beside)
     if beside and not any(folder.glob('*.zip')) and not any(f.is_dir() for f in folder.glob('[!.]*')):
         raise UserError(f'{name} needs pictures that the hub has not: place {beside} in {folder} and run this again.')
     return str(folder), {'repo': repo, 'revision': revision}

@@ -200,6 +200,7 @@ def test_names_follow_from_each_other():
     assert (str(config.family), config.data.path) == ('/x', '/x/data')
     for prepared in ('data.source=magpie', 'data.source=magpie[:10%]', 'data.mixture=magpie:1'):
         assert parse('sft', prepared).data.path == 'data'
+    assert parse('sft', 'data.mixture=magpie:1').data.source == 'mixture'
 
 
 # On disk -------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import ROOT, parse, sentence
 from published import MAGPIE, asked, llava_rows, magpie_rows, pictures, write_jsonl, write_parquet, write_zip
 
 from nanovision_jax import prepare as verb
+from nanovision_jax import report
 from nanovision_jax.data import download, images, packing, sources, text
 from nanovision_jax.data.datasets import fineweb_edu
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -141,6 +142,18 @@ def test_the_command_sums_up(tmp_path):
     ]
 
 
+def test_lineage_and_report_know_prepared_data(captions, tmp_path):
+    made = verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
+    config = parse('vision_pretrain', 'data.mixture=llava_pretrain:1', f'data.path={tmp_path}/data')
+    told = sources.provenance(config.data)
+    assert told['mixture'] == 'llava_pretrain:1' and told['prepared'] == {'llava_pretrain': [made]}
+    held_out = examples(tmp_path / 'data', split='validation')
+    names = {held_out[0].names[0], held_out[3].names[0], 'unknown'}
+    assert set(report.find_pictures(config, names)) == names - {'unknown'}
+    config.data.path = str(tmp_path / 'moved')
+    assert report.find_pictures(config, names) == {}
+
+
 # The hub -------------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +236,8 @@ def test_offline_it_says_what_to_place_where(hub, tmp_path, monkeypatch):
         verb.prepare('llava_pretrain', output=str(tmp_path / 'data'))
     told = 'place its chat.json, *558k.json, images.zip in a folder and say --from=FOLDER.'
     assert str(caught.value).endswith(told) and 'LLaVA-CC3M-Pretrain-595K' in str(caught.value)
+    with pytest.raises(UserError, match=r"its llava_instruct_150k\.json and COCO's train2017\.zip .*--from=FOLDER"):
+        verb.prepare('llava_instruct', output=str(tmp_path / 'data'))
 
 
 def test_pictures_that_the_hub_has_not_are_asked_for(hub, tmp_path):

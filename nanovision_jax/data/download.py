@@ -2,7 +2,6 @@
 
 import fnmatch
 import hashlib
-import json
 import pathlib
 
 from tqdm import tqdm
@@ -20,11 +19,12 @@ PINNED = {
 }
 
 
-def download(repo, revision, patterns, folder):
+def download(repo, revision, patterns, folder, beside=''):
     """Fetches the files of a data set that match any of `patterns` into `folder`; gives the commit they are of.
 
     What is there already is not fetched again, and a file that broke off goes on. The commit is `revision`, else the
-    one that an earlier call fetched into this folder, else the pinned one, else the newest. Raises UserError.
+    one that an earlier call fetched into this folder, else the pinned one, else the newest. Raises UserError: offline
+    it names the files to place by hand, and what else (`beside`) is needed.
     """
     import huggingface_hub
     from huggingface_hub.errors import (
@@ -33,18 +33,20 @@ def download(repo, revision, patterns, folder):
     )  # HTTPError: of whichever library it speaks HTTP with
 
     folder = pathlib.Path(folder)
-    record = folder / 'revision.json'
-    before = json.loads(record.read_text()) if record.exists() else {'repo': repo}
-    if before['repo'] != repo or (revision and before.get('revision', revision) != revision):
-        raise UserError(f'{folder} holds files of {before["repo"]} at {before["revision"]}: remove it first.')
-    revision = revision or before.get('revision') or PINNED.get(repo)
+    record = folder / 'REVISION'
+    if record.exists():
+        before, commit = record.read_text().split()
+        if before != repo or (revision or commit) != commit:
+            raise UserError(f'{folder} holds files of {before} at {commit}: remove it first.')
+        revision = commit
+    revision = revision or PINNED.get(repo)
     try:
         info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         found = [f for f in info.siblings if any(fnmatch.fnmatch(f.rfilename, pattern) for pattern in patterns)]
         if not found:
             raise UserError(f'{repo} at {info.sha} holds no {" or ".join(patterns)}: say which files with --files.')
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({'repo': repo, 'revision': info.sha}) + '\n')
+        record.write_text(f'{repo} {info.sha}\n')
         for file in found:
             path = huggingface_hub.hf_hub_download(
                 repo, file.rfilename, repo_type='dataset', revision=info.sha, local_dir=folder
@@ -52,8 +54,8 @@ def download(repo, revision, patterns, folder):
             _check(pathlib.Path(path), file)
     except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
-            f'{repo} cannot be downloaded ({type(error).__name__}): place its {", ".join(patterns)} in a folder '
-            'and say --from=FOLDER.'
+            f'{repo} cannot be downloaded ({type(error).__name__}): place its {", ".join(patterns)}'
+            f'{" and " if beside else ""}{beside} in a folder and say --from=FOLDER.'
         ) from error
     return info.sha
 
