@@ -181,6 +181,17 @@ def test_a_picture_outside_the_folder_is_not_read(folder, stored):
             read(name)
 
 
+def test_what_the_hub_keeps_beside_files_is_not_read(tmp_path):
+    folder = tmp_path / '.cache/datasets/raw'  # where a user may well keep data
+    for name in ('x.jsonl', '.cache/huggingface/download/y.jsonl'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{}\n{}\n')
+    assert files.find(folder, ('*.parquet', '*.jsonl')) == [folder / 'x.jsonl']
+    assert files.count_rows([folder / 'x.jsonl']) == 2
+    (folder / 'z.json').write_text(json.dumps([{'conversations': []}] * 3, indent=1))
+    assert files.count_rows(files.find(folder, ('z.json',))) == 3
+
+
 # The Cauldron and FineVision -----------------------------------------------------------------------------------------
 
 

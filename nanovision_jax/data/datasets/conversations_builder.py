@@ -88,7 +88,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             for key, record, side, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:
-                    reasons[re.sub(r" '.*'", '', reason)] += 1
+                    reasons[re.sub(r""" ['"].*['"]""", '', reason)] += 1
                     listed.write(json.dumps({'row': key, 'reason': reason}) + '\n')
                     continue
                 counts.update({side: 1, 'pictures': len(record['images'])})

@@ -19,23 +19,22 @@ def find(folder, patterns):
     if folder.is_file():
         return [folder]
     for pattern in patterns:
-        files = sorted(f for f in folder.rglob(pattern) if f.is_file() and '.cache' not in f.parts)
+        files = sorted(f for f in folder.rglob(pattern) if f.is_file() and f.relative_to(folder).parts[0] != '.cache')
         if files:
             return files
     raise UserError(f'{folder} holds no {" and no ".join(patterns)}: say with --from=FOLDER where the files are.')
 
 
 def count_rows(files):
-    """About how many rows the files hold, for a progress bar: exact for parquet and JSON lines."""
+    """About how many rows the files hold, for a progress bar: exact for parquet and JSON lines. None for no idea."""
     total = 0
     for file in files:
         if file.suffix == '.parquet':
             total += open_parquet(file).metadata.num_rows
         else:
-            with open(file, 'rb') as lines:
-                sought = b'"conversations"' if b'[' in lines.read(16) else b'\n'
-            total += file.read_bytes().count(sought)
-    return total
+            data = file.read_bytes()
+            total += data.count(b'"conversations"' if data[:99].lstrip().startswith(b'[') else b'\n')
+    return total or None
 
 
 def read_rows(file, columns=()):
