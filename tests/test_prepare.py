@@ -20,6 +20,7 @@ from nanovision_jax.data import download, images, packing, sources, text
 from nanovision_jax.data.datasets import fineweb_edu
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals import vqa
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_the_command_sums_up(tmp_path):
     ]
 
 
-def test_lineage_and_report_know_prepared_data(captions, tmp_path):
+def test_lineage_report_and_questions_know_prepared_data(captions, tmp_path):
     made = verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
     config = parse('vision_pretrain', 'data.mixture=llava_pretrain:1', f'data.path={tmp_path}/data')
     told = sources.provenance(config.data)
@@ -150,6 +151,8 @@ def test_lineage_and_report_know_prepared_data(captions, tmp_path):
     held_out = examples(tmp_path / 'data', split='validation')
     names = {held_out[0].names[0], held_out[3].names[0], 'unknown'}
     assert set(report.find_pictures(config, names)) == names - {'unknown'}
+    questions = vqa.load_questions(config, 'validation')
+    assert [question.image for question in questions] == [example.names[0] for example in held_out]
     config.data.path = str(tmp_path / 'moved')
     assert report.find_pictures(config, names) == {}
 
