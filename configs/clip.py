@@ -1,7 +1,8 @@
 """Stage 0 (optional): vision and text tower from nothing, by matching pictures with captions.
 
     python -m nanovision_jax.train --config=configs/clip.py:tiny
-    python -m nanovision_jax.train --config=configs/clip.py --config.data.path=data/llava_pretrain/chat.json
+    python -m nanovision_jax.prepare llava_pretrain
+    python -m nanovision_jax.train --config=configs/clip.py
 
 d20: a ViT-B/16 on eight GPUs, CLIP's recipe (arXiv:2103.00020). tiny: two CPU cores, minutes.
 """
@@ -18,9 +19,7 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=200), Eval(every=400, batches=4), Log(every=25)
     else:
         config.epochs = 32
-        config.data = Data(
-            'conversations', 'data/llava_pretrain/chat.json', tokenizer='gpt2', batch_size=4096, length=77
-        )
+        config.data = Data('llava_pretrain', 'data', tokenizer='gpt2', batch_size=4096, length=77)
         config.data.augment, config.data.workers = True, 16
         config.optim = Optim(learning_rate=5e-4, end_learning_rate=0.0, warmup=2000, b2=0.98, weight_decay=0.2)
     return config

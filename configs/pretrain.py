@@ -1,7 +1,8 @@
 """Stage 1: the decoder from nothing, on text; every next token is learned.
 
     python -m nanovision_jax.train --config=configs/pretrain.py:tiny
-    python -m nanovision_jax.train --config=configs/pretrain.py --config.data.path=data/fineweb_edu
+    python -m nanovision_jax.prepare fineweb_edu
+    python -m nanovision_jax.train --config=configs/pretrain.py
 
 d20: 522M parameters, 35,000 steps of 262,144 tokens (9.2B) of FineWeb-Edu. tiny: two CPU cores, minutes.
 """
@@ -18,6 +19,6 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=80), Eval(every=80, batches=4), Log(every=10)
     else:
         config.steps = 35_000
-        config.data = Data('shards', 'data/fineweb_edu', tokenizer='gpt2', batch_size=256, length=1024)
+        config.data = Data('fineweb_edu', 'data', tokenizer='gpt2', batch_size=256, length=1024)
         config.optim = Optim(learning_rate=1e-3, end_learning_rate=1e-4, warmup=1000)
     return config

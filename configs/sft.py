@@ -1,7 +1,8 @@
 """Stage 2: the decoder learns to answer; only the assistant's tokens are learned.
 
     python -m nanovision_jax.train --config=configs/sft.py:tiny
-    python -m nanovision_jax.train --config=configs/sft.py --config.data.path=data/magpie.jsonl
+    python -m nanovision_jax.prepare magpie
+    python -m nanovision_jax.train --config=configs/sft.py
 
 d20: 5,000 steps of 32 packed rows of Magpie-Phi3-Pro. tiny: two CPU cores, minutes.
 """
@@ -18,6 +19,6 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=40, batches=4), Log(every=10)
     else:
         config.steps = 5_000
-        config.data = Data('conversations', 'data/magpie.jsonl', tokenizer='gpt2', batch_size=32, length=1024)
+        config.data = Data('magpie', 'data', tokenizer='gpt2', batch_size=32, length=1024)
         config.optim = Optim(learning_rate=2e-4, end_learning_rate=2e-5, schedule='linear', warmup=1000)
     return config

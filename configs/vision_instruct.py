@@ -1,7 +1,8 @@
 """Stage 4: projector and decoder learn to talk about pictures; only the assistant's tokens are learned.
 
     python -m nanovision_jax.train --config=configs/vision_instruct.py:tiny
-    python -m nanovision_jax.train --config=configs/vision_instruct.py --config.data.path=data/llava_instruct_150k.json
+    python -m nanovision_jax.prepare llava_instruct
+    python -m nanovision_jax.train --config=configs/vision_instruct.py
 
 d20: one epoch of LLaVA-Instruct-150K; 40 rows hold about 128 conversations (arXiv:2304.08485). tiny: two CPU cores.
 """
@@ -17,9 +18,7 @@ def get_config(size='d20'):
         config.optim = Optim(learning_rate=2e-3, end_learning_rate=0.0, warmup=0.05, b2=0.98, weight_decay=0.0)
         config.checkpoint, config.eval, config.log = Checkpoint(every=300), Eval(every=700, batches=4), Log(every=50)
     else:
-        config.data = Data(
-            'conversations', 'data/llava_instruct_150k.json', tokenizer='gpt2', batch_size=40, length=2048
-        )
+        config.data = Data('llava_instruct', 'data', tokenizer='gpt2', batch_size=40, length=2048)
         config.data.slots, config.data.workers = 4, 16
         config.optim = Optim(learning_rate=2e-5, end_learning_rate=0.0, warmup=0.03, weight_decay=0.0)
     return config

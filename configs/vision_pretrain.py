@@ -1,7 +1,8 @@
 """Stage 3: the projector learns to put pictures into the decoder's words, on captions; all else is frozen.
 
     python -m nanovision_jax.train --config=configs/vision_pretrain.py:tiny
-    python -m nanovision_jax.train --config=configs/vision_pretrain.py --config.data.path=data/llava_pretrain/chat.json
+    python -m nanovision_jax.prepare llava_pretrain
+    python -m nanovision_jax.train --config=configs/vision_pretrain.py
 
 d20: one epoch of LLaVA-CC3M-Pretrain; 16 rows hold about 128 conversations (arXiv:2304.08485). tiny: two CPU cores.
 """
@@ -17,9 +18,7 @@ def get_config(size='d20'):
         config.optim = Optim(learning_rate=3e-3, end_learning_rate=0.0, warmup=0.1, weight_decay=0.0)
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=60, batches=4), Log(every=10)
     else:
-        config.data = Data(
-            'conversations', 'data/llava_pretrain/chat.json', tokenizer='gpt2', batch_size=16, length=2048
-        )
+        config.data = Data('llava_pretrain', 'data', tokenizer='gpt2', batch_size=16, length=2048)
         config.data.slots, config.data.workers = 7, 16
         config.optim = Optim(learning_rate=2e-3, end_learning_rate=0.0, warmup=0.03, weight_decay=0.0)
     return config

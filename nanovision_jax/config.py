@@ -11,6 +11,7 @@ import pathlib
 import re
 import typing
 
+from nanovision_jax.data.mixture import CONVERSATIONS, PREPARED, parse_source, parts_of
 from nanovision_jax.errors import UserError, nearest
 
 STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
@@ -100,10 +101,10 @@ class Model:
 class Data:
     """Where the examples come from and how they become batches."""
 
-    source: str = 'tiny_world'  # tiny_world, conversations (LLaVA's JSON), text (files) or shards (.npy token files)
-    path: str = ''  # the file or folder; '' is runs/<name>/data for tiny_world
+    source: str = 'tiny_world'  # a prepared set or part of it, magpie[:10%]; tiny_world, conversations, text or shards
+    path: str = ''  # the file or folder; '' is data for prepared sets, runs/<name>/data for tiny_world
     images: str = ''  # the zip or folder of pictures that conversations name; '' is images.zip or images/ beside path
-    mixture: str = ''  # several sources by weight (not built yet: must be '')
+    mixture: str = ''  # prepared sets by their share of the examples, instead of source: llava_instruct:0.9,magpie:0.1
     tokenizer: str = 'train'  # train (on this data), a folder, or a Hugging Face id
     vocab_size: int = 1024  # of a trained tokenizer, special tokens included
     batch_size: int = 32  # rows a step, over all devices
@@ -229,7 +230,11 @@ def fill(config):
     """Sets the fields whose default follows from others: name, run_dir, data.path; what published weights fix."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
-    if config.data.source == 'tiny_world':
+    if config.data.mixture:
+        config.data.source = 'mixture'
+    if parts_of(config.data):
+        config.data.path = config.data.path or 'data'
+    elif config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
     model = config.model
     parent = pathlib.Path(config.init_from or config.family / PARENTS.get(config.stage, [''])[0])
@@ -272,8 +277,6 @@ def check(config):
         'model.vision.activation': ('quick_gelu', 'gelu', 'gelu_tanh'),
         'model.vision.fit': ('crop', 'pad', 'stretch'),
         'model.vision.resample': ('bicubic', 'bilinear'),
-        'data.source': ('tiny_world', 'conversations', 'text', 'shards'),
-        'data.mixture': ('',),
         'optim.name': ('adamw', 'sgd'),
         'optim.schedule': ('cosine', 'linear'),
         'log.to': ('', 'tensorboard'),
@@ -315,11 +318,28 @@ def check(config):
         raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
     if d.batch_size % o.accumulate:
         raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
-    if d.source in ('text', 'shards') and config.stage != 'pretrain':
-        raise UserError(f'stage {config.stage} learns from conversations: data.source {d.source!r} is for pretrain.')
-    if d.source == 'conversations' and config.stage == 'pretrain':
-        raise UserError("stage pretrain learns from text: set data.source to 'text' or 'shards'.")
-    if d.source != 'tiny_world' and not d.path:
+    _check_data(config)
+
+
+def _check_data(config):
+    """Raises UserError where the stage cannot learn from what data.source and data.mixture name."""
+    d = config.data
+    part = parse_source(d.source)
+    known = ('tiny_world', 'conversations', 'text', 'shards', *PREPARED)
+    if part.name not in known and not d.mixture:
+        raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
+    if part.subset and part.name not in PREPARED:
+        raise UserError(f'data.source {d.source!r}: only prepared sets are taken in part.')
+    if d.mixture and config.stage == 'pretrain':
+        raise UserError('data.mixture mixes conversations: stage pretrain learns from text, one data.source of it.')
+    names = [part.name for part in parts_of(d)] or [part.name]
+    if config.stage != 'pretrain' and (text := {'text', 'shards', 'fineweb_edu'} & set(names)):
+        raise UserError(f'stage {config.stage} learns from conversations: data.source {text.pop()!r} is for pretrain.')
+    if config.stage == 'pretrain' and {'conversations', *CONVERSATIONS} & set(names):
+        raise UserError("stage pretrain learns from text: set data.source to 'fineweb_edu', 'text' or 'shards'.")
+    if config.stage == 'clip' and 'magpie' in names:
+        raise UserError('stage clip learns from pictures with captions: magpie has none.')
+    if part.name != 'tiny_world' and not d.path:
         raise UserError(f'data.source {d.source!r} needs data.path: the file or folder to read.')
 
 

@@ -10,6 +10,7 @@ import resource
 import jax
 
 from nanovision_jax.checkpoint import file_digest
+from nanovision_jax.data.sources import provenance
 from nanovision_jax.data.tokenizer import CHAT_TEMPLATE
 from nanovision_jax.errors import UserError
 
@@ -73,7 +74,7 @@ def _record(config, tokenizer):
         'tokenizer': tokenizer.digest,
         'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
         'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
-        'data': {'source': config.data.source, 'path': config.data.path, 'images': config.data.images},
+        'data': provenance(config.data),
     }
 
 

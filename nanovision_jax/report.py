@@ -8,6 +8,7 @@ does not have is left out. A chat.jsonl in the folder ({image, question, answer}
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -22,7 +23,7 @@ import statistics
 
 from nanovision_jax import config as configs
 from nanovision_jax import report_page
-from nanovision_jax.data import images, sources
+from nanovision_jax.data import images, mixture, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, run
 
@@ -115,6 +116,12 @@ def find_pictures(config, names):
             source = sources.TinyWorld(data.path, 'validation', 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}
+    elif mixture.parts_of(data):
+        with contextlib.suppress(UserError):  # the prepared sets are somewhere else by now
+            source = sources.open_source(config, 'validation')
+            examples = (source[i] for i in range(len(source)))
+            shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
+            found = {name: data_uri(picture) for name, picture in shown if name in names}
     elif pathlib.Path(data.path).is_file() and (path := sources.Conversations(data.path, data.images).image_path()):
         store = images.ImageStore(path)
         for name in names:
@@ -293,7 +300,7 @@ def origin(runs):
         if frozen and 'finished' in record:
             frozen += ': unchanged' if record['frozen_before'] == record.get('frozen_after') else ': CHANGED'
         parents = [f'{p["run"]}, step {p["step"]}, {p["part"]}, {p["manifest"][:12]}' for p in record['parents']]
-        data = ' '.join(filter(None, record['data'].values()))
+        data = ' '.join(value for value in record['data'].values() if value and isinstance(value, str))
         rows.append((run_.stage, data, '; '.join(parents) or '–', frozen or '–', record['tokenizer'][:12]))
         packages = ', '.join(f'{name} {version}' for name, version in record['sessions'][-1]['versions'].items())
         versions[packages].append(run_.stage)

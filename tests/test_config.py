@@ -13,7 +13,7 @@ from nanovision_jax import commandline
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError, nearest
 
-SFT = f'--config={ROOT}/configs/sft.py:tiny'
+SFT, PRETRAIN, CLIP = (f'--config={ROOT}/configs/{stage}.py:tiny' for stage in ('sft', 'pretrain', 'clip'))
 
 MISTAKES = {
     'no config': ([], 'which config'),
@@ -45,7 +45,19 @@ MISTAKES = {
     'a bad source': ([SFT, '--config.data.source=tinyworld'], "Did you mean 'tiny_world'"),
     'a bad stage': ([SFT, '--config.stage=sfft'], "Did you mean 'sft'"),
     'a bad dtype': ([SFT, '--config.dtype=float'], "Did you mean 'float32'"),
-    'a mixture': ([SFT, '--config.data.mixture=a,b'], 'data.mixture'),
+    'a mixture without weights': ([SFT, '--config.data.mixture=magpie,chat'], "'magpie' is not NAME:WEIGHT"),
+    'a weight that is none': ([SFT, '--config.data.mixture=magpie:much'], "'magpie:much' is not NAME:WEIGHT"),
+    'a weight of nothing': ([SFT, '--config.data.mixture=magpie:0,chat:1'], "'magpie:0' is not NAME:WEIGHT"),
+    'a weight without a name': ([SFT, '--config.data.mixture=:1'], "':1' is not NAME:WEIGHT"),
+    'an unknown part': ([SFT, '--config.data.mixture=magpy:1,chat:1'], "Did you mean 'magpie'"),
+    'a part that is text': ([SFT, '--config.data.mixture=fineweb_edu:1'], "no prepared conversations 'fineweb_edu'"),
+    'a part twice': ([SFT, '--config.data.mixture=chat[:10%]:1,chat[10%:]:1'], 'names a data set twice'),
+    'a mixture of text': ([PRETRAIN, '--config.data.mixture=magpie:1,chat:1'], 'stage pretrain learns from text'),
+    'captions without pictures': ([CLIP, '--config.data.mixture=magpie:1,llava_pretrain:1'], 'magpie has none'),
+    'a bad subset': ([SFT, '--config.data.source=magpie[:ten]'], "'magpie[:ten]' is no part of a data set"),
+    'a subset of a file': ([SFT, '--config.data.source=conversations[:10%]'], 'only prepared sets'),
+    'prepared text for conversations': ([SFT, '--config.data.source=fineweb_edu'], 'for pretrain'),
+    'prepared conversations for text': ([PRETRAIN, '--config.data.source=magpie'], 'learns from text'),
     'no batch': ([SFT, '--config.data.batch_size=0'], 'data.batch_size is 0'),
     'no heads': ([SFT, '--config.model.heads=0'], 'model.heads is 0'),
     'no patch': ([SFT, '--config.model.vision.patch_size=0'], 'patch_size is 0'),
@@ -186,6 +198,9 @@ def test_names_follow_from_each_other():
     assert (config.run_dir, config.data.path) == ('runs/mine/sft', 'runs/mine/data')
     config = parse('sft', 'run_dir=/x/y')
     assert (str(config.family), config.data.path) == ('/x', '/x/data')
+    for prepared in ('data.source=magpie', 'data.source=magpie[:10%]', 'data.mixture=magpie:1'):
+        assert parse('sft', prepared).data.path == 'data'
+    assert parse('sft', 'data.mixture=magpie:1').data.source == 'mixture'
 
 
 # On disk -------------------------------------------------------------------------------------------------------------

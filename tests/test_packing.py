@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import parse
 
-from nanovision_jax.data import images, index, packing, sources
+from nanovision_jax.data import images, index, mixture, packing, sources
 from nanovision_jax.errors import UserError
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -80,6 +80,65 @@ def test_orders_do_not_depend_on_who_asks_when():
         assert list(pool.map(shuffled.at, range(3000))) == expected
 
 
+# Mixtures ------------------------------------------------------------------------------------------------------------
+
+SIZES, WEIGHTS = (1000, 60, 300), (0.7, 0.1, 0.2)
+
+
+def parts_of(order):
+    """How many of each part's things an order draws."""
+    return np.bincount(np.searchsorted(np.cumsum(SIZES), order, side='right'), minlength=3).tolist()
+
+
+def test_an_epoch_of_a_mixture_has_its_shares():
+    mixed = packing.Mixed(SIZES, WEIGHTS, seed=3)
+    assert mixed.n == 600  # 10% of it are the 60 that there are
+    assert len(set(mixed.order(0).tolist())) == 600
+    for epoch in range(4):
+        order = mixed.order(epoch)
+        assert parts_of(order) == [420, 60, 120]
+        for part, share in enumerate((0.7, 0.1, 0.2)):  # well mixed: any 100 in a row have about the shares
+            drawn = [parts_of(order[i : i + 100])[part] for i in range(0, 600, 100)]
+            assert all(abs(count - 100 * share) < 20 for count in drawn)
+
+
+def test_a_mixture_goes_through_each_part_before_it_repeats():
+    mixed = packing.Mixed(SIZES, WEIGHTS, seed=3)
+    drawn = np.concatenate([mixed.order(epoch) for epoch in range(5)])
+    counts = np.bincount(drawn, minlength=sum(SIZES))
+    assert set(counts[:1000].tolist()) == {2, 3} and counts[:1000].sum() == 5 * 420
+    assert set(counts[1000:1060].tolist()) == {5}
+    assert set(counts[1060:].tolist()) == {2} and counts[1060:].sum() == 5 * 120
+
+
+def test_a_mixtures_order_is_a_function_of_seed_and_epoch():
+    wanted = [packing.Mixed(SIZES, WEIGHTS, seed=3).order(epoch) for epoch in range(6)]
+    mixed = pickle.loads(pickle.dumps(packing.Mixed(SIZES, WEIGHTS, seed=3)))
+    for epoch in (5, 0, 3, 3, 1):
+        assert np.array_equal(mixed.order(epoch), wanted[epoch])
+    assert not np.array_equal(wanted[0], wanted[1])
+    assert not np.array_equal(wanted[0], packing.Mixed(SIZES, WEIGHTS, seed=4).order(0))
+
+
+def test_an_unshuffled_mixture_has_every_part_from_the_start():
+    order = packing.Mixed(SIZES, WEIGHTS, seed=3, shuffle=False).order(0)
+    assert [parts_of(order[i : i + 100]) for i in range(0, 600, 100)] == [[70, 10, 20]] * 6
+    assert all(sorted(part) == part for part in ([i for i in order.tolist() if i < 1000],))
+
+
+@pytest.mark.parametrize('subset, wanted', {
+    '': (0, 200), '[:10%]': (0, 20), '[10%:]': (20, 200), '[-5%:]': (190, 200), '[50:70]': (50, 70),
+    '[-3:]': (197, 200), '[:1000]': (0, 200), '[25%:75%]': (50, 150), '[:]': (0, 200),
+}.items())  # fmt: skip
+def test_bounds_of_a_subset(subset, wanted):
+    assert mixture.bounds(subset, 200) == wanted
+
+
+def test_weights_are_shares():
+    parts = mixture.parse_mixture('llava_instruct[:10%]:3, magpie:1')
+    assert parts == [('llava_instruct', '[:10%]', 0.75), ('magpie', '', 0.25)]
+
+
 # Conversations -------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +153,8 @@ def make(llava_folder, tokenizer, tmp_path_factory):
         config = parse(stage, 'data.length=128', 'data.slots=3', *place, *overrides)
         source = sources.open_source(config, split)
         kind = packing.PairRows if stage == 'clip' else packing.PackedRows
-        return kind(source, index.build_index(source, config, tokenizer, split), config, tokenizer, seed, **options)
+        found = index.build_index(source, config, tokenizer, split)
+        return kind(source, found, config, tokenizer, packing.Shuffled(len(found.rows), seed, **options))
 
     return fresh
 
@@ -320,3 +380,14 @@ def test_pickled_rows_map_their_files_again(tokenizer, tmp_path):
     again = pickle.loads(text)
     assert isinstance(again.shards[0], np.memmap)
     assert all(same(again[i], rows[i]) for i in range(20))
+
+
+def test_a_subset_of_text_is_a_part_of_its_windows(tokenizer):
+    shards = [documents(tokenizer, 7), documents(tokenizer, 20)]
+    config = parse('pretrain', 'data.length=32')
+    every = packing.TextRows(shards, config, tokenizer, 0, shuffle=False)
+    n = every.rows_per_epoch()
+    part = packing.TextRows(shards, config, tokenizer, 0, shuffle=False, subset='[50%:]')
+    first = round(n / 2)
+    assert part.rows_per_epoch() == n - first
+    assert all(same(part[i], every[first + i]) for i in range(n - first))

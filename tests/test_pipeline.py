@@ -5,11 +5,13 @@ import json
 import pickle
 
 import numpy as np
+import published
 import pytest
-from conftest import parse
+from conftest import is_held_out, parse
 
 from nanovision_jax import config as configs
-from nanovision_jax.data import pipeline
+from nanovision_jax import prepare
+from nanovision_jax.data import pipeline, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 
@@ -97,6 +99,138 @@ def test_training_rows_are_shuffled_by_the_seed_and_held_out_rows_are_not(open_r
 
     assert order() != order('seed=1') != sorted(order('seed=1')) == sorted(order())
     assert order(split='validation') == order('seed=1', split='validation') == sorted(order(split='validation'))
+
+
+# Prepared sets and mixtures ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    """A folder with llava_pretrain (120 captions, 12 of them held out) and magpie (400 answers), prepared."""
+    folder = tmp_path_factory.mktemp('prepared')
+    rows, members = published.llava_rows(120, published.pictures(120))
+    published.write_zip(folder / 'raw/images.zip', members)
+    (folder / 'raw/chat.json').write_text(json.dumps(rows))
+    published.write_parquet(folder / 'raw/train.parquet', published.magpie_rows(400), published.MAGPIE)
+    for name in ('llava_pretrain', 'magpie'):
+        prepare.prepare(name, str(folder / 'raw'), str(folder / 'data'))
+    return folder
+
+
+def mixed(prepared, tokenizer, stage, *overrides, split='train'):
+    place = [f'data.path={prepared}/data', f'run_dir={prepared}/runs/{stage}', 'data.length=96', 'data.slots=2']
+    return pipeline.open_rows(parse(stage, *place, *overrides), tokenizer, split)[0]
+
+
+MIXTURE = 'data.mixture=llava_pretrain:0.75,magpie:0.25'
+
+
+def sizes_of(prepared, split):
+    """Rows of (llava_pretrain, magpie) in a split."""
+    return [len(sources.Prepared(prepared / 'data', name, split)) for name in ('llava_pretrain', 'magpie')]
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_mixture_packs_words_and_pictures_into_the_same_rows(prepared, tokenizer, split):
+    rows = mixed(prepared, tokenizer, 'vision_pretrain', MIXTURE, split=split)
+    pictured, worded = sizes_of(prepared, split)
+    drawn = [k for i in range(rows.rows_per_epoch()) for k in rows.examples(i)]
+    assert sorted(drawn) == sorted(rows.shuffled.order(0).tolist())
+    shown = sum(rows.index.pictures[k] == 1 for k in drawn)
+    assert shown == min(pictured, int(worded / 0.25 * 0.75 + 1e-6)) and len(drawn) - shown == round(shown / 3)
+    assert {len(rows.source[rows.index.rows[k]].images) for k in drawn} == {0, 1}
+    both = [
+        i for i in range(rows.rows_per_epoch()) if {0, 1} <= {int(rows.index.pictures[k]) for k in rows.examples(i)}
+    ]
+    assert both
+    row = rows[both[0]]
+    assert row['images'].any() and row['weights'].any() and row['segments'].max() > 1
+    used = rows.efficiency()
+    assert used['tokens'] == pytest.approx(
+        np.mean([(rows[i]['segments'] > 0).mean() for i in range(rows.rows_per_epoch())])
+    )
+
+
+def test_a_mixtures_validation_is_its_parts_validation(prepared, tokenizer):
+    rows = mixed(prepared, tokenizer, 'vision_pretrain', MIXTURE, split='validation')
+    ids = {rows.source[rows.index.rows[k]].id for k in rows.shuffled.order(0)}
+    held_out = set()
+    for name in ('llava_pretrain', 'magpie'):
+        source = sources.Prepared(prepared / 'data', name, 'validation')
+        held_out |= {source[i].id for i in range(len(source))}
+    assert ids <= held_out and {row[0] for row in ids} == {'G', 'q'}
+
+
+@pytest.mark.parametrize('what', [MIXTURE, 'data.source=llava_pretrain'])
+def test_workers_and_resumption_change_no_row_of_prepared_data(prepared, tokenizer, what):
+    rows = mixed(prepared, tokenizer, 'vision_pretrain', what)
+    whole = take(rows, 9, 8)
+    assert rows.rows_per_epoch() < 72  # beyond an epoch
+    for a, b in zip(whole[4:], take(rows, 5, 8, start=32, workers=2), strict=True):
+        assert same(a, b)
+    again = mixed(prepared, tokenizer, 'vision_pretrain', what)
+    assert all(map(same, whole[6:], take(again, 3, 8, start=48)))
+
+
+def test_a_subset_is_a_part_of_the_training_rows_only(prepared, tokenizer):
+    every, part = (sources.Prepared(prepared / 'data', 'magpie', 'train', subset) for subset in ('', '[10%:25%]'))
+    first, stop = round(0.1 * len(every)), round(0.25 * len(every))
+    assert [part[i] for i in range(len(part))] == [every[i] for i in range(first, stop)]
+    rows = mixed(prepared, tokenizer, 'sft', 'data.source=magpie[10%:25%]')
+    assert len(rows.index.rows) == stop - first
+    held_out = mixed(prepared, tokenizer, 'sft', 'data.source=magpie[10%:25%]', split='validation')
+    assert len(held_out.index.rows) == sizes_of(prepared, 'validation')[1]
+    mix = mixed(prepared, tokenizer, 'sft', 'data.mixture=magpie[:10%]:1')
+    assert len(mix.index.rows) == first
+    with pytest.raises(UserError, match='no train example in magpie'):
+        mixed(prepared, tokenizer, 'sft', 'data.source=magpie[:0]')
+
+
+def test_sft_leaves_out_what_has_a_picture(prepared, tokenizer):
+    rows = mixed(prepared, tokenizer, 'sft', 'data.source=magpie')
+    assert len(rows.index.rows) == sizes_of(prepared, 'train')[1] and not rows.index.bad
+    with pytest.raises(UserError, match='no train example in llava_pretrain'):  # nothing is left, and nothing is bad
+        mixed(prepared, tokenizer, 'sft', 'data.source=llava_pretrain')
+
+
+def test_more_pictures_than_slots_are_bad_rows(prepared, tokenizer, tmp_path):
+    rows = [{'messages': published.said(f'what {i}?', images=0)} for i in range(300)]
+    rows[0] = {'messages': published.said('all?', images=3), 'images': ['a.jpg'] * 3}
+    (tmp_path / 'raw').mkdir()
+    (tmp_path / 'raw/a.jpg').write_bytes(next(p for p in published.pictures(10) if not is_held_out(p)))
+    published.write_jsonl(tmp_path / 'raw/x.jsonl', rows)
+    prepare.prepare('chat', str(tmp_path / 'raw'), str(tmp_path / 'data'))
+    rows = mixed(tmp_path, tokenizer, 'vision_instruct', 'data.source=chat')
+    assert [row['reason'] for row in rows.index.bad] == ['3 images for 2 slots']
+
+
+def test_a_prepared_set_is_indexed_once(prepared, tokenizer, monkeypatch):
+    first = mixed(prepared, tokenizer, 'clip', 'data.source=llava_pretrain').index
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.Prepared, '__getitem__', None)  # reading anything would fail
+        again = mixed(prepared, tokenizer, 'clip', 'data.source=llava_pretrain').index
+    assert np.array_equal(first.rows, again.rows) and len(first.rows) == 108
+    other = sources.Prepared(prepared / 'data', 'llava_pretrain', 'train', '[:50%]')
+    assert other.key != sources.Prepared(prepared / 'data', 'llava_pretrain', 'train').key
+
+
+def test_a_tokenizer_is_trained_on_prepared_words(prepared, tmp_path):
+    place = [f'data.path={prepared}/data', f'run_dir={tmp_path}/runs/sft', MIXTURE, 'data.vocab_size=300']
+    tokenizer = pipeline.family_tokenizer(parse('sft', *place))
+    assert len(tokenizer.encode('caption')) < 4 and len(tokenizer.encode('answer')) < 4
+    with pytest.raises(UserError, match=r'set data\.tokenizer'):
+        pipeline.family_tokenizer(parse('pretrain', 'data.source=fineweb_edu', f'run_dir={tmp_path}/other/pretrain'))
+
+
+def test_what_is_not_prepared_is_one_sentence(tmp_path, tokenizer):
+    for what in ('data.source=magpie', 'data.mixture=magpie:1'):
+        config = parse('sft', what, f'data.path={tmp_path}', f'run_dir={tmp_path}/runs/sft')
+        with pytest.raises(
+            UserError, match=r'magpie is not prepared in .*: run python -m nanovision_jax\.prepare magpie'
+        ):
+            pipeline.open_rows(config, tokenizer)
+        with pytest.raises(UserError, match='prepared data has no heldout split'):
+            sources.open_source(config, 'heldout')
 
 
 # Fake batches --------------------------------------------------------------------------------------------------------

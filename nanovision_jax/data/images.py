@@ -27,10 +27,21 @@ class ImageStore:
             raise UserError(f'no pictures at {self.path}: data.images is a zip file or a folder.')
         if self.path.is_file() and not zipfile.is_zipfile(self.path):
             raise UserError(f'{self.path} is neither a zip file nor a folder of pictures.')
-        self._local = threading.local()
+        self._zip, self._lock = None, threading.Lock()
 
     def __reduce__(self):
         return ImageStore, (self.path,)
+
+    def _opened(self):
+        # One handle for all threads: the directory of half a million pictures takes seconds to read and much memory.
+        if self._zip is None:
+            self._zip = zipfile.ZipFile(self.path)
+        return self._zip
+
+    def names(self):
+        """The names of all members of the zip file, folders left out."""
+        with self._lock:
+            return [info.filename for info in self._opened().infolist() if not info.is_dir()]
 
     def read(self, name):
         """The bytes of one picture. Raises BadExample if there is none of that name."""
@@ -40,12 +51,16 @@ class ImageStore:
                 if not file.is_relative_to(self.path.resolve()):
                     raise BadExample(f'image name {name!r} leaves the folder')
                 return file.read_bytes()
-            if not hasattr(self._local, 'zip'):
-                self._local.zip = zipfile.ZipFile(self.path)  # one handle a thread
-            return self._local.zip.read(name)
+            with self._lock:  # opening and closing a member is not safe in threads; reading it is
+                member = self._opened().open(name)
+            try:
+                return member.read()
+            finally:
+                with self._lock:
+                    member.close()
         except (KeyError, OSError, ValueError) as error:
             raise BadExample(f'missing image {name!r}') from error
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
             raise BadExample(f'image {name!r} cannot be read from the zip file') from error
 
 

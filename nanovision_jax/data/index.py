@@ -1,7 +1,7 @@
 """One pass over a source before training: the length of every example, and which examples cannot be used.
 
 Rows are planned from these lengths, so that what a row holds never depends on how it is read. The pass decodes every
-picture once; its result is kept in the family's data folder.
+picture once, unless the source says that this was done; its result is kept in the family's data folder.
 """
 
 import collections
@@ -60,23 +60,37 @@ def build_index(source, config, tokenizer, split):
     with np.load(file) as saved:
         lengths, pictures, sides = saved['lengths'], saved['pictures'], saved['sides']
         bad = json.loads(str(saved['bad']))
-    if len(bad) > 0.01 * len(lengths):
+    place = ' '.join([getattr(source, 'name', ''), data.path]).strip()
+    if len(bad) > 0.01 * (asked := int((lengths >= 0).sum())):
         reasons = collections.Counter(row['reason'] for row in bad).most_common(3)
         told = '; '.join(f'{count} × {reason}' for reason, count in reasons)
-        raise UserError(f'{len(bad)} of {len(lengths)} examples of {data.path} are bad (at most 1% may be): {told}.')
+        raise UserError(f'{len(bad)} of {asked} examples of {place} are bad (at most 1% may be): {told}.')
     on_side = sides == (split == 'validation') if hasattr(source, 'side') else True
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
-        raise UserError(f'no {split} example in {data.path} for stage {config.stage}.')
+        raise UserError(f'no {split} example in {place} for stage {config.stage}.')
     return Index(rows, lengths[rows], pictures[rows], bad)
+
+
+def join(indices, sizes):
+    """The Index of sources one after the other, of `sizes` examples each."""
+    starts = np.cumsum([0, *sizes])
+    return Index(
+        np.concatenate([index.rows + start for index, start in zip(indices, starts, strict=False)]).astype(np.int32),
+        np.concatenate([index.lengths for index in indices]),
+        np.concatenate([index.pictures for index in indices]),
+        [row for index in indices for row in index.bad],
+    )
 
 
 def _scan(source, config, tokenizer, file):
     def look(i):
         try:
             example = source[i]
+            if getattr(source, 'text_only', False) and example.images:
+                return -1, 0, False, None  # not for this stage, and not bad
             ids, _ = encode_example(example, config, tokenizer)
-            for data in example.images:
+            for data in () if getattr(source, 'decoded', False) else example.images:
                 images.load(data)
         except conversation.BadExample as error:
             return 0, 0, False, {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}

@@ -11,6 +11,8 @@ import numpy as np
 
 from nanovision_jax.data import images
 from nanovision_jax.data.index import encode_example
+from nanovision_jax.data.mixture import bounds
+from nanovision_jax.data.text import open_shard
 from nanovision_jax.errors import UserError
 
 OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
@@ -79,19 +81,58 @@ class Shuffled:
             self._orders = orders = {epoch: order} | {e: o for e, o in orders.items() if e == epoch - 1}
         return orders[epoch]
 
+    def span(self, start, stop):
+        """The things of draws start to stop."""
+        first = start // self.n
+        orders = [self.order(epoch) for epoch in range(first, (stop - 1) // self.n + 1)]
+        return np.concatenate(orders)[start - first * self.n : stop - first * self.n]
+
     def at(self, i):
         """(epoch, thing) of the i-th draw."""
         epoch, index = divmod(int(i), self.n)
         return epoch, int(self.order(epoch)[index])
 
 
+class Mixed(Shuffled):
+    """Endless epochs over several sets of things, numbered one after the other, in shares.
+
+    sizes: how many of each; weights: the share of each in every epoch; they add up to 1. An epoch is as long as the set
+    that runs out first lasts; the others go on in the next one where they stopped, so that nothing is drawn a second
+    time before all of its set was.
+    """
+
+    def __init__(self, sizes, weights, seed, shuffle=True):
+        epoch = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+        self.counts = [max(1, int(epoch * weight + 1e-6)) for weight in weights]
+        self.starts = np.cumsum([0, *sizes])
+        self.parts = [Shuffled(size, seed * len(sizes) + i, shuffle) for i, size in enumerate(sizes)]
+        super().__init__(sum(self.counts), seed, shuffle)
+
+    def order(self, epoch):
+        """Which things an epoch draws, in order: a pure function of (seed, epoch)."""
+        orders = self._orders
+        if epoch not in orders:
+            drawn = [
+                start + part.span(epoch * count, (epoch + 1) * count)
+                for start, part, count in zip(self.starts, self.parts, self.counts, strict=False)
+            ]
+            # Without shuffling every stretch has each set's share too.
+            places = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
+            order = np.argsort(places, kind='stable')
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            order = np.concatenate(drawn)[order]
+            self._orders = orders = {epoch: order} | {e: o for e, o in orders.items() if e == epoch - 1}
+        return orders[epoch]
+
+
 class PackedRows:
     """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots pictures."""
 
-    def __init__(self, source, index, config, tokenizer, seed, shuffle=True):
+    def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.slots = config.data.slots if config.stage.startswith('vision') else 0
-        self.shuffled = Shuffled(len(index.rows), seed, shuffle)
+        self.shuffled = shuffled
         self._plans, self._starts, self._lock = {}, [0], threading.Lock()
 
     def __getstate__(self):
@@ -133,35 +174,37 @@ class PackedRows:
 
     def efficiency(self):
         """Which share of tokens, and of picture slots, the first epoch's rows use."""
-        rows = self.rows_per_epoch()
-        used = {'tokens': float(self.index.lengths.sum() / (rows * self.config.data.length))}
+        rows, drawn = self.rows_per_epoch(), self.shuffled.order(0)
+        used = {'tokens': float(self.index.lengths[drawn].sum() / (rows * self.config.data.length))}
         if self.slots:
-            used['image slots'] = float(self.index.pictures.sum() / (rows * self.slots))
+            used['image slots'] = float(self.index.pictures[drawn].sum() / (rows * self.slots))
         return used
 
 
 class TextRows:
     """Windows of T tokens over token arrays (int, 1-D, documents led by <|endoftext|>); a document is a segment.
 
-    Raises UserError for an id beyond the vocabulary: the device would clamp it in silence.
+    subset: as in '[:10%]', of the windows. Raises UserError for an id beyond the vocabulary: the device would clamp it
+    in silence.
     """
 
-    def __init__(self, shards, config, tokenizer, seed, shuffle=True):
+    def __init__(self, shards, config, tokenizer, seed, shuffle=True, subset=''):
         self.shards, self.config, self.tokenizer = shards, config, tokenizer
         self.windows = np.array([max(0, len(shard) - 1) // config.data.length for shard in shards])
-        if not self.windows.sum():
-            raise UserError(f'{config.data.path} holds less text than one row of {config.data.length} tokens.')
-        self.shuffled = Shuffled(int(self.windows.sum()), seed, shuffle)
+        self.first, stop = bounds(subset, int(self.windows.sum()))
+        if self.first >= stop:
+            raise UserError(f'{config.data.path}{subset} holds less text than one row of {config.data.length} tokens.')
+        self.shuffled = Shuffled(stop - self.first, seed, shuffle)
 
     def __getstate__(self):  # a data worker maps the files again: pickled, a memory map would be all of its bytes
         return self.__dict__ | {'shards': [getattr(shard, 'filename', None) or shard for shard in self.shards]}
 
     def __setstate__(self, state):
-        shards = [np.load(s, mmap_mode='r') if isinstance(s, str | os.PathLike) else s for s in state['shards']]
+        shards = [open_shard(s) if isinstance(s, str | os.PathLike) else s for s in state['shards']]
         self.__dict__.update(state, shards=shards)
 
     def __getitem__(self, i):
-        _, window = self.shuffled.at(i)
+        window = self.first + self.shuffled.at(i)[1]
         shard = int(np.searchsorted(np.cumsum(self.windows), window, side='right'))
         start = (window - int(self.windows[:shard].sum())) * self.config.data.length
         ids = np.asarray(self.shards[shard][start : start + self.config.data.length + 1])
@@ -196,10 +239,10 @@ class TextRows:
 class PairRows:
     """Pictures with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
 
-    def __init__(self, source, index, config, tokenizer, seed, shuffle=True):
+    def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
-        self.shuffled = Shuffled(len(index.rows), seed, shuffle)
-        self.augment = config.data.augment and shuffle
+        self.shuffled = shuffled
+        self.augment = config.data.augment and shuffled.shuffle
 
     def __getitem__(self, i):
         epoch, k = self.shuffled.at(i)
@@ -220,4 +263,5 @@ class PairRows:
 
     def efficiency(self):
         """Which share of the captions' tokens is not padding."""
-        return {'tokens': float((self.index.lengths + 1).mean() / self.config.data.length)}
+        lengths = self.index.lengths[self.shuffled.order(0)] + 1
+        return {'tokens': float(lengths.mean() / self.config.data.length)}

@@ -11,8 +11,8 @@ import shutil
 import grain
 import numpy as np
 
-from nanovision_jax.data import conversation, packing, sources, text
-from nanovision_jax.data.index import build_index
+from nanovision_jax.data import conversation, mixture, packing, sources, text
+from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.errors import UserError
 
@@ -43,7 +43,14 @@ def family_tokenizer(config):
 def _tokenizer_texts(config):
     """What a tokenizer is trained on: everything the source has to say; or the conversations and texts beside it."""
     data = config.data
-    if data.source == 'tiny_world':
+    parts = mixture.parts_of(data)
+    if data.source == 'shards' or (parts and parts[0].name == 'fineweb_edu'):
+        raise UserError('token shards come with a tokenizer: set data.tokenizer to it (gpt2 for FineWeb-Edu-10B).')
+    if parts:
+        for source in sources.open_parts(config, 'train'):
+            for i in range(len(source)):
+                yield from map(conversation.text_of, source[i].messages)
+    elif data.source == 'tiny_world':
         for kind in ('text', 'chat', 'scenes'):
             rows = sources.open_tiny_world(data.path, kind, 'train')
             for i in range(0, len(rows), 2 if kind == 'scenes' else 4):
@@ -52,8 +59,6 @@ def _tokenizer_texts(config):
                     yield row[name].decode()
                 for message in json.loads(row['conversation']) if 'conversation' in row else ():
                     yield conversation.text_of(message)
-    elif data.source == 'shards':
-        raise UserError('token shards come with a tokenizer: set data.tokenizer to it (gpt2 for FineWeb-Edu-10B).')
     elif data.source == 'text':
         yield from text.read_texts(config, 'train')
     else:
@@ -78,11 +83,19 @@ def open_rows(config, tokenizer, split='train'):
     shuffle = split == 'train'
     if config.stage == 'pretrain':
         shards = text.token_shards(config, tokenizer, split)
-        return packing.TextRows(shards, config, tokenizer, config.seed, shuffle), []
+        subset = mixture.parse_source(config.data.source).subset if split == 'train' else ''
+        return packing.TextRows(shards, config, tokenizer, config.seed, shuffle, subset), []
     source = sources.open_source(config, split)
-    index = build_index(source, config, tokenizer, split)
+    if isinstance(source, sources.Joined):
+        indices = [build_index(part, config, tokenizer, split) for part in source.parts]
+        index = join(indices, [len(part) for part in source.parts])
+        weights = [part.weight for part in mixture.parts_of(config.data)]
+        shuffled = packing.Mixed([len(part.rows) for part in indices], weights, config.seed, shuffle)
+    else:
+        index = build_index(source, config, tokenizer, split)
+        shuffled = packing.Shuffled(len(index.rows), config.seed, shuffle)
     kind = packing.PairRows if config.stage == 'clip' else packing.PackedRows
-    return kind(source, index, config, tokenizer, config.seed, shuffle), index.bad
+    return kind(source, index, config, tokenizer, shuffled), index.bad
 
 
 def batches(rows, batch_size, start=0, workers=0):

@@ -1,4 +1,4 @@
-"""Where examples come from: the built-in tiny_world, and conversations in LLaVA's JSON or JSON lines.
+"""Where examples come from: the built-in tiny_world, prepared sets, and conversations in LLaVA's JSON or JSON lines.
 
 A source is a sequence: len(source), source[i] → Example. It opens its files when first used, so that a data worker
 gets only paths. Reading is thread-safe.
@@ -12,9 +12,14 @@ import json
 import pathlib
 import threading
 
-from nanovision_jax.data.conversation import BadExample, check, from_llava, text_of
+import numpy as np
+
+from nanovision_jax.data import mixture
+from nanovision_jax.data.conversation import BadExample, check, from_llava, side, text_of
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
+
+PREPARED_VERSION = '1.0.0'  # of what conversations_builder.py writes; a folder's name
 
 
 @dataclasses.dataclass
@@ -131,7 +136,7 @@ class Conversations:
         with self._lock:
             if self._rows is None:
                 rows = read_json(self.path)
-                self._numbers = [n for n, row in enumerate(rows) if not (self.text_only and _names(row))]
+                self._numbers = [n for n, row in enumerate(rows) if not (self.text_only and names_of(row))]
                 self._rows = [rows[n] for n in self._numbers]
                 self._store = ImageStore(path) if (path := self.image_path()) else None
         return self._rows
@@ -145,15 +150,14 @@ class Conversations:
 
     def __getitem__(self, i):
         row = self.rows()[int(i)]
-        messages, names = messages_of(row), _names(row)
+        messages, names = messages_of(row), names_of(row)
         if names and self._store is None:
             raise BadExample(f'missing image {names[0]!r}: no images.zip or images/ beside {self.path}')
         return Example(str(row.get('id', i)), messages, [self._store.read(name) for name in names], names)
 
     def side(self, example):
-        """'train' or 'validation', from the picture's bytes or, without one, the first question."""
-        content = example.images[0] if example.images else text_of(example.messages[0]).encode()
-        return 'validation' if int(hashlib.sha256(content).hexdigest()[:8], 16) % 20 == 0 else 'train'
+        """'train' or 'validation', as conversation.side tells."""
+        return side(example.messages, example.images)
 
 
 def read_json(path):
@@ -180,14 +184,106 @@ def messages_of(row):
     return messages
 
 
-def _names(row):
+def names_of(row):
+    """The pictures that a row names, in order."""
     names = row.get('image') or row.get('images') or [] if isinstance(row, dict) else []
     return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+class Prepared:
+    """A set that prepare.py made: one split, or, as in '[:10%]', a part of its training split.
+
+    With text_only the index leaves out what has a picture.
+    """
+
+    decoded = True  # every picture was, in preparation: the index need not do it again
+
+    def __init__(self, folder, name, split, subset='', text_only=False):
+        self.folder, self.name, self.split, self.subset, self.text_only = str(folder), name, split, subset, text_only
+        self._lock, self._opened = threading.Lock(), None
+        if not (self._home() / 'dataset_info.json').is_file():
+            raise UserError(
+                f'{name} is not prepared in {folder}: run python -m nanovision_jax.prepare {name} --output={folder}.'
+            )
+
+    def __reduce__(self):
+        return Prepared, (self.folder, self.name, self.split, self.subset, self.text_only)
+
+    def _home(self):
+        return pathlib.Path(self.folder) / self.name / PREPARED_VERSION
+
+    @property
+    def key(self):
+        """What the content depends on, as text: of the files, what TFDS and we wrote about them."""
+        files = [self._home() / name for name in ('dataset_info.json', 'source.json')]
+        digest = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+        return f'{self.name} {digest} {self.split} {self.subset} {self.text_only}'
+
+    def _source(self):
+        with self._lock:
+            if self._opened is None:
+                import tensorflow_datasets as tfds
+
+                from nanovision_jax.data.datasets.conversations_builder import EncodedImages
+
+                builder = tfds.builder_from_directory(self._home())
+                rows = builder.as_data_source(self.split, decoders={'images': EncodedImages()})
+                self._opened = rows, range(*mixture.bounds(self.subset if self.split == 'train' else '', len(rows)))
+            return self._opened
+
+    def __len__(self):
+        return len(self._source()[1])
+
+    def number(self, i):
+        """How row i is called in bad_rows.jsonl: by its id."""
+        return self[i].id
+
+    def __getitem__(self, i):
+        rows, part = self._source()
+        row = rows[part[int(i)]]
+        name, pictures = row['id'].decode(), list(row['images'])
+        return Example(name, json.loads(row['messages']), pictures, [f'{name}-{k}' for k in range(len(pictures))])
+
+
+class Joined:
+    """Several sources one after the other, as one."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        part = int(np.searchsorted(self.starts, i, side='right')) - 1
+        return self.parts[part][int(i) - int(self.starts[part])]
+
+
+def open_parts(config, split):
+    """The prepared sets that a config names, opened."""
+    if split not in ('train', 'validation'):
+        raise UserError(f'prepared data has no {split} split: it has train and validation.')
+    parts, text_only = mixture.parts_of(config.data), config.stage == 'sft'
+    return [Prepared(config.data.path, part.name, split, part.subset, text_only) for part in parts]
+
+
+def provenance(data):
+    """What lineage.json says of a config's `data`; of prepared sets also what they were made from."""
+    told = {'source': data.source, 'path': data.path, 'images': data.images, 'mixture': data.mixture}
+    for part in mixture.parts_of(data):
+        home = pathlib.Path(data.path) / part.name
+        files = [file for file in (home / PREPARED_VERSION / 'source.json', home / 'source.json') if file.exists()]
+        told.setdefault('prepared', {})[part.name] = [json.loads(file.read_text()) for file in files]
+    return told
 
 
 def open_source(config, split):
     """The conversations that a stage learns from, or, for another split, is evaluated on."""
     data, stage = config.data, config.stage
+    if mixture.parts_of(data):
+        opened = open_parts(config, split)
+        return opened[0] if len(opened) == 1 else Joined(opened)
     if data.source == 'tiny_world':
         views = {'clip': 'caption', 'vision_pretrain': 'caption', 'vision_instruct': 'conversation', 'sft': 'chat'}
         return TinyWorld(data.path, split, views[stage])

@@ -1,13 +1,16 @@
 """Text for pretraining: files and tiny_world's texts, tokenized once; published token shards, memory-mapped."""
 
 import hashlib
+import json
 import pathlib
 
 import numpy as np
 
+from nanovision_jax.data.mixture import parse_source
 from nanovision_jax.errors import UserError
 
 HELD_OUT = 0.05  # the end of every text file is kept out of training
+LLM_C = 20240520  # the first int32 of an llm.c shard: 256 of them, the third the number of tokens, come before them
 
 
 def text_files(path):
@@ -38,7 +41,7 @@ def token_shards(config, tokenizer, split):
     """The split's token arrays: 1-D unsigned, documents led by <|endoftext|>, memory-mapped."""
     return (
         _open_shards(config, tokenizer, split)
-        if config.data.source == 'shards'
+        if parse_source(config.data.source).name in ('shards', 'fineweb_edu')
         else [_tokenized(config, tokenizer, split)]
     )
 
@@ -66,24 +69,66 @@ def _tokenized(config, tokenizer, split):
     return np.load(file, mmap_mode='r')
 
 
+def open_shard(file):
+    """The tokens of one file, memory-mapped: .npy, or .bin (uint16) as nanoGPT writes it or, with a header, llm.c."""
+    file = pathlib.Path(file)
+    if file.suffix != '.bin':
+        try:
+            return np.load(file, mmap_mode='r', allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f'{file} is no .npy file that can be read: {error}.') from error
+    size, start = file.stat().st_size, 0
+    head = np.fromfile(file, np.int32, 3)
+    if len(head) == 3 and head[0] == LLM_C:
+        start = 256 * 4
+        if size != start + 2 * head[2]:
+            raise UserError(f'{file} should hold {head[2]} tokens and holds {(size - start) / 2:g}: it is damaged.')
+    if size % 2 or size <= start:
+        raise UserError(f'{file} holds {size} bytes: a .bin shard is one uint16 after the other.')
+    return np.memmap(file, np.uint16, 'r', offset=start)
+
+
+def shard_files(folder):
+    """The token files of a folder, in name order; or the file itself."""
+    path = pathlib.Path(folder)
+    return sorted([*path.glob('*.npy'), *path.glob('*.bin')]) if path.is_dir() else [path]
+
+
+def _shard_folder(config, tokenizer):
+    """Where the shards lie: data.path, or where the prepared set says."""
+    if parse_source(config.data.source).name == 'shards':
+        return pathlib.Path(config.data.path)
+    home = pathlib.Path(config.data.path) / 'fineweb_edu'
+    try:
+        made = json.loads((home / 'source.json').read_text())
+    except OSError as error:
+        raise UserError(
+            f'fineweb_edu is not prepared in {config.data.path}: run python -m nanovision_jax.prepare fineweb_edu '
+            f'--output={config.data.path}.'
+        ) from error
+    if made.get('tokenizer_digest', tokenizer.digest) != tokenizer.digest:
+        raise UserError(
+            f'{home} was tokenized with {made["tokenizer"]!r}, another tokenizer than this run has: set data.tokenizer '
+            'to it, or prepare the text again.'
+        )
+    return home / made['shards']
+
+
 def _open_shards(config, tokenizer, split):
     """Published shards (FineWeb-Edu-10B-Tokens-NPY: edufineweb_{train,val}_NNNNNN.npy). Files with 'val' in their name
     are the validation split; without any, the last file is.
     """
-    path = pathlib.Path(config.data.path)
-    files = sorted(path.glob('*.npy')) if path.is_dir() else [path]
+    path = _shard_folder(config, tokenizer)
+    files = shard_files(path)
     if not files or not files[0].is_file():
-        raise UserError(f'no token shards at {path}: data.path is an .npy file or a folder of them.')
+        raise UserError(f'no token shards at {path}: it is an .npy or .bin file or a folder of them.')
     held_out = [f for f in files if 'val' in f.name] or files[-1:]
     files = held_out if split == 'validation' else [f for f in files if f not in held_out]
     if not files:
         raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
     shards = []
     for file in files:
-        try:
-            shard = np.load(file, mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f'{file} is no .npy file that can be read: {error}.') from error
+        shard = open_shard(file)
         if shard.ndim != 1 or shard.dtype.kind != 'u' or not shard.size:
             raise UserError(f'{file} is {shard.dtype} {list(shard.shape)}: a token shard is 1-D and unsigned.')
         head = np.asarray(shard[:1_000_000])

@@ -1,0 +1,87 @@
+"""Published data from the Hugging Face hub: at one commit, resumable, every large file's sha256 checked."""
+
+import fnmatch
+import hashlib
+import pathlib
+
+from tqdm import tqdm
+
+from nanovision_jax.errors import UserError
+
+# Commits of the sets as they were when this was written; other repositories' are asked for once and then kept.
+PINNED = {
+    'HuggingFaceFW/fineweb-edu': '3c452cb1c31a957685cf2699bfd051afacd37422',
+    'Magpie-Align/Magpie-Phi3-Pro-300K-Filtered': '04d452e17e9b8c11b2fbb9964a196ec66884e8a8',
+    'liuhaotian/LLaVA-CC3M-Pretrain-595K': '814894e93db9e12a1dee78b9669e20e8606fd590',
+    'liuhaotian/LLaVA-Instruct-150K': '9d451dc7629cfe0469f6ae4432b765cd603d5fcb',
+    'HuggingFaceM4/the_cauldron': '847a98a779b1652d65111daf20c972dfcd333605',
+    'HuggingFaceM4/FineVision': '1bc0106b9920fb3a0d35434b8e4e4a2d0190f5de',
+}
+
+
+def download(repo, revision, patterns, folder, beside=''):
+    """Fetches the files of a data set that match any of `patterns` into `folder`; gives the commit they are of.
+
+    What is there already is not fetched again, and a file that broke off goes on. The commit is `revision`, else the
+    one that an earlier call fetched into this folder, else the pinned one, else the newest. Raises UserError: offline
+    it names the files to place by hand, and what else (`beside`) is needed.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+    )  # HTTPError: of whichever library it speaks HTTP with
+
+    folder = pathlib.Path(folder)
+    record = folder / 'REVISION'
+    if record.exists():
+        before, commit = record.read_text().split()
+        if before != repo or (revision or commit) != commit:
+            raise UserError(f'{folder} holds files of {before} at {commit}: remove it first.')
+        revision = commit
+    revision = revision or PINNED.get(repo)
+    try:
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+        found = [f for f in info.siblings if any(fnmatch.fnmatch(f.rfilename, pattern) for pattern in patterns)]
+        if not found:
+            raise UserError(f'{repo} at {info.sha} holds no {" or ".join(patterns)}: say which files with --files.')
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(f'{repo} {info.sha}\n')
+        for file in found:
+            path = huggingface_hub.hf_hub_download(
+                repo, file.rfilename, repo_type='dataset', revision=info.sha, local_dir=folder
+            )
+            _check(pathlib.Path(path), file)
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise UserError(
+            f'{repo} cannot be downloaded ({type(error).__name__}): place its {", ".join(patterns)}'
+            f'{" and " if beside else ""}{beside} in a folder and say --from=FOLDER.'
+        ) from error
+    return info.sha
+
+
+def _check(path, file):
+    """Compares a file with the size and, where the hub has it, the sha256 that it should have."""
+    wanted = file.lfs.sha256 if file.lfs else None
+    if path.stat().st_size != file.size or (wanted and _sha256(path) != wanted):
+        path.unlink()
+        raise UserError(f'{path} came down damaged and is removed: run the command again.')
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with (
+        open(path, 'rb') as file,
+        tqdm(
+            total=path.stat().st_size,
+            desc=f'checking {path.name}',
+            unit='B',
+            unit_scale=True,
+            leave=False,
+            mininterval=1,
+        ) as bar,
+    ):
+        while block := file.read(1 << 24):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
