@@ -22,7 +22,6 @@ import shutil
 from nanovision_jax.data.mixture import PREPARED
 from nanovision_jax.errors import Parser, UserError, nearest, run
 
-_PICTURES = "COCO's train2017.zip (and for the 665K mix gqa, ocr_vqa, textvqa, vg)"
 # Where each set is published, which of its files are needed, and what else must be placed beside them.
 ORIGINS = {
     'fineweb_edu': ('ShallowU/FineWeb-Edu-10B-Tokens-NPY', ('*.npy',), ''),

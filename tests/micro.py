@@ -69,9 +69,9 @@ def run_config(stage, family, **fields):
     return cfg
 
 
-def parent_run(family, stage):
+def parent_run(family, stage, cfg=None):
     """A run folder of a stage as training leaves it, of a model that never learned. Returns its path."""
-    cfg, folder, tokenizer = run_config(stage, family), family / stage, Tokenizer(family / 'tokenizer')
+    cfg, folder, tokenizer = cfg or run_config(stage, family), family / stage, Tokenizer(family / 'tokenizer')
     train.write_run(cfg, tokenizer, [])
     writer = checkpoint.Checkpoints(folder, keep=1)
     writer.save(7, jax.device_put(params(cfg, tokenizer)[1]), {'count': np.zeros(())}, {})

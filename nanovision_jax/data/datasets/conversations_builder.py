@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import pickle
 import re
 import tempfile
 import types
@@ -93,7 +92,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
                     continue
                 counts.update({side: 1, 'pictures': len(record['images'])})
                 if side == 'validation':
-                    pickle.dump((key, record), self.spool)
+                    _put_by(self.spool, key, record)
                 else:
                     yield key, _encodable(record)
         counts['bad'] = sum(reasons.values())
@@ -131,10 +130,16 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
 
     def _held_out(self):
         self.spool.seek(0)
-        with contextlib.suppress(EOFError):
-            while True:
-                key, record = pickle.load(self.spool)
-                yield key, _encodable(record)
+        while line := self.spool.readline():
+            key, record = json.loads(line)
+            record['images'] = [self.spool.read(size) for size in record['images']]
+            yield key, _encodable(record)
+
+
+def _put_by(spool, key, record):
+    """Appends a record to a file: a line of JSON with the sizes of its pictures, then their bytes."""
+    sizes = [len(picture) for picture in record['images']]
+    spool.write(json.dumps([key, record | {'images': sizes}]).encode() + b'\n' + b''.join(record['images']))
 
 
 def _encodable(record):
