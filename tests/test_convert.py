@@ -405,3 +405,30 @@ def test_the_processor_s_template_gives_the_ids_of_training(runs, tmp_path, caps
         text = processor.apply_chat_template(messages)
         found = processor(images=pictures, text=text, add_special_tokens=False, return_tensors='pt')
         assert found['input_ids'][0].tolist() == wanted.tolist(), messages
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+def test_push_uploads_the_folder_and_a_refusal_keeps_it(runs, tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            if name == 'nobody/none':
+                raise OSError('no way there')
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, folder_path))
+            return 'where it is'
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Hub)
+    out = tmp_path / 'out'
+    said = say(['--to=hf', f'--run={runs("gpt")}', f'--output={out}', '--push=me/mine'], capsys)
+    assert 'uploaded: where it is' in said and calls == [('me/mine', True), ('me/mine', out)]
+    with pytest.raises(UserError, match=r"not uploaded as 'nobody/none' \(OSError: no way there\).*is complete"):
+        convert.main(['--to=hf', f'--run={runs("gpt")}', f'--output={tmp_path / "two"}', '--push=nobody/none'])
+    assert (tmp_path / 'two' / 'model.safetensors').is_file()
