@@ -57,12 +57,10 @@ _QUESTIONS = {
     ),
 }
 # How often a training conversation draws a kind. To answer, a model must choose one thing among several. It learns that
-# from one kind of question within minutes and from an even mixture hardly at all, so one kind, colour, is asked most
+# late, and from an even mixture hardly at all, so places (which comparisons ask for too) are asked most, then colours,
 # and the others follow. Descriptions, which say everything of everything, teach to read a picture.
-_WEIGHTED_KINDS = ('colour',) * 5 + (
-    *('shape', 'size', 'size', 'place', 'place', 'place', 'place', 'count'),
-    *('existence', 'existence', 'comparison', 'comparison', 'comparison', 'description', 'description', 'description'),
-)
+_WEIGHTS = dict(place=6, colour=4, comparison=3, shape=2, size=2, existence=2, description=2, count=1)
+_WEIGHTED_KINDS = tuple(kind for kind, weight in _WEIGHTS.items() for _ in range(weight))
 _LIMITS = dict.fromkeys(KINDS, 2) | {'place': 3, 'description': 1}
 
 _FACTS = (
@@ -131,7 +129,7 @@ def short_caption(things, rng):
     Contrastive learning looks no further than it must: where captions tell everything, colours and places are enough
     to tell a batch's pictures apart, and no shape is learned.
     """
-    told = pick(rng, ('', '', 'colour', 'size', 'place'))
+    told = pick(rng, ('', '', '', 'colour', 'size', 'place', 'place'))
     things = [things[i] for i in rng.permutation(len(things))]
     if told == 'place':
         return _join([f'{_a(thing.shape)} in the {thing.place}' for thing in things])
