@@ -50,10 +50,10 @@ else
   vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16)
   # pretrain goes first here, so that the tokenizer is trained on the text.
   train pretrain --config.data.source=text --config.data.path="$text"
-  train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=3500
+  train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=1500
   train sft "${answers[@]}"
   train vision_pretrain "${captions[@]}" "${vision[@]}"
-  train vision_instruct "${answers[@]}" "${vision[@]}" --config.steps=700
+  train vision_instruct "${answers[@]}" "${vision[@]}" --config.steps=1000
 fi
 
 evaluate pretrain bpb validation
