@@ -125,10 +125,13 @@ def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
 
 
 @functools.cache
-def gradients(stage, sizes, accumulate=1):
+def gradients(stage, sizes, accumulate=1, flavour='gpt'):
     """(loss, gradients) of one batch on a mesh of `sizes`, as numpy arrays."""
     cfg = micro.config(stage)
     cfg.optim.accumulate = accumulate
+    if flavour == 'llama':  # with everything that its kin have
+        cfg.model.flavour, cfg.model.kv_heads, cfg.model.qkv_bias, cfg.model.qk_norm = 'llama', 4, True, True
+        cfg.model.heads, cfg.model.head_dim = 8, 8
     graphdef, params = micro.params(cfg)
     mesh = parallel.make_mesh(configs.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
@@ -151,6 +154,14 @@ def test_gradients_are_those_of_one_device(stage, mesh):
     sizes = tuple(getattr(MESHES[mesh], axis) for axis in parallel.AXES)
     found = gradients(stage, sizes)
     assert_equal(found, gradients(stage, (1, 1, 1)))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
+
+
+@pytest.mark.parametrize('mesh', ['fsdp8', 'data2-fsdp2-tensor2', 'fsdp2-tensor4'])
+def test_gradients_of_the_other_flavour_are_those_of_one_device(mesh):
+    sizes = tuple(getattr(MESHES[mesh], axis) for axis in parallel.AXES)
+    found = gradients('pretrain', sizes, flavour='llama')
+    assert_equal(found, gradients('pretrain', (1, 1, 1), flavour='llama'))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
 
 
