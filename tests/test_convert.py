@@ -226,6 +226,13 @@ def test_what_our_models_cannot_represent_is_refused_by_name(runs, tmp_path, cap
     refused('gpt', 'rotary positions on 0.25', {'rotary_pct': 0.25})
     refused('gpt', "hidden_act 'gelu'", {'hidden_act': 'gelu'})
     refused('gpt', "'bert' model", {'model_type': 'bert'})
+    bare = {'model_type': 'gpt_neox', 'hidden_act': 'relu', 'use_parallel_residual': False}
+    refused('gpt, clip', "config.json lacks 'num_hidden_layers'", {'text_config': bare})
+    file = good['gpt'] / 'nanovision_jax.json'
+    whole = file.read_text()
+    file.write_text('{}')
+    refused('gpt', "nanovision_jax.json lacks 'config'")
+    file.write_text(whole)
     refused('gpt', 'layers is 3 in config.json, and 2 in', {'num_hidden_layers': 3})
     refused('gpt', 'layers.1.mlp.dense_h_to_4h.bias is not zero', change=set_to_one(layer + 'mlp.dense_h_to_4h.bias'))
     name = layer + 'attention.query_key_value.bias'

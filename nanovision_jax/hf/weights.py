@@ -62,9 +62,14 @@ def find(source, files='config.json and model.safetensors') -> pathlib.Path:
 
 
 def read_json(file) -> dict:
-    """A JSON object from a file. Raises UserError if it is none."""
+    """A JSON object from a file. Raises UserError if it is none and, later, for a key that is asked for and missing."""
+
+    class Object(dict):
+        def __missing__(self, key):
+            raise UserError(f'{file} lacks {key!r}.')
+
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(), object_hook=Object)
     except (OSError, ValueError) as error:
         raise UserError(f'{file} is missing or no JSON.') from error
     if not isinstance(content, dict):
