@@ -13,6 +13,7 @@ PINNED = {
     'HuggingFaceFW/fineweb-edu': '3c452cb1c31a957685cf2699bfd051afacd37422',
     'Magpie-Align/Magpie-Phi3-Pro-300K-Filtered': '04d452e17e9b8c11b2fbb9964a196ec66884e8a8',
     'liuhaotian/LLaVA-CC3M-Pretrain-595K': '814894e93db9e12a1dee78b9669e20e8606fd590',
+    'liuhaotian/LLaVA-Pretrain': '70f9d1e5e1a697fe35830875cfc7de1dd590d727',
     'liuhaotian/LLaVA-Instruct-150K': '9d451dc7629cfe0469f6ae4432b765cd603d5fcb',
     'HuggingFaceM4/the_cauldron': '847a98a779b1652d65111daf20c972dfcd333605',
     'HuggingFaceM4/FineVision': '1bc0106b9920fb3a0d35434b8e4e4a2d0190f5de',
