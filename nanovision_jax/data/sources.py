@@ -40,6 +40,8 @@ class Example:
 class TinyWorld:
     """The built-in data set: `view` is caption or conversation (pictures), or chat (text only)."""
 
+    decoded = True  # no picture can be bad: they are drawn here
+
     def __init__(self, folder, split, view):
         self.folder, self.split, self.view = str(folder), split, view
         self._lock, self._opened = threading.Lock(), None
