@@ -46,14 +46,14 @@ if [ -z "$data" ]; then
 else
   captions=(--config.data.source=conversations --config.data.path="$data/pretrain.json")
   answers=(--config.data.source=conversations --config.data.path="$data/instruct.json")
-  # Photographs want smaller patches than drawings, and a longer look at each.
-  vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16)
+  # Photographs want smaller patches than drawings and a longer look at each, and a tower that pools its patches.
+  vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16 --config.model.vision.kind=siglip)
   # pretrain goes first here, so that the tokenizer is trained on the text.
   train pretrain --config.data.source=text --config.data.path="$text"
-  train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=1500
+  train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=2500
   train sft "${answers[@]}"
   train vision_pretrain "${captions[@]}" "${vision[@]}"
-  train vision_instruct "${answers[@]}" "${vision[@]}" --config.steps=1000
+  train vision_instruct "${answers[@]}" "${vision[@]}" --config.steps=700
 fi
 
 evaluate pretrain bpb validation

@@ -71,8 +71,7 @@ class VisionTower(nnx.Module):
         self.cfg, self.remat = cfg, remat
         self.patch = nnx.Linear(cfg.patch_size**2 * 3, d, **linear)
         self.class_token = nnx.Param(scale(rngs.params(), (d,))) if with_class else None
-        # As large as the patches themselves: where a thing is must weigh as much as what it is.
-        self.position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (cfg.patches + with_class, d)))
+        self.position = nnx.Param(scale(rngs.params(), (cfg.patches + with_class, d)))
         self.norm_in = norm() if with_class else None
         self.norm_out = norm()
         self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))

@@ -25,7 +25,7 @@ from nanovision_jax.data.datasets import tiny_world_words as words
 from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
 
 EXAMPLES = {
-    'scenes': {'train': 48_000, 'validation': 1_000, 'heldout': 1_000},
+    'scenes': {'train': 24_000, 'validation': 1_000, 'heldout': 1_000},
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
 }
@@ -43,7 +43,7 @@ def example(split: str, index: int, seed: int = 0) -> dict:
     rng = _rng('scenes', split, index, seed)
     things = choose_scene(rng, split == 'heldout')
     png = io.BytesIO()
-    Image.fromarray(render(things, rng)).save(png, 'PNG', compress_level=1)
+    Image.fromarray(render(things, rng)).save(png, 'PNG', compress_level=3)
     caption = words.caption(things, rng) if rng.random() < 0.4 else words.short_caption(things, rng)
     if split == 'train':
         # Few questions on many pictures: the answers of a long conversation are told by its other questions.
@@ -90,7 +90,7 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     plain count and the description are asked of a scene that holds one.
     """
 
-    VERSION = tfds.core.Version('1.1.0')
+    VERSION = tfds.core.Version('1.0.0')
     BUILDER_CONFIGS: ClassVar = [TinyWorldConfig(name=content, content=content) for content in EXAMPLES]
 
     def _info(self) -> tfds.core.DatasetInfo:

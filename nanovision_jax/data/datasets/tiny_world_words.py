@@ -58,12 +58,10 @@ _QUESTIONS = {
 }
 # How often a training conversation draws a kind. To answer, a model must choose one thing among several. It learns that
 # from one kind of question within minutes and from an even mixture hardly at all, so one kind, colour, is asked most
-# and the others follow, places and comparisons last. Descriptions, which say everything of everything, teach to read a
-# picture.
-_WEIGHTED_KINDS = ('colour',) * 5 + (
-    *('shape', 'shape', 'size', 'size', 'place', 'place', 'place', 'place', 'count', 'count'),
-    *('existence', 'existence', 'existence', 'comparison', 'comparison', 'comparison', 'comparison'),
-    *('description', 'description', 'description'),
+# and the others follow. Descriptions, which say everything of everything, teach to read a picture.
+_WEIGHTED_KINDS = ('colour',) * 6 + (
+    *('shape', 'shape', 'size', 'place', 'place', 'place', 'count'),
+    *('existence', 'existence', 'comparison', 'comparison', 'description', 'description', 'description'),
 )
 _LIMITS = dict.fromkeys(KINDS, 2) | {'place': 3, 'description': 1}
 
@@ -133,7 +131,7 @@ def short_caption(things, rng):
     Contrastive learning looks no further than it must: where captions tell everything, colours and places are enough
     to tell a batch's pictures apart, and no shape is learned.
     """
-    told = pick(rng, ('', 'colour', 'size', 'size', 'place', 'place'))
+    told = pick(rng, ('', '', 'colour', 'size', 'place'))
     things = [things[i] for i in rng.permutation(len(things))]
     if told == 'place':
         return _join([f'{_a(thing.shape)} in the {thing.place}' for thing in things])
