@@ -141,7 +141,8 @@ def lines(made):
     return [told, *reasons]
 
 
-_TOLD = ('rows', 'train', 'validation', 'pictures', 'train_tokens', 'val_tokens', 'left_out', 'bad')
+# Conversations are counted in characters: how many tokens they are depends on the tokenizer of the run that reads them.
+_TOLD = ('rows', 'train', 'validation', 'pictures', 'characters', 'train_tokens', 'val_tokens', 'left_out', 'bad')
 
 
 def main(argv):

@@ -188,6 +188,8 @@ def test_what_the_hub_keeps_beside_files_is_not_read(tmp_path):
         (folder / name).write_text('{}\n{}\n')
     assert files.find(folder, ('*.parquet', '*.jsonl')) == [folder / 'x.jsonl']
     assert files.count_rows([folder / 'x.jsonl']) == 2
+    (folder / 'x.jsonl').write_text('{}\n{}')
+    assert files.count_rows([folder / 'x.jsonl']) == 2
     (folder / 'z.json').write_text(json.dumps([{'conversations': []}] * 3, indent=1))
     assert files.count_rows(files.find(folder, ('z.json',))) == 3
 

@@ -136,7 +136,8 @@ def test_the_command_sums_up(tmp_path):
     done = subprocess.run([*command, f'--output={tmp_path}/data'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
-    assert told[0].startswith('150 rows, ') and told[0].endswith(' validation, 1 bad')
+    characters = sum(len(row['prompt'] + row['response']) for row in rows if row['response'] != ' ')
+    assert told[0].startswith('150 rows, ') and told[0].endswith(f' validation, {characters:,} characters, 1 bad')
     assert told[1:] == [
         '  1 × empty answer',
         f'train on it: --config.data.source=magpie --config.data.path={tmp_path}/data',

@@ -84,13 +84,13 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             concurrent.futures.ThreadPoolExecutor(self.workers) as pool,
         ):
             looked = files.ordered_map(pool, self._look, self.rows(), 4 * self.workers)
-            for key, record, side, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
+            for key, record, side, characters, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:
                     reasons[re.sub(r""" ['"].*['"]""", '', reason)] += 1
                     listed.write(json.dumps({'row': key, 'reason': reason}) + '\n')
                     continue
-                counts.update({side: 1, 'pictures': len(record['images'])})
+                counts.update({side: 1, 'pictures': len(record['images']), 'characters': characters})
                 if side == 'validation':
                     _put_by(self.spool, key, record)
                 else:
@@ -108,10 +108,11 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             for picture in pictures:
                 images.load(picture)
         except conversation.BadExample as error:
-            return key, None, None, str(error)
+            return key, None, None, 0, str(error)
         name = str(next((row[field] for field in ('id', 'uuid') if row.get(field) is not None), key))
         record = {'id': name, 'messages': json.dumps(messages), 'images': pictures}
-        return key, record, conversation.side(messages, pictures), None
+        characters = sum(len(conversation.text_of(message)) for message in messages)
+        return key, record, conversation.side(messages, pictures), characters, None
 
     def _refuse(self, counts, reasons, listed):
         if counts['bad'] > 0.01 * counts['rows']:

@@ -33,7 +33,10 @@ def count_rows(files):
             total += open_parquet(file).metadata.num_rows
         else:
             data = file.read_bytes()
-            total += data.count(b'"conversations"' if data[:99].lstrip().startswith(b'[') else b'\n')
+            if data[:99].lstrip().startswith(b'['):
+                total += data.count(b'"conversations"')
+            else:
+                total += data.count(b'\n') + (data[-1:] not in (b'', b'\n'))  # the last line may not end
     return total or None
 
 
