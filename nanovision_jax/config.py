@@ -118,7 +118,7 @@ class Data:
 class Optim:
     """The optimizer and its schedule."""
 
-    name: str = 'adamw'
+    name: str = 'adamw'  # adamw, muon (matrices by Muon, the rest by AdamW) or sgd
     learning_rate: float = 1e-3
     end_learning_rate: float = 1e-4
     schedule: str = 'cosine'  # cosine or linear, from learning_rate to end_learning_rate
@@ -277,7 +277,7 @@ def check(config):
         'model.vision.activation': ('quick_gelu', 'gelu', 'gelu_tanh'),
         'model.vision.fit': ('crop', 'pad', 'stretch'),
         'model.vision.resample': ('bicubic', 'bilinear'),
-        'optim.name': ('adamw', 'sgd'),
+        'optim.name': ('adamw', 'muon', 'sgd'),
         'optim.schedule': ('cosine', 'linear'),
         'log.to': ('', 'tensorboard'),
     }

@@ -70,6 +70,77 @@ def test_adamw_takes_a_first_step_of_the_learning_rate():
     np.testing.assert_allclose(found['bias'], [0, -0.1], rtol=1e-5)
 
 
+def llama(cfg):
+    """The same config with the second flavour of decoder."""
+    cfg.model.flavour, cfg.model.kv_heads = 'llama', 2
+    return cfg
+
+
+@pytest.mark.parametrize('cfg', [*map(micro.config, micro.STAGES), llama(micro.config('vision_instruct'))])
+def test_muon_holds_every_matrix_of_the_blocks_and_the_projector(cfg):
+    params = models.abstract(cfg, micro.TOKENIZER.size, micro.TOKENIZER.image)[1]
+    state = jax.eval_shape(optim.make_optimizer(configs.Optim(name='muon'), 10).init, params)
+    moments = [parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+    names = [parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    held = [name for name in names if name.endswith('kernel') and ('blocks/' in name or 'projector/' in name)]
+    assert held
+    for name in names:
+        found = [m for m in moments if m.endswith('/' + name)]
+        assert len(found) == (1 if name in held else 2), name  # Muon keeps one moment, AdamW two
+        assert all(('muon/' in m) == (name in held) for m in found), name
+
+
+def test_muon_steps_by_orthogonal_matrices():
+    """For each layer, query, key and value alone: singular values near 1, times the scale that makes rates AdamW's."""
+    shapes = {
+        'blocks': {
+            'qkv': {'kernel': (2, 6, 3, 2, 5)},
+            'q': {'kernel': (2, 6, 2, 5)},
+            'kv': {'kernel': (2, 6, 2, 1, 5)},
+            'out': {'kernel': (2, 2, 5, 6)},
+            'ffn_gate': {'kernel': (2, 6, 7)},
+            'ffn_out': {'kernel': (2, 7, 6)},
+        },
+        'projector': {'first': {'kernel': (4, 6)}},
+    }
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(
+        lambda shape: rng.standard_normal(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    cfg = configs.Optim(name='muon', learning_rate=0.1, warmup=0, weight_decay=0.0)
+    found = update(cfg, grads, jax.tree.map(jnp.zeros_like, grads))
+    blocks = found['blocks']
+    stacks = {
+        'qkv': np.moveaxis(blocks['qkv']['kernel'], 2, 1).reshape(6, 6, 10),
+        'q': blocks['q']['kernel'].reshape(2, 6, 10),
+        'kv': np.moveaxis(blocks['kv']['kernel'], 2, 1).reshape(4, 6, 5),
+        'out': blocks['out']['kernel'].reshape(2, 10, 6),
+        'ffn_gate': blocks['ffn_gate']['kernel'],
+        'ffn_out': blocks['ffn_out']['kernel'],
+        'projector': found['projector']['first']['kernel'][None],
+    }
+    for name, stack in stacks.items():
+        scale = 0.1 * 0.2 * max(stack.shape[1:]) ** 0.5
+        values = np.linalg.svd(stack, compute_uv=False) / scale
+        # Five Newton-Schulz steps with these coefficients end between 0.68 and 1.13, from all but the smallest values.
+        assert values.min() > 0.6, (name, values)
+        assert values.max() < 1.25, (name, values)
+
+
+def test_muon_leaves_the_rest_to_adamw_and_decays_alike():
+    params = {'blocks': {'ffn_in': {'kernel': jnp.eye(2)}}, 'head': {'kernel': jnp.eye(2)}, 'scale': jnp.ones(2)}
+    cfg = configs.Optim(name='muon', learning_rate=0.1, warmup=0, weight_decay=0.5)
+    found = update(cfg, jax.tree.map(jnp.zeros_like, params), params)
+    np.testing.assert_allclose(found['blocks']['ffn_in']['kernel'], -0.05 * np.eye(2), rtol=1e-6)
+    np.testing.assert_allclose(found['head']['kernel'], -0.05 * np.eye(2), rtol=1e-6)
+    np.testing.assert_array_equal(found['scale'], 0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    adamw = update(configs.Optim(learning_rate=0.1, warmup=0, weight_decay=0.5), grads, params)
+    found = update(cfg, grads, params)
+    np.testing.assert_array_equal(found['head']['kernel'], adamw['head']['kernel'])
+    np.testing.assert_array_equal(found['scale'], adamw['scale'])
+
+
 @pytest.mark.parametrize(('clip_norm', 'scale'), [(1.0, 1 / 5), (2.5, 1 / 2), (5.1, 1)])
 def test_sgd_follows_gradients_clipped_by_their_common_norm(clip_norm, scale):
     found = update(configs.Optim(name='sgd', learning_rate=0.1, warmup=0, clip_norm=clip_norm), GRADS, PARAMS)
