@@ -15,7 +15,7 @@ def get_config(size='d20'):
     if size == 'tiny':
         config.steps = 80
         config.data = Data(batch_size=64, length=128)
-        config.optim = Optim(learning_rate=2e-3, end_learning_rate=2e-4, warmup=20)
+        config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=4e-4, warmup=20)
         config.checkpoint, config.eval, config.log = Checkpoint(every=80), Eval(every=80, batches=4), Log(every=10)
     else:
         config.steps = 35_000

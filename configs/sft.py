@@ -15,7 +15,7 @@ def get_config(size='d20'):
     if size == 'tiny':
         config.steps = 40
         config.data = Data(batch_size=32, length=256)
-        config.optim = Optim(learning_rate=1e-3, end_learning_rate=1e-4, schedule='linear', warmup=10)
+        config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=4e-4, schedule='linear', warmup=10)
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=40, batches=4), Log(every=10)
     else:
         config.steps = 5_000

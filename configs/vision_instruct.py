@@ -13,9 +13,9 @@ from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_confi
 def get_config(size='d20'):
     config = base_config('vision_instruct', size)
     if size == 'tiny':
-        config.steps = 2100
+        config.steps = 1900
         config.data = Data(batch_size=36, length=128, slots=4)
-        config.optim = Optim(learning_rate=2e-3, end_learning_rate=0.0, warmup=0.05, b2=0.98, weight_decay=0.0)
+        config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=0.0, warmup=0.05, b2=0.98, weight_decay=0.0)
         config.checkpoint, config.eval, config.log = Checkpoint(every=300), Eval(every=700, batches=4), Log(every=50)
     else:
         config.data = Data('llava_instruct', 'data', tokenizer='gpt2', batch_size=40, length=2048)

@@ -201,7 +201,7 @@ def base_config(stage, size):
     config = Config(stage=stage, size=size)
     if size == 'tiny':
         config.model = Model(layers=4, width=128, heads=4, ffn=512, positions=512, unroll=4)
-        config.model.vision = Vision(image_size=60, patch_size=20, width=192, layers=4, heads=3, ffn=768)
+        config.model.vision = Vision('siglip', image_size=60, patch_size=20, width=192, layers=3, heads=3, ffn=768)
         config.model.text = Text(width=128, layers=1, heads=2, ffn=512, embed=128)
     elif (match := re.fullmatch(r'd(\d+)', size)) and int(match[1]) > 0 and int(match[1]) % 2 == 0:
         depth = int(match[1])

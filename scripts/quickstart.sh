@@ -46,8 +46,8 @@ if [ -z "$data" ]; then
 else
   captions=(--config.data.source=conversations --config.data.path="$data/pretrain.json")
   answers=(--config.data.source=conversations --config.data.path="$data/instruct.json")
-  # Photographs want smaller patches than drawings and a longer look at each, and a tower that pools its patches.
-  vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16 --config.model.vision.kind=siglip)
+  # Photographs want smaller patches than drawings, a deeper tower and a longer look at each.
+  vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16 --config.model.vision.layers=4)
   # pretrain goes first here, so that the tokenizer is trained on the text.
   train pretrain --config.data.source=text --config.data.path="$text"
   train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=2500

@@ -117,6 +117,16 @@ def right_answer(kind, question, things):
     if kind == 'comparison':
         (first,), (second,) = (matches(reference, things) for reference in REFERENCE.findall(question))
         return 'Yes.' if stands(first, re.search('|'.join(words.RELATIONS), question)[0], second) else 'No.'
+    if kind == 'direction':
+        (first,), (second,) = (matches(reference, things) for reference in REFERENCE.findall(question))
+        (row, column), (other_row, other_column) = row_and_column(first.place), row_and_column(second.place)
+        upright = {-1: ['above'], 0: [], 1: ['below']}[np.sign(row - other_row)]
+        across = {-1: ['to the left'], 0: [], 1: ['to the right']}[np.sign(column - other_column)]
+        return f'{" and ".join(upright + across)}.'.capitalize()
+    if kind == 'thing':
+        (reference,) = REFERENCE.findall(question)
+        (thing,) = matches(reference, things)
+        return f'A {thing.size} {thing.colour} {thing.shape} in the {thing.place}.'
     assert kind == 'description'
     order = sorted(things, key=lambda t: row_and_column(t.place))
     parts = [f'{"an" if t.size[0] in "aeiou" else "a"} {t.size} {t.colour} {t.shape} in the {t.place}' for t in order]
@@ -324,13 +334,14 @@ def test_training_conversations(examples):
         types = [part['type'] for part in row['conversation'][0]['content']]
         assert sorted(types) == ['image', 'text']
         image_last += types[1] == 'image'
-    assert set(firsts) == set(words.KINDS)
+    assert set(firsts) == {*words.KINDS, *words.TAUGHT}
     assert 0.15 < image_last / len(examples['train']) < 0.25
 
 
 @pytest.mark.parametrize('split', ['validation', 'heldout'])
 def test_evaluation_asks_every_kind_alike(examples, split):
     kinds = Counter(kind for _, kind, _, _ in all_turns(examples, split))
+    assert set(kinds) == set(words.KINDS)
     assert kinds.total() == 4 * SPLITS[split]
     assert all(0.11 < kinds[kind] / kinds.total() < 0.14 for kind in words.KINDS)
 

@@ -25,7 +25,7 @@ from nanovision_jax.data.datasets import tiny_world_words as words
 from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
 
 EXAMPLES = {
-    'scenes': {'train': 24_000, 'validation': 1_000, 'heldout': 1_000},
+    'scenes': {'train': 48_000, 'validation': 1_000, 'heldout': 1_000},
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
 }
@@ -90,7 +90,7 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     plain count and the description are asked of a scene that holds one.
     """
 
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version('2.0.0')
     BUILDER_CONFIGS: ClassVar = [TinyWorldConfig(name=content, content=content) for content in EXAMPLES]
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -3,6 +3,7 @@
 from nanovision_jax.data.datasets.tiny_world_scenes import COLOURS, PLACES, SEEN, SHAPES, UNSEEN, Thing, pick
 
 KINDS = ('colour', 'shape', 'size', 'place', 'count', 'existence', 'comparison', 'description')
+TAUGHT = ('thing', 'direction')  # kinds that only training asks
 NUMBERS = ('none', 'one', 'two', 'three')
 RELATIONS = ('to the left of', 'to the right of', 'above', 'below')
 
@@ -49,6 +50,18 @@ _QUESTIONS = {
         'Would you say that {a} is {relation} {b}?',
         'Look at {a}. Is it {relation} {b}?',
     ),
+    'thing': (
+        'Describe {ref}.',
+        'Tell me about {ref}.',
+        'What can you say about {ref}?',
+        'What is {ref} like?',
+    ),
+    'direction': (
+        'Where is {a} from {b}?',
+        'Which way is {a} from {b}?',
+        'Where does {a} lie, seen from {b}?',
+        'In which direction is {a} from {b}?',
+    ),
     'description': (
         'Describe the picture.',
         'What is in the picture?',
@@ -56,14 +69,12 @@ _QUESTIONS = {
         'Tell me what you can see.',
     ),
 }
-# How often a training conversation draws a kind. To answer, a model must choose one thing among several. It learns that
-# from one kind of question within minutes and from an even mixture hardly at all, so one kind, colour, is asked most
-# and the others follow. Descriptions, which say everything of everything, teach to read a picture.
-_WEIGHTED_KINDS = ('colour',) * 6 + (
-    *('shape', 'shape', 'size', 'place', 'place', 'place', 'count'),
-    *('existence', 'existence', 'comparison', 'comparison', 'description', 'description', 'description'),
-)
-_LIMITS = dict.fromkeys(KINDS, 2) | {'place': 3, 'description': 1}
+# How often a training conversation draws a kind. To answer, a model must find one thing among several, and each kind of
+# question learns its own way of finding. Telling all of one thing teaches one way for all of them. Which way one thing
+# lies from another says more than the yes or no of a comparison.
+_WEIGHTED_KINDS = ('thing',) * 5 + ('comparison',) * 5 + ('direction',) * 3 + ('place',) * 3 + ('existence',) * 3
+_WEIGHTED_KINDS += ('colour', 'shape', 'size', 'count', 'count', 'description')
+_LIMITS = dict.fromkeys((*KINDS, *TAUGHT), 2) | {'place': 3, 'description': 1}
 
 _FACTS = (
     'The {colour} {shape} is {size}.',
@@ -163,11 +174,19 @@ def _relation(place, other, holds, rng):
     return pick(rng, [relation for relation in RELATIONS if _holds(first, relation, second)])
 
 
+def _direction(place, other):
+    """Where a place lies from another one: 'above', 'to the right', 'below and to the left'."""
+    (row, column), (other_row, other_column) = (divmod(PLACES.index(name), 3) for name in (place, other))
+    upright = 'above' if row < other_row else 'below' if row > other_row else ''
+    across = 'to the left' if column < other_column else 'to the right' if column > other_column else ''
+    return ' and '.join(filter(None, (upright, across)))
+
+
 def _references(kind, thing, things):
     """Expressions that point at this thing alone, without naming what the question asks for."""
     only_colour = sum(other.colour == thing.colour for other in things) == 1
     only_shape = sum(other.shape == thing.shape for other in things) == 1
-    options = [_full(thing)] * 2 if kind in ('size', 'place') else []
+    options = [_full(thing)] * {'size': 2, 'place': 2, 'thing': 1}.get(kind, 0)
     if kind != 'place':
         options.append(f'the thing in the {thing.place}')
     if kind != 'colour' and only_colour:
@@ -215,16 +234,21 @@ def _ask(kind, things, rng, yes, heldout=False):
         by_name = heldout and kind in ('size', 'place')
         reference = _full(focus) if by_name else pick(rng, _references(kind, focus, things))
         return {'ref': reference}, _sentence(getattr(focus, kind))
+    if kind == 'thing':
+        reference = pick(rng, _references(kind, focus, things))
+        return {'ref': reference}, _sentence(f'{_name(focus)} in the {focus.place}')
     if kind == 'count':
         noun, count = _count(things, rng, focus if heldout else None)
         return {'noun': noun}, _sentence(NUMBERS[count])
     if kind == 'existence':
         pair = focus.pair if yes else _absent(things, rng, heldout)
         return {'name': _a(' '.join(pair))}, 'Yes.' if yes else 'No.'
-    if kind == 'comparison':
+    if kind in ('comparison', 'direction'):
         first, second = focus, pick(rng, [thing for thing in things if thing != focus])
         if rng.random() < 0.5:
             first, second = second, first
+        if kind == 'direction':
+            return {'a': _full(first), 'b': _full(second)}, _sentence(_direction(first.place, second.place))
         relation = _relation(first.place, second.place, yes, rng)
         return {'a': _full(first), 'relation': relation, 'b': _full(second)}, 'Yes.' if yes else 'No.'
     return {}, describe(things)
@@ -238,6 +262,7 @@ def turns(things, rng, n):
     """n different questions of mixed kinds, each (kind, question, answer), in random order."""
     # So many existence and comparison questions have enough different ones even if all the answers are 'Yes.'.
     left = _LIMITS | {'existence': len(things), 'comparison': (0, 2, 3)[len(things) - 1]}
+    left['direction'] = 2 if len(things) > 1 else 0
     turns, asked = [], set()
     while len(turns) < n:
         kind, yes, key = pick(rng, _WEIGHTED_KINDS), rng.random() < 0.5, None
