@@ -13,7 +13,7 @@ from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_confi
 def get_config(size='d20'):
     config = base_config('clip', size)
     if size == 'tiny':
-        config.steps = 700
+        config.steps = 650
         config.data = Data(batch_size=128, length=36)
         config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=0.0, warmup=50, b2=0.98)
         config.checkpoint, config.eval, config.log = Checkpoint(every=200), Eval(every=400, batches=4), Log(every=25)

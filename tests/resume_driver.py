@@ -23,4 +23,4 @@ prefetch, train.prefetch, train.show_samples = train.prefetch, slowly, lambda *_
 family, cache, *stages = sys.argv[1:]
 micro.quicken(pytest.MonkeyPatch(), cache)
 for stage in stages:
-    train.train(micro.run_config(stage, pathlib.Path(family), steps=9, checkpoint__every=3))
+    train.train(micro.run_config(stage, pathlib.Path(family), steps=9, checkpoint__every=3, optim__name='muon'))

@@ -15,6 +15,7 @@ from nanovision_jax import checkpoint, meter, train
 from nanovision_jax.data import pipeline
 
 STEPS = 9
+RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +49,7 @@ def go(parents, cache, tmp_path_factory):
         family = folder.parent if folder else tmp_path_factory.mktemp('family')
         if not folder:
             shutil.copytree(parents, family, symlinks=True, dirs_exist_ok=True)
-        cfg, seen = micro.run_config('vision_instruct', family, steps=STEPS, checkpoint__every=3, **fields), []
+        cfg, seen = micro.run_config('vision_instruct', family, **RUN | fields), []
 
         def watched(rows, *args):
             for batch in batches(rows, *args):
@@ -210,5 +211,5 @@ def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tm
             assert checkpoint.newest(run) in (None, 3)
     assert drive(killed, cache, *micro.STAGES) == 0, (killed / 'log').read_text()
     for stage in micro.STAGES:
-        train.train(micro.run_config(stage, alone, steps=STEPS, checkpoint__every=3))
+        train.train(micro.run_config(stage, alone, **RUN))
         assert_as(killed / stage, alone / stage)

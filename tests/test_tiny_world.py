@@ -117,12 +117,6 @@ def right_answer(kind, question, things):
     if kind == 'comparison':
         (first,), (second,) = (matches(reference, things) for reference in REFERENCE.findall(question))
         return 'Yes.' if stands(first, re.search('|'.join(words.RELATIONS), question)[0], second) else 'No.'
-    if kind == 'direction':
-        (first,), (second,) = (matches(reference, things) for reference in REFERENCE.findall(question))
-        (row, column), (other_row, other_column) = row_and_column(first.place), row_and_column(second.place)
-        upright = {-1: ['above'], 0: [], 1: ['below']}[np.sign(row - other_row)]
-        across = {-1: ['to the left'], 0: [], 1: ['to the right']}[np.sign(column - other_column)]
-        return f'{" and ".join(upright + across)}.'.capitalize()
     if kind == 'thing':
         (reference,) = REFERENCE.findall(question)
         (thing,) = matches(reference, things)
@@ -334,7 +328,7 @@ def test_training_conversations(examples):
         types = [part['type'] for part in row['conversation'][0]['content']]
         assert sorted(types) == ['image', 'text']
         image_last += types[1] == 'image'
-    assert set(firsts) == {*words.KINDS, *words.TAUGHT}
+    assert set(firsts) == {*words.KINDS, 'thing'}
     assert 0.15 < image_last / len(examples['train']) < 0.25
 
 

@@ -25,7 +25,7 @@ from nanovision_jax.data.datasets import tiny_world_words as words
 from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
 
 EXAMPLES = {
-    'scenes': {'train': 48_000, 'validation': 1_000, 'heldout': 1_000},
+    'scenes': {'train': 40_000, 'validation': 1_000, 'heldout': 1_000},
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
 }

@@ -2,8 +2,7 @@
 
 from nanovision_jax.data.datasets.tiny_world_scenes import COLOURS, PLACES, SEEN, SHAPES, UNSEEN, Thing, pick
 
-KINDS = ('colour', 'shape', 'size', 'place', 'count', 'existence', 'comparison', 'description')
-TAUGHT = ('thing', 'direction')  # kinds that only training asks
+KINDS = ('colour', 'shape', 'size', 'place', 'count', 'existence', 'comparison', 'description')  # training adds 'thing'
 NUMBERS = ('none', 'one', 'two', 'three')
 RELATIONS = ('to the left of', 'to the right of', 'above', 'below')
 
@@ -56,12 +55,6 @@ _QUESTIONS = {
         'What can you say about {ref}?',
         'What is {ref} like?',
     ),
-    'direction': (
-        'Where is {a} from {b}?',
-        'Which way is {a} from {b}?',
-        'Where does {a} lie, seen from {b}?',
-        'In which direction is {a} from {b}?',
-    ),
     'description': (
         'Describe the picture.',
         'What is in the picture?',
@@ -70,11 +63,11 @@ _QUESTIONS = {
     ),
 }
 # How often a training conversation draws a kind. To answer, a model must find one thing among several, and each kind of
-# question learns its own way of finding. Telling all of one thing teaches one way for all of them. Which way one thing
-# lies from another says more than the yes or no of a comparison.
-_WEIGHTED_KINDS = ('thing',) * 5 + ('comparison',) * 5 + ('direction',) * 3 + ('place',) * 3 + ('existence',) * 3
+# question learns its own way of finding. Telling all of one thing ('thing') teaches one way for all of them.
+# Comparisons are learned last, as they need two places.
+_WEIGHTED_KINDS = ('comparison',) * 6 + ('thing',) * 5 + ('place',) * 4 + ('existence',) * 3
 _WEIGHTED_KINDS += ('colour', 'shape', 'size', 'count', 'count', 'description')
-_LIMITS = dict.fromkeys((*KINDS, *TAUGHT), 2) | {'place': 3, 'description': 1}
+_LIMITS = dict.fromkeys((*KINDS, 'thing'), 2) | {'place': 3, 'description': 1}
 
 _FACTS = (
     'The {colour} {shape} is {size}.',
@@ -174,14 +167,6 @@ def _relation(place, other, holds, rng):
     return pick(rng, [relation for relation in RELATIONS if _holds(first, relation, second)])
 
 
-def _direction(place, other):
-    """Where a place lies from another one: 'above', 'to the right', 'below and to the left'."""
-    (row, column), (other_row, other_column) = (divmod(PLACES.index(name), 3) for name in (place, other))
-    upright = 'above' if row < other_row else 'below' if row > other_row else ''
-    across = 'to the left' if column < other_column else 'to the right' if column > other_column else ''
-    return ' and '.join(filter(None, (upright, across)))
-
-
 def _references(kind, thing, things):
     """Expressions that point at this thing alone, without naming what the question asks for."""
     only_colour = sum(other.colour == thing.colour for other in things) == 1
@@ -243,12 +228,10 @@ def _ask(kind, things, rng, yes, heldout=False):
     if kind == 'existence':
         pair = focus.pair if yes else _absent(things, rng, heldout)
         return {'name': _a(' '.join(pair))}, 'Yes.' if yes else 'No.'
-    if kind in ('comparison', 'direction'):
+    if kind == 'comparison':
         first, second = focus, pick(rng, [thing for thing in things if thing != focus])
         if rng.random() < 0.5:
             first, second = second, first
-        if kind == 'direction':
-            return {'a': _full(first), 'b': _full(second)}, _sentence(_direction(first.place, second.place))
         relation = _relation(first.place, second.place, yes, rng)
         return {'a': _full(first), 'relation': relation, 'b': _full(second)}, 'Yes.' if yes else 'No.'
     return {}, describe(things)
@@ -262,7 +245,6 @@ def turns(things, rng, n):
     """n different questions of mixed kinds, each (kind, question, answer), in random order."""
     # So many existence and comparison questions have enough different ones even if all the answers are 'Yes.'.
     left = _LIMITS | {'existence': len(things), 'comparison': (0, 2, 3)[len(things) - 1]}
-    left['direction'] = 2 if len(things) > 1 else 0
     turns, asked = [], set()
     while len(turns) < n:
         kind, yes, key = pick(rng, _WEIGHTED_KINDS), rng.random() < 0.5, None
