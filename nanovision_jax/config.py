@@ -196,7 +196,7 @@ class Config:
 def base_config(stage, size):
     """A Config whose models have `size`: tiny, or d<even depth> as d20 (width 64·d, heads of 128, ffn 4·width).
 
-    The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020).
+    The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020); tiny's has no class token.
     """
     config = Config(stage=stage, size=size)
     if size == 'tiny':

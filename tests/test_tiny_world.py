@@ -120,7 +120,7 @@ def right_answer(kind, question, things):
     if kind == 'thing':
         (reference,) = REFERENCE.findall(question)
         (thing,) = matches(reference, things)
-        return f'A {thing.size} {thing.colour} {thing.shape} in the {thing.place}.'
+        return right_answer('description', '', [thing])
     assert kind == 'description'
     order = sorted(things, key=lambda t: row_and_column(t.place))
     parts = [f'{"an" if t.size[0] in "aeiou" else "a"} {t.size} {t.colour} {t.shape} in the {t.place}' for t in order]

@@ -71,8 +71,10 @@ class VisionTower(nnx.Module):
         self.cfg, self.remat = cfg, remat
         self.patch = nnx.Linear(cfg.patch_size**2 * 3, d, **linear)
         self.class_token = nnx.Param(scale(rngs.params(), (d,))) if with_class else None
-        # As large as the patches, which matrix_init puts at 1: at CLIP's d**-0.5 places are learned later.
-        self.position = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (cfg.patches + with_class, d)))
+        # CLIP starts as published. The other kind starts its positions as large as its patches, at 1: short runs match
+        # captions with places better so.
+        places = scale if with_class else nnx.initializers.normal(1.0)
+        self.position = nnx.Param(places(rngs.params(), (cfg.patches + with_class, d)))
         self.norm_in = norm() if with_class else None
         self.norm_out = norm()
         self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))

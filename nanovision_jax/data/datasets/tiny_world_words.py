@@ -143,7 +143,7 @@ def short_caption(things, rng):
 
 
 def describe(things: list[Thing]) -> str:
-    """The one right answer to a description question: 'A small red circle in the top left and ...', reading order."""
+    """The right answer where all is asked: 'A small red circle in the top left and ...', in reading order."""
     return _sentence(_join([f'{_name(thing)} in the {thing.place}' for thing in things]))
 
 
@@ -214,14 +214,11 @@ def _kinds(things):
 def _ask(kind, things, rng, yes, heldout=False):
     """One question of a kind: (what fills its template, the answer). yes: the answer, where it is yes or no."""
     focus = pick(rng, [thing for thing in things if thing.pair in UNSEEN] if heldout else things)
-    if kind in ('colour', 'shape', 'size', 'place'):
+    if kind in ('colour', 'shape', 'size', 'place', 'thing'):
         # A heldout size or place question names the whole unseen pair, whatever else would do.
         by_name = heldout and kind in ('size', 'place')
         reference = _full(focus) if by_name else pick(rng, _references(kind, focus, things))
-        return {'ref': reference}, _sentence(getattr(focus, kind))
-    if kind == 'thing':
-        reference = pick(rng, _references(kind, focus, things))
-        return {'ref': reference}, _sentence(f'{_name(focus)} in the {focus.place}')
+        return {'ref': reference}, describe([focus]) if kind == 'thing' else _sentence(getattr(focus, kind))
     if kind == 'count':
         noun, count = _count(things, rng, focus if heldout else None)
         return {'noun': noun}, _sentence(NUMBERS[count])
