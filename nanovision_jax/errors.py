@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import os
+import select
 import sys
 
 
@@ -39,12 +41,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs a command's `main(argv)`; a UserError becomes one sentence on stderr and exit code 2."""
+    """Runs a command's `main(argv)`; a UserError becomes one sentence on stderr and exit code 2.
+
+    If the reader of its output goes away (`show … | head`), a command ends without a word, as others do: code 141.
+    """
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        stdout = sys.stdout.fileno()
+        gone = select.poll()
+        gone.register(stdout, 0)  # asks for nothing, so it tells of errors and of a reader that hung up alone
+        if not gone.poll(0):
+            raise
+        # What is still buffered would be written again, and fail again, as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        sys.exit(141)
