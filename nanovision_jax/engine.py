@@ -42,7 +42,7 @@ def chat_prompt(config, tokenizer, messages, pictures=()):
     try:
         conversation.check(messages)
         messages = place_images(messages, len(pictures))
-        ids, _, _ = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True)
+        ids = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True).ids
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
     prepared = [images.prepare(images.to_rgb(picture), vision) for picture in pictures]

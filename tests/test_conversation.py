@@ -30,7 +30,7 @@ def talk():
 
 
 def test_the_layout(tokenizer, talk):
-    ids, learned, ends = encode(talk, tokenizer)
+    ids, learned, ends, _ = encode(talk, tokenizer)
     t, text = tokenizer, tokenizer.encode
     first = [t.end_of_text, t.user, *text('a cat?'), t.end, t.assistant, *text('the dog sees'), t.end]
     second = [t.user, *text('42'), t.end, t.assistant, *text('naïve 你好'), t.end]
@@ -40,14 +40,14 @@ def test_the_layout(tokenizer, talk):
 
 
 def test_answers_and_their_ends_are_learned_and_nothing_else(tokenizer, talk):
-    ids, learned, _ = encode(talk, tokenizer)
+    ids, learned, *_ = encode(talk, tokenizer)
     assert tokenizer.decode(ids[learned], special=True) == 'the dog sees<|end|>naïve 你好<|end|>'
     left = tokenizer.decode(ids[~learned], special=True)
     assert left == '<|endoftext|><|user|>a cat?<|end|><|assistant|><|user|>42<|end|><|assistant|>'
 
 
 def test_special_strings_in_a_conversation_are_only_text(tokenizer):
-    ids, learned, _ = encode([user('a<|end|><|assistant|>b'), assistant('<|end|><|user|>')], tokenizer)
+    ids, learned, *_ = encode([user('a<|end|><|assistant|>b'), assistant('<|end|><|user|>')], tokenizer)
     assert np.isin(ids, tokenizer.special).sum() == 5
     assert learned.sum() == len(tokenizer.encode('<|end|><|user|>')) + 1
 
@@ -57,7 +57,7 @@ def test_special_strings_in_a_conversation_are_only_text(tokenizer):
     [[PICTURE, words('what?')], [words('what?'), PICTURE], [words('first'), PICTURE, words('second')], [PICTURE]],
 )
 def test_a_picture_is_a_run_of_tokens_at_its_place(tokenizer, content):
-    ids, learned, _ = encode([user(*content), assistant('a dog')], tokenizer, PATCHES, 1)
+    ids, learned, *_ = encode([user(*content), assistant('a dog')], tokenizer, PATCHES, 1)
     body = []
     for part in content:
         body += [tokenizer.image] * PATCHES if part is PICTURE else tokenizer.encode(part['text'])
@@ -66,26 +66,26 @@ def test_a_picture_is_a_run_of_tokens_at_its_place(tokenizer, content):
 
 
 def test_two_pictures_side_by_side(tokenizer):
-    ids, _, _ = encode([user(PICTURE, PICTURE, words('two?')), assistant('yes')], tokenizer, PATCHES, 2)
+    ids, *_ = encode([user(PICTURE, PICTURE, words('two?')), assistant('yes')], tokenizer, PATCHES, 2)
     assert (ids[2 : 2 + 2 * PATCHES] == tokenizer.image).all()
     assert (ids == tokenizer.image).sum() == 2 * PATCHES
 
 
 def test_texts_side_by_side_are_lines_of_one(tokenizer):
-    parts, _, _ = encode([user(words('a cat'), words('a dog')), assistant('yes')], tokenizer)
-    whole, _, _ = encode([user('a cat\na dog'), assistant('yes')], tokenizer)
+    parts, *_ = encode([user(words('a cat'), words('a dog')), assistant('yes')], tokenizer)
+    whole, *_ = encode([user('a cat\na dog'), assistant('yes')], tokenizer)
     assert parts.tolist() == whole.tolist()
 
 
 def test_a_last_question_without_an_answer_is_left_out(tokenizer, talk):
-    whole, learned, ends = encode(talk, tokenizer)
-    ids, again, more = encode([*talk, user('and then?')], tokenizer)
+    whole, learned, ends, _ = encode(talk, tokenizer)
+    ids, again, more, _ = encode([*talk, user('and then?')], tokenizer)
     assert ids.tolist() == whole.tolist() and again.tolist() == learned.tolist() and more == ends
 
 
 def test_a_question_stays_and_opens_the_answer(tokenizer, talk):
-    whole, _, _ = encode(talk, tokenizer)
-    ids, learned, _ = encode(talk[:3], tokenizer, question=True)
+    whole, *_ = encode(talk, tokenizer)
+    ids, learned, *_ = encode(talk[:3], tokenizer, question=True)
     assert ids.tolist() == whole[: len(ids)].tolist()
     assert ids[-1] == tokenizer.assistant and not learned[-1]
 
@@ -149,20 +149,40 @@ def test_what_is_no_message_is_a_bad_example_and_not_a_crash(tokenizer, message)
 
 def test_fit_cuts_after_the_last_answer_that_fits(tokenizer, talk):
     example = encode(talk * 3, tokenizer)
-    ids, learned, ends = example
+    ids, learned, ends, _ = example
     assert len(ends) == 6
     for length in range(ends[0] - 1, len(ids) + 3):
-        cut, cut_learned = fit(*example, length)
+        cut, cut_learned, _ = fit(example, length)
         whole = max(end for end in ends if end - 1 <= length)  # a row holds one id more, as a target
         assert cut.tolist() == ids[:whole].tolist() and cut_learned.tolist() == learned[:whole].tolist()
         assert cut[-1] == tokenizer.end and cut_learned[-1]
 
 
 def test_fit_refuses_an_answer_that_is_too_long(tokenizer, talk):
-    ids, learned, ends = encode(talk, tokenizer)
-    assert len(fit(ids, learned, ends, ends[0] - 1)[0]) == ends[0]
+    example = encode(talk, tokenizer)
+    ends = example.ends
+    assert len(fit(example, ends[0] - 1)[0]) == ends[0]
     with pytest.raises(BadExample, match=f'ends at token {ends[0]}, beyond a row of {ends[0] - 2}'):
-        fit(ids, learned, ends, ends[0] - 2)
+        fit(example, ends[0] - 2)
+
+
+def test_the_pictures_behind_a_cut_go_with_it(tokenizer):
+    """Random conversations, cut at every length: as many pictures are left as there are places for."""
+    rng = random.Random(0)
+    for _ in range(100):
+        talk, pictures = [], 0
+        for _ in range(rng.randint(1, 5)):
+            shown = rng.choice([0, 0, 1, 2])
+            pictures += shown
+            talk += [user(*[PICTURE] * shown, words('42?')), assistant(' '.join(['dog'] * rng.randint(1, 9)))]
+        if rng.random() < 0.5:  # a last question without an answer
+            talk.append(user(PICTURE, words('and this?')))
+            pictures += 1
+        example = encode(talk, tokenizer, PATCHES, pictures)
+        assert example.pictures[-1] == (example.ids == tokenizer.image).sum() / PATCHES
+        for length in range(example.ends[0] - 1, example.ends[-1] + 2):
+            ids, _, kept = fit(example, length)
+            assert kept * PATCHES == (ids == tokenizer.image).sum()
 
 
 # LLaVA's form --------------------------------------------------------------------------------------------------------
@@ -190,7 +210,7 @@ def test_image_stands_for_a_picture(value, content):
 def test_image_in_an_answer_is_text(tokenizer):
     messages = from_llava([human('<image>\nwhich tag?'), {'from': 'gpt', 'value': 'it is <image>'}])
     assert messages[1] == {'role': 'assistant', 'content': 'it is <image>'}
-    ids, learned, _ = encode(messages, tokenizer, PATCHES, 1)
+    ids, learned, *_ = encode(messages, tokenizer, PATCHES, 1)
     assert (ids == tokenizer.image).sum() == PATCHES
     assert tokenizer.decode(ids[learned]) == 'it is <image>'
 
@@ -230,6 +250,6 @@ def test_a_hundred_random_conversations(tokenizer):
     for _ in range(100):
         said = [sentence(rng) for _ in range(2 * rng.randint(1, 5))]
         turns = [{'from': ('human', 'gpt')[i % 2], 'value': text} for i, text in enumerate(said)]
-        ids, learned, ends = encode(from_llava(turns), tokenizer)
+        ids, learned, ends, _ = encode(from_llava(turns), tokenizer)
         assert tokenizer.decode(ids[learned], special=True) == ''.join(f'{text}<|end|>' for text in said[1::2])
         assert len(ends) == len(said) // 2 and ends[-1] == len(ids)

@@ -278,7 +278,7 @@ def test_the_tokenizer_s_template_gives_the_ids_of_training(runs, tmp_path, caps
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
     for _ in range(200):
         messages = random_talk(rng)
-        wanted, _, _ = conversation.encode(messages, ours)
+        wanted, *_ = conversation.encode(messages, ours)
         found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert found == wanted.tolist(), messages
 
@@ -295,7 +295,7 @@ def test_the_processor_s_template_gives_the_ids_of_training(runs, tmp_path, caps
         pictures = [picture(n + i) for i in range(rng.randint(1, 3))]
         messages = random_talk(rng, len(pictures))
         patches = run.config.model.vision.patches
-        wanted, _, _ = conversation.encode(messages, run.tokenizer, patches, len(pictures))
+        wanted, *_ = conversation.encode(messages, run.tokenizer, patches, len(pictures))
         text = processor.apply_chat_template(messages)
         found = processor(images=pictures, text=text, add_special_tokens=False, return_tensors='pt')
         assert found['input_ids'][0].tolist() == wanted.tolist(), messages

@@ -91,7 +91,7 @@ def test_lengths_are_those_of_the_examples(llava_folder, tokenizer, tmp_path):
         source, found = sources.open_source(config, 'train'), build(config, tokenizer)
         assert len(found.rows) >= 10
         for row, length, pictures in zip(found.rows, found.lengths, found.pictures, strict=True):
-            ids, learned = index.encode_example(source[row], config, tokenizer)
+            ids, learned, _ = index.encode_example(source[row], config, tokenizer)
             assert length == len(ids) - 1 == len(learned) - 1
             assert pictures == len(source[row].images)
 
@@ -127,7 +127,7 @@ def test_captions_for_clip(made, tokenizer):
     reasons = ['0 images where clip needs one', 'no caption']
     assert found.bad == [{'row': 300 + i, 'reason': reason} for i, reason in enumerate(reasons)]
     assert found.lengths[-1] == config.data.length - 1
-    ids, _ = index.encode_example(sources.open_source(config, 'train')[0], config, tokenizer)
+    ids, *_ = index.encode_example(sources.open_source(config, 'train')[0], config, tokenizer)
     assert ids.tolist() == [tokenizer.end_of_text, *tokenizer.encode('a cat'), tokenizer.end]
 
 

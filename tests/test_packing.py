@@ -1,11 +1,15 @@
 """Rows: plans that fit, rows that are functions of (seed, i), every example once an epoch, nothing moved or lost."""
 
 import concurrent.futures
+import json
 import pickle
+import random
+import re
 
 import numpy as np
 import pytest
 from conftest import parse
+from PIL import Image
 
 from nanovision_jax.data import images, index, mixture, packing, sources
 from nanovision_jax.errors import UserError
@@ -232,14 +236,14 @@ def test_every_example_can_be_read_back_from_its_row(make, stage):
         row, pictures = rows[i], []
         for number, k in enumerate(rows.examples(i), 1):
             example = rows.source[rows.index.rows[k]]
-            ids, learned = index.encode_example(example, config, rows.tokenizer)
+            ids, learned, kept = index.encode_example(example, config, rows.tokenizer)
             here = row['segments'] == number
             assert np.ptp(np.flatnonzero(here)) == here.sum() - 1  # in one piece
             assert row['tokens'][here].tolist() == ids[:-1].tolist()
             assert row['targets'][here].tolist() == ids[1:].tolist()
             assert row['weights'][here].tolist() == learned[1:].tolist()
             assert row['positions'][here].tolist() == list(range(len(ids) - 1))
-            pictures += [images.decode(data, vision) for data in example.images]
+            pictures += [images.decode(data, vision) for data in kept]
         assert row['segments'].max() == number
         several += number > 1
         padding = row['segments'] == 0
@@ -253,6 +257,46 @@ def test_every_example_can_be_read_back_from_its_row(make, stage):
             assert all((a == b).all() for a, b in zip(row['images'], pictures, strict=False))
             assert not row['images'][len(pictures) :].any()
     assert several > 2
+
+
+def test_a_run_of_image_tokens_gets_its_own_picture(tokenizer, tmp_path):
+    """Random conversations with pictures, many of them cut: picture n is of colour n, and the text before it says n."""
+    rng, said, number = random.Random(0), [], 0
+    (tmp_path / 'images').mkdir()
+    for _ in range(60):
+        turns, names = [], []
+        for _ in range(rng.randint(1, 4)):
+            value = ''
+            for _ in range(rng.choice([0, 1, 1, 2])):
+                names.append(f'{number}.png')
+                colour = (number, 255 - number, number)
+                Image.new('RGB', (60, 60), colour).save(tmp_path / 'images' / names[-1])
+                value += f'{number} <image> '
+                number += 1
+            answer = ' '.join(['dog'] * rng.choice([1, 3, 60]))
+            turns += [{'from': 'human', 'value': f'{value}what?'}, {'from': 'gpt', 'value': answer}]
+        if rng.random() < 0.3:
+            turns.append({'from': 'human', 'value': f'{number} <image> and this?'})
+            names.append(names[0] if names else f'{number - 1}.png')
+        said.append({'image': names, 'conversations': turns})
+    assert number < 256
+    (tmp_path / 'data.json').write_text(json.dumps(said))
+    place = [f'run_dir={tmp_path}/vision_instruct', 'data.source=conversations', f'data.path={tmp_path}/data.json']
+    config = parse('vision_instruct', 'data.length=128', 'data.slots=8', *place)
+    source = sources.open_source(config, 'train')
+    found = index.build_index(source, config, tokenizer, 'train')
+    rows = packing.PackedRows(source, found, config, tokenizer, packing.Shuffled(len(found.rows), 0))
+    seen, cut = 0, 0
+    for i in range(rows.rows_per_epoch()):
+        row = rows[i]
+        cut += sum(len(source[found.rows[k]].images) > found.pictures[k] for k in rows.examples(i))
+        image = row['tokens'] == tokenizer.image
+        starts = np.flatnonzero(image & ~np.append(False, image[:-1]))
+        for slot, at in enumerate(starts):  # the model gives the picture of slot k to the k-th run of image tokens
+            n = int(re.search(r'(\d+)\s*$', tokenizer.decode(row['tokens'][max(0, at - 4) : at]))[1])
+            assert row['images'][slot][0, 0].tolist() == [n, 255 - n, n]
+            seen += 1
+    assert seen > 50 and cut > 10
 
 
 def test_only_answers_are_learned(make, tokenizer):

@@ -11,6 +11,7 @@ Learned are the assistant's words and the <|end|> after them.
 import hashlib
 import itertools
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,15 +20,24 @@ class BadExample(Exception):
     """An example that cannot be used; the message is the reason, as bad_rows.jsonl lists it."""
 
 
+class Encoded(NamedTuple):
+    """A conversation as tokens: what encode() makes, and fit() cuts."""
+
+    ids: np.ndarray  # int32 [n]
+    learned: np.ndarray  # bool [n]
+    ends: list[int]  # the lengths at which an answer is complete
+    pictures: list[int]  # how many pictures stand before each of these ends
+
+
 def encode(messages, tokenizer, patches=0, images=0, question=False):
-    """Messages to (ids int32 [n], learned bool [n], ends): `ends` are the lengths at which an answer is complete.
+    """Messages to Encoded.
 
     An image part becomes `patches` image tokens; `images` says how many pictures there are. A last question without
     an answer is left out, unless `question`: then it stays, and the assistant's turn is opened for the model to fill.
     Raises BadExample for an unknown speaker, turns out of order, no answer, or pictures that do not match.
     """
     check(messages)
-    ids, learned, ends = [tokenizer.end_of_text], [False], []
+    ids, learned, ends, pictures = [tokenizer.end_of_text], [False], [], []
     expected, seen = 'user', 0
     for message in messages:
         role, content = message['role'], message['content']
@@ -51,6 +61,7 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
         learned += [False] + [role == 'assistant'] * (len(body) + 1)
         if role == 'assistant':
             ends.append(len(ids))
+            pictures.append(seen)
     if seen != images:
         raise BadExample(f'{seen} image places for {images} images')
     if question:
@@ -62,7 +73,7 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
         raise BadExample('no answer')
     else:
         ids, learned = ids[: ends[-1]], learned[: ends[-1]]
-    return np.array(ids, np.int32), np.array(learned), ends
+    return Encoded(np.array(ids, np.int32), np.array(learned), ends, pictures)
 
 
 def check(messages):
@@ -79,16 +90,18 @@ def check(messages):
                 raise BadExample('text that is not Unicode')
 
 
-def fit(ids, learned, ends, length):
+def fit(encoded, length):
     """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
 
+    Returns (ids, learned, how many pictures are left): the pictures behind the cut go with it.
     A row of T tokens holds T inputs and the T ids that follow them: an example of T + 1 ids.
     Raises BadExample if not even the first answer fits.
     """
-    whole = [end for end in ends if end <= length + 1]
+    ids, learned, ends, pictures = encoded
+    whole = sum(end <= length + 1 for end in ends)
     if not whole:
         raise BadExample(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
-    return ids[: whole[-1]], learned[: whole[-1]]
+    return ids[: ends[whole - 1]], learned[: ends[whole - 1]], pictures[whole - 1]
 
 
 def from_llava(turns, pictures=True):

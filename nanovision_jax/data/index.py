@@ -30,7 +30,10 @@ class Index:
 
 
 def encode_example(example, config, tokenizer):
-    """(ids, learned) of an example as this stage sees it: a caption for clip, else a conversation cut to fit a row."""
+    """(ids, learned, pictures) of an example as this stage sees it: a caption for clip, else a conversation.
+
+    A conversation is cut to fit a row; `pictures` are the first ones of example.images, which its ids have places for.
+    """
     data = config.data
     vision = config.stage.startswith('vision')
     if config.stage == 'clip':
@@ -40,19 +43,20 @@ def encode_example(example, config, tokenizer):
             raise conversation.BadExample('no caption')
         words = tokenizer.encode(example.caption)[: data.length - 2]
         ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
-        return ids, np.ones(len(ids), bool)
-    if len(example.images) > (data.slots if vision else 0):
-        raise conversation.BadExample(f'{len(example.images)} images for {data.slots if vision else 0} slots')
-    patches = config.model.vision.patches
-    ids, learned, ends = conversation.encode(example.messages, tokenizer, patches, len(example.images))
-    return conversation.fit(ids, learned, ends, data.length)
+        return ids, np.ones(len(ids), bool), example.images
+    slots, patches = data.slots if vision else 0, config.model.vision.patches
+    encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
+    ids, learned, kept = conversation.fit(encoded, data.length)
+    if kept > slots:
+        raise conversation.BadExample(f'{kept} images for {slots} slots')
+    return ids, learned, example.images[:kept]
 
 
 def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT
-    parts = (source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
+    parts = (2, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
@@ -89,14 +93,14 @@ def _scan(source, config, tokenizer, file):
             example = source[i]
             if getattr(source, 'text_only', False) and example.images:
                 return -1, 0, False, None  # not for this stage, and not bad
-            ids, _ = encode_example(example, config, tokenizer)
-            for data in () if getattr(source, 'decoded', False) else example.images:
+            ids, _, pictures = encode_example(example, config, tokenizer)
+            for data in () if getattr(source, 'decoded', False) else pictures:
                 images.load(data)
         except conversation.BadExample as error:
             return 0, 0, False, {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
         validation = hasattr(source, 'side') and source.side(example) == 'validation'
-        return len(ids) - 1, len(example.images), validation, None
+        return len(ids) - 1, len(pictures), validation, None
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(look, range(len(source)), chunksize=64), 'reading', len(source), leave=False, mininterval=1)

@@ -163,9 +163,8 @@ class PackedRows:
         laid = []
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
-            ids, learned = encode_example(example, self.config, self.tokenizer)
-            pictures = [images.decode(data, vision) for data in example.images]
-            laid.append((ids, learned, pictures))
+            ids, learned, pictures = encode_example(example, self.config, self.tokenizer)
+            laid.append((ids, learned, [images.decode(data, vision) for data in pictures]))
         return pack(laid, self.config.data.length, self.slots, vision.image_size)
 
     def rows_per_epoch(self):
@@ -247,8 +246,8 @@ class PairRows:
     def __getitem__(self, i):
         epoch, k = self.shuffled.at(i)
         example, vision = self.source[self.index.rows[k]], self.config.model.vision
-        ids, _ = encode_example(example, self.config, self.tokenizer)
-        picture = images.load(example.images[0])
+        ids, _, pictures = encode_example(example, self.config, self.tokenizer)
+        picture = images.load(pictures[0])
         if self.augment:
             picture = images.augment(picture, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {

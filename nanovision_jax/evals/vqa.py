@@ -99,7 +99,7 @@ def prompt_ids(question, config, tokenizer):
     """A question asked alone, behind its picture, as token ids."""
     content = [{'type': 'image'}, {'type': 'text', 'text': question.text}]
     messages = [{'role': 'user', 'content': content}]
-    return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True)[0]
+    return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True).ids
 
 
 def ask(runner, questions, ids, pictures, title):
