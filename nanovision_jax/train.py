@@ -76,28 +76,52 @@ def init_state(config, tokenizer, optimizer, mesh, inherited=(), start=0):
 
 def make_gradients(config, graphdef):
     """A function (trained, frozen, batch) → (loss, gradients) of the mean loss, over optim.accumulate parts."""
+    n = config.optim.accumulate
 
     def total(trained, frozen, batch):
         return stages.loss(config.stage, models.merge(graphdef, trained | frozen), batch)
 
-    def gradients(trained, frozen, batch):
-        part = jax.value_and_grad(total, has_aux=True)
-        if config.optim.accumulate == 1:
-            (loss, count), grads = part(trained, frozen, batch)
-        else:
-            # Row i goes to part i mod n, so that each part is spread over all devices as the batch is.
-            n = config.optim.accumulate
-            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
-
-            def add(so_far, batch):
-                (loss, count), grads = part(trained, frozen, batch)
-                return jax.tree.map(jnp.add, so_far, (loss, count, grads)), None
-
-            zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-            (loss, count, grads), _ = jax.lax.scan(add, zero, parts)
+    def whole(trained, frozen, batch):
+        (loss, count), grads = jax.value_and_grad(total, has_aux=True)(trained, frozen, batch)
         return loss / count, jax.tree.map(lambda g: g / count, grads)
 
-    return gradients
+    def parts_of(batch):
+        # Row i goes to part i mod n, so that each part is spread over all devices as the batch is.
+        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+    def in_parts(trained, frozen, batch):
+        def add(so_far, part):
+            (loss, count), grads = jax.value_and_grad(total, has_aux=True)(trained, frozen, part)
+            return jax.tree.map(jnp.add, so_far, (loss, count, grads)), None
+
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        (loss, count, grads), _ = jax.lax.scan(add, zero, parts_of(batch))
+        return loss / count, jax.tree.map(lambda g: g / count, grads)
+
+    def pairs_in_parts(trained, frozen, batch):
+        """Every picture is compared with the captions of all parts, as in GradCache (arXiv:2101.06983)."""
+
+        def embed(trained, part):
+            model = models.merge(graphdef, trained | frozen)
+            return model.embed(part['images'], part['tokens'], part['ends'])
+
+        def loss_of(trained, embedded):
+            model = models.merge(graphdef, trained | frozen)
+            return model.loss(model.logits(*(x.reshape(-1, x.shape[-1]) for x in embedded)))
+
+        def add(so_far, part_and_slope):
+            part, slope = part_and_slope
+            _, pull = jax.vjp(lambda trained: embed(trained, part), trained)
+            return jax.tree.map(jnp.add, so_far, pull(slope)[0]), None
+
+        parts = parts_of(batch)
+        embedded = jax.lax.map(lambda part: embed(trained, part), parts)
+        loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(trained, embedded)
+        return loss, jax.lax.scan(add, direct, (parts, slopes))[0]
+
+    if n == 1:
+        return whole
+    return pairs_in_parts if config.stage == 'clip' else in_parts
 
 
 def make_train_step(config, graphdef, optimizer, shardings):

@@ -125,10 +125,10 @@ def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
 
 
 @functools.cache
-def gradients(stage, sizes, accumulate=1, flavour='gpt'):
+def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax'):
     """(loss, gradients) of one batch on a mesh of `sizes`, as numpy arrays."""
     cfg = micro.config(stage)
-    cfg.optim.accumulate = accumulate
+    cfg.optim.accumulate, cfg.model.contrastive = accumulate, contrastive
     if flavour == 'llama':  # with everything that its kin have
         cfg.model.flavour, cfg.model.kv_heads, cfg.model.qkv_bias, cfg.model.qk_norm = 'llama', 4, True, True
         cfg.model.heads, cfg.model.head_dim = 8, 8
@@ -165,12 +165,23 @@ def test_gradients_of_the_other_flavour_are_those_of_one_device(mesh):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 1)])
-def test_accumulated_gradients_are_those_of_the_whole_batch(sizes):
-    """Though each of the four parts learns from another number of tokens."""
-    learned = micro.batch(micro.config('pretrain'))['weights'].sum(1).reshape(-1, 4).sum(0)
-    assert len(set(learned)) == 4
-    assert_equal(gradients('pretrain', sizes, accumulate=4), gradients('pretrain', (1, 1, 1)))
+@pytest.mark.parametrize('stage', micro.STAGES)
+def test_accumulated_gradients_are_those_of_the_whole_batch(stage):
+    """Though each of the four parts learns from another number of tokens, and compares only two pictures."""
+    if stage != 'clip':
+        learned = micro.batch(micro.config(stage))['weights'].sum(1).reshape(-1, 4).sum(0)
+        assert len(set(learned)) == 4
+    assert_equal(gradients(stage, (1, 1, 1), accumulate=4), gradients(stage, (1, 1, 1)))
+
+
+@pytest.mark.parametrize('stage', ['clip', 'pretrain'])
+def test_accumulated_gradients_of_a_mesh_are_those_of_one_device(stage):
+    assert_equal(gradients(stage, (1, 2, 1), accumulate=4), gradients(stage, (1, 1, 1)))
+
+
+def test_siglips_loss_accumulates_over_the_whole_batch_too():
+    kept = {'contrastive': 'sigmoid'}
+    assert_equal(gradients('clip', (1, 1, 1), accumulate=4, **kept), gradients('clip', (1, 1, 1), **kept))
 
 
 def test_activations_stay_split_by_rows():

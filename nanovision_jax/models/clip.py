@@ -146,9 +146,18 @@ class CLIP(nnx.Module):
         self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
     ) -> Float[Array, 'B B']:
         """float32 similarity of each picture (rows) with each caption (columns), scaled by the learned temperature."""
+        return self.logits(*self.embed(images, tokens, ends))
+
+    def embed(
+        self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
+    ) -> tuple[Float[Array, 'B E'], Float[Array, 'B E']]:
+        """Pictures and captions as float32 unit vectors of the space in which they are compared."""
         picture = self.vision_projection(self.vision.pooled(self.vision.normalize(images))).astype(jnp.float32)
         caption = self.text_projection(self.text.pooled(tokens, ends)).astype(jnp.float32)
-        picture, caption = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (picture, caption))
+        return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (picture, caption))
+
+    def logits(self, picture: Float[Array, 'B E'], caption: Float[Array, 'B E']) -> Float[Array, 'B B']:
+        """What __call__ returns, of embed()'s vectors."""
         # Clipped at 100 as in CLIP: above it, training becomes unstable.
         logits = jnp.exp(jnp.minimum(self.logit_scale[...], math.log(100))) * picture @ caption.T
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
