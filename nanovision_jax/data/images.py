@@ -1,5 +1,6 @@
 """Pictures: from a zip or a folder, to bytes, to uint8 [S, S, 3] as CLIP crops or LLaVA pads them."""
 
+import hashlib
 import io
 import pathlib
 import threading
@@ -42,6 +43,24 @@ class ImageStore:
         """The names of all members of the zip file, folders left out."""
         with self._lock:
             return [info.filename for info in self._opened().infolist() if not info.is_dir()]
+
+    def stamp(self, names):
+        """What the pictures of these names depend on, as text, wherever they lie.
+
+        Of a zip file its directory, whatever the names; of a folder the files' sizes and times.
+        """
+        if self.path.is_dir():
+            seen = []
+            for name in sorted(names):
+                try:
+                    stat = (self.path / name).stat()
+                    seen.append((name, stat.st_size, stat.st_mtime_ns))
+                except (OSError, ValueError):
+                    seen.append((name, None, None))  # missing: another stamp once it is there
+        else:
+            with self._lock:
+                seen = [(info.filename, info.file_size, info.CRC) for info in self._opened().infolist()]
+        return hashlib.sha256(repr(seen).encode(errors='surrogatepass')).hexdigest()
 
     def read(self, name):
         """The bytes of one picture. Raises BadExample if there is none of that name."""

@@ -56,7 +56,7 @@ def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT
-    parts = (2, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
+    parts = (3, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():

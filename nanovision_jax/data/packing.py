@@ -1,9 +1,11 @@
 """Rows of fixed shape: packed conversations, windows of text, pictures with captions.
 
 A rows object is an endless sequence: rows[i] is a dict of numpy arrays, a pure function of (seed, i). Epoch after epoch
-follows, each in an order of its own, so the position in the data is one integer.
+follows, each in an order of its own, so the position in the data is one integer. rows.identity() tells what row i
+depends on: rows of equal identities have the same row i.
 """
 
+import hashlib
 import os
 import threading
 
@@ -92,6 +94,10 @@ class Shuffled:
         epoch, index = divmod(int(i), self.n)
         return epoch, int(self.order(epoch)[index])
 
+    def identity(self):
+        """What the order depends on, as text."""
+        return f'{self.n} examples, ' + (f'shuffled with seed {self.seed}' if self.shuffle else 'in order')
+
 
 class Mixed(Shuffled):
     """Endless epochs over several sets of things, numbered one after the other, in shares.
@@ -106,7 +112,12 @@ class Mixed(Shuffled):
         self.counts = [max(1, int(epoch * weight + 1e-6)) for weight in weights]
         self.starts = np.cumsum([0, *sizes])
         self.parts = [Shuffled(size, seed * len(sizes) + i, shuffle) for i, size in enumerate(sizes)]
+        self.shares = ', '.join(f'{weight:.6g} of {size}' for size, weight in zip(sizes, weights, strict=True))
         super().__init__(sum(self.counts), seed, shuffle)
+
+    def identity(self):
+        """What the order depends on, as text."""
+        return f'{super().identity()}, mixed as {self.shares}'
 
     def order(self, epoch):
         """Which things an epoch draws, in order: a pure function of (seed, epoch)."""
@@ -124,6 +135,12 @@ class Mixed(Shuffled):
             order = np.concatenate(drawn)[order]
             self._orders = orders = {epoch: order} | {e: o for e, o in orders.items() if e == epoch - 1}
         return orders[epoch]
+
+
+def _data_identity(rows):
+    """What the examples of rows depend on, as a digest: their source, the tokenizer, and which of them are bad."""
+    parts = (rows.source.key, rows.tokenizer.digest, [row['row'] for row in rows.index.bad])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class PackedRows:
@@ -179,16 +196,23 @@ class PackedRows:
             used['image slots'] = float(self.index.pictures[drawn].sum() / (rows * self.slots))
         return used
 
+    def identity(self):
+        """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
+        packing = f'rows of {self.config.data.length} tokens, {OPEN_ROWS} open'
+        if self.slots:
+            packing += f', {self.slots} slots, {self.config.model.vision.patches} tokens a picture'
+        return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
+
 
 class TextRows:
     """Windows of T tokens over token arrays (int, 1-D, documents led by <|endoftext|>); a document is a segment.
 
-    subset: as in '[:10%]', of the windows. Raises UserError for an id beyond the vocabulary: the device would clamp it
-    in silence.
+    subset: as in '[:10%]', of the windows; key: what the shards depend on, as text.key() tells. Raises UserError for an
+    id beyond the vocabulary: the device would clamp it in silence.
     """
 
-    def __init__(self, shards, config, tokenizer, seed, shuffle=True, subset=''):
-        self.shards, self.config, self.tokenizer = shards, config, tokenizer
+    def __init__(self, shards, config, tokenizer, seed, shuffle=True, subset='', key=''):
+        self.shards, self.config, self.tokenizer, self.key = shards, config, tokenizer, key
         self.windows = np.array([max(0, len(shard) - 1) // config.data.length for shard in shards])
         self.first, stop = bounds(subset, int(self.windows.sum()))
         if self.first >= stop:
@@ -234,6 +258,14 @@ class TextRows:
         """Every token of a window is learned from."""
         return {'tokens': 1.0}
 
+    def identity(self):
+        """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
+        return {
+            'data': hashlib.sha256(self.key.encode()).hexdigest()[:16],
+            'order': f'{self.shuffled.identity()}, the first is window {self.first}',
+            'packing': f'windows of {self.config.data.length} tokens',
+        }
+
 
 class PairRows:
     """Pictures with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
@@ -264,3 +296,8 @@ class PairRows:
         """Which share of the captions' tokens is not padding."""
         lengths = self.index.lengths[self.shuffled.order(0)] + 1
         return {'tokens': float(lengths.mean() / self.config.data.length)}
+
+    def identity(self):
+        """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
+        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment
+        return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}

@@ -84,7 +84,8 @@ def open_rows(config, tokenizer, split='train'):
     if config.stage == 'pretrain':
         shards = text.token_shards(config, tokenizer, split)
         subset = mixture.parse_source(config.data.source).subset if split == 'train' else ''
-        return packing.TextRows(shards, config, tokenizer, config.seed, shuffle, subset), []
+        key = text.key(config, tokenizer, split)
+        return packing.TextRows(shards, config, tokenizer, config.seed, shuffle, subset, key), []
     source = sources.open_source(config, split)
     if isinstance(source, sources.Joined):
         indices = [build_index(part, config, tokenizer, split) for part in source.parts]

@@ -106,7 +106,7 @@ class Conversations:
 
     def __init__(self, path, images='', text_only=False):
         self.path, self.images, self.text_only = str(path), str(images), text_only
-        self._lock, self._rows, self._store = threading.Lock(), None, None
+        self._lock, self._rows, self._store, self._key = threading.Lock(), None, None, None
         if not pathlib.Path(path).is_file():
             raise UserError(f'no conversations at {path}: data.path is a LLaVA JSON file or JSON lines.')
         if images:
@@ -117,13 +117,14 @@ class Conversations:
 
     @property
     def key(self):
-        """What the content depends on, as text."""
-        stamp = []
-        for path in (pathlib.Path(self.path), self.image_path()):
-            if path:
-                stat = path.stat()
-                stamp.append(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}')
-        return f'conversations {stamp} {self.text_only}'
+        """What the content depends on, as text; not where it lies, so that data may be moved."""
+        if self._key is None:
+            with open(self.path, 'rb') as file:
+                digest = hashlib.file_digest(file, 'sha256').hexdigest()
+            names = {name for row in self.rows() for name in names_of(row)}
+            pictures = self._store.stamp(names) if self._store else ''
+            self._key = f'conversations {digest} {pictures} {self.text_only}'
+        return self._key
 
     def image_path(self):
         """The zip or folder of pictures: as configured, or found beside the file; None where there is none."""
@@ -217,8 +218,9 @@ class Prepared:
     @property
     def key(self):
         """What the content depends on, as text: of the files, what TFDS and we wrote about them."""
-        files = [self._home() / name for name in ('dataset_info.json', 'source.json')]
-        digest = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+        info, made = (self._home() / name for name in ('dataset_info.json', 'source.json'))
+        told = {name: value for name, value in json.loads(made.read_text()).items() if name != 'from'}  # a folder
+        digest = hashlib.sha256(info.read_bytes() + json.dumps(told, sort_keys=True).encode()).hexdigest()
         return f'{self.name} {digest} {self.split} {self.subset} {self.text_only}'
 
     def _source(self):
@@ -253,6 +255,11 @@ class Joined:
     def __init__(self, parts):
         self.parts = parts
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    @property
+    def key(self):
+        """What the content depends on, as text."""
+        return ' and '.join(part.key for part in self.parts)
 
     def __len__(self):
         return int(self.starts[-1])

@@ -46,16 +46,30 @@ def token_shards(config, tokenizer, split):
     )
 
 
-def _tokenized(config, tokenizer, split):
+def key(config, tokenizer, split):
+    """What a split's tokens depend on, as text; not where the files lie, so that data may be moved."""
     if config.data.source == 'tiny_world':
         from nanovision_jax.data.datasets import tiny_world
 
         stamp = f'tiny_world {tiny_world.TinyWorld.VERSION}'
     else:
-        stamp = ''.join(
-            f'{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}' for f in text_files(config.data.path)
-        )
-    digest = hashlib.sha256(f'{stamp} {tokenizer.digest} {split}'.encode()).hexdigest()[:16]
+        if parse_source(config.data.source).name in ('shards', 'fineweb_edu'):
+            files = _split_files(config, tokenizer, split)
+        else:
+            files = text_files(config.data.path)
+        stamps = [(file, file.stat()) for file in files]
+        stamp = repr([(_name(config, file), stat.st_size, stat.st_mtime_ns) for file, stat in stamps])
+    return f'{stamp} {tokenizer.digest} {split}'
+
+
+def _name(config, file):
+    """A file's name in data.path."""
+    folder = pathlib.Path(config.data.path)
+    return file.relative_to(folder).as_posix() if folder in file.parents else file.name
+
+
+def _tokenized(config, tokenizer, split):
+    digest = hashlib.sha256(key(config, tokenizer, split).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'text-{split}-{digest}.npy'
     if not file.exists():
         texts = read_texts(config, split)
@@ -114,9 +128,10 @@ def _shard_folder(config, tokenizer):
     return home / made['shards']
 
 
-def _open_shards(config, tokenizer, split):
-    """Published shards (FineWeb-Edu-10B-Tokens-NPY: edufineweb_{train,val}_NNNNNN.npy). Files with 'val' in their name
-    are the validation split; without any, the last file is.
+def _split_files(config, tokenizer, split):
+    """The files of a split of published shards (FineWeb-Edu-10B-Tokens-NPY: edufineweb_{train,val}_NNNNNN.npy).
+
+    Files with 'val' in their name are the validation split; without any, the last file is.
     """
     path = _shard_folder(config, tokenizer)
     files = shard_files(path)
@@ -126,8 +141,13 @@ def _open_shards(config, tokenizer, split):
     files = held_out if split == 'validation' else [f for f in files if f not in held_out]
     if not files:
         raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
+    return files
+
+
+def _open_shards(config, tokenizer, split):
+    """The shards of a split. Raises UserError for what is none, and for tokens of another tokenizer."""
     shards = []
-    for file in files:
+    for file in _split_files(config, tokenizer, split):
         shard = open_shard(file)
         if shard.ndim != 1 or shard.dtype.kind != 'u' or not shard.size:
             raise UserError(f'{file} is {shard.dtype} {list(shard.shape)}: a token shard is 1-D and unsigned.')
