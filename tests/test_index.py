@@ -138,6 +138,27 @@ def test_nothing_left_is_refused(made, tokenizer):
         build(made([]), tokenizer)
 
 
+def test_what_each_split_lost_is_counted(made, tokenizer):
+    """Of every split: asked, used, and left out with the reason; a row without its picture is on one side too."""
+    rng = np.random.default_rng(3)
+    broken = [{'image': 'broken.jpg', 'conversations': GOOD}] * 10
+    missing = [{'id': i, 'image': f'none{i}.jpg', 'conversations': GOOD} for i in range(60)]
+    rows = [*good(5000), *broken, *missing, *[{'conversations': []}] * 3]
+    said = [{'from': 'human', 'value': ''}, {'from': 'gpt', 'value': 'b'}]
+    rows += [{'conversations': [{**said[0], 'value': f'q {rng.random()}?'}, said[1]]} for _ in range(3000)]
+    config = made(rows)
+    train, validation = (build(config, tokenizer, split) for split in ('train', 'validation'))
+    assert train.asked + validation.asked == len(rows) == 8073
+    assert train.asked == len(train.rows) + len(train.left_out)
+    assert sorted(train.left_out + validation.left_out, key=lambda row: row['row']) == train.bad == validation.bad
+    lost = [sum('missing' in row['reason'] for row in found.left_out) for found in (train, validation)]
+    assert sum(lost) == 60 and 0 < lost[1] < 10  # about a twentieth
+    everywhere = train.reasons, validation.reasons
+    assert sum(reasons.get('image does not decode', 0) for reasons in everywhere) == 10
+    assert any('no answer' in reasons for reasons in everywhere)
+    assert sum(map(sum, (reasons.values() for reasons in everywhere))) == len(train.bad) == 73
+
+
 # Made once -----------------------------------------------------------------------------------------------------------
 
 

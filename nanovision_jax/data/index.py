@@ -21,12 +21,23 @@ from nanovision_jax.errors import UserError
 
 @dataclasses.dataclass
 class Index:
-    """`rows`, `lengths`, `pictures`: int32 arrays over the usable examples; `bad`: {row, reason} of the others."""
+    """One split of a source, as a stage sees it.
+
+    `rows`, `lengths`, `pictures`: int32 arrays over the usable examples of the split; `asked`: how many examples it
+    has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of all splits of the source.
+    """
 
     rows: np.ndarray
     lengths: np.ndarray
     pictures: np.ndarray
     bad: list[dict]
+    asked: int
+    left_out: list[dict]
+
+    @property
+    def reasons(self):
+        """{reason: how many of the split were left out for it}, the commonest first."""
+        return dict(collections.Counter(row['reason'] for row in self.left_out).most_common())
 
 
 def encode_example(example, config, tokenizer):
@@ -56,7 +67,7 @@ def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT
-    parts = (3, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
+    parts = (4, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
@@ -69,11 +80,12 @@ def build_index(source, config, tokenizer, split):
         reasons = collections.Counter(row['reason'] for row in bad).most_common(3)
         told = '; '.join(f'{count} × {reason}' for reason, count in reasons)
         raise UserError(f'{len(bad)} of {asked} examples of {place} are bad (at most 1% may be): {told}.')
-    on_side = sides == (split == 'validation') if hasattr(source, 'side') else True
+    on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
         raise UserError(f'no {split} example in {place} for stage {config.stage}.')
-    return Index(rows, lengths[rows], pictures[rows], bad)
+    left_out = [row for row, here in zip(bad, on_side[lengths == 0], strict=True) if here]
+    return Index(rows, lengths[rows], pictures[rows], bad, len(rows) + len(left_out), left_out)
 
 
 def join(indices, sizes):
@@ -84,11 +96,19 @@ def join(indices, sizes):
         np.concatenate([index.lengths for index in indices]),
         np.concatenate([index.pictures for index in indices]),
         [row for index in indices for row in index.bad],
+        sum(index.asked for index in indices),
+        [row for index in indices for row in index.left_out],
     )
 
 
 def _scan(source, config, tokenizer, file):
+    def is_held_out(i, example):
+        if not hasattr(source, 'side'):
+            return False
+        return (source.side(example) if example else source.likely_side(i)) == 'validation'
+
     def look(i):
+        example = None
         try:
             example = source[i]
             if getattr(source, 'text_only', False) and example.images:
@@ -97,10 +117,10 @@ def _scan(source, config, tokenizer, file):
             for data in () if getattr(source, 'decoded', False) else pictures:
                 images.load(data)
         except conversation.BadExample as error:
-            return 0, 0, False, {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
+            row = {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
+            return 0, 0, is_held_out(i, example), row
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
-        validation = hasattr(source, 'side') and source.side(example) == 'validation'
-        return len(ids) - 1, len(pictures), validation, None
+        return len(ids) - 1, len(pictures), is_held_out(i, example), None
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(look, range(len(source)), chunksize=64), 'reading', len(source), leave=False, mininterval=1)

@@ -162,6 +162,11 @@ class Conversations:
         """'train' or 'validation', as conversation.side tells."""
         return side(example.messages, example.images)
 
+    def likely_side(self, i):
+        """The side of a row that cannot be read, for counting: by its content, as its picture is not there to ask."""
+        row = json.dumps(self.rows()[int(i)], sort_keys=True)
+        return side([{'role': 'user', 'content': row}], [])
+
 
 def read_json(path):
     """A JSON list, or JSON lines. Raises UserError where the file is neither."""
