@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 from conftest import ROOT, parse, sentence
-from published import MAGPIE, asked, llava_rows, magpie_rows, pictures, write_jsonl, write_parquet, write_zip
+from published import MAGPIE, asked, llava_rows, magpie_rows, pictures, said, write_jsonl, write_parquet, write_zip
 
 from nanovision_jax import prepare as verb
 from nanovision_jax import report
@@ -104,6 +104,35 @@ def test_over_one_percent_is_refused_and_listed(tmp_path):
     write_jsonl(tmp_path / 'raw/x.jsonl', rows[1:3])
     with pytest.raises(UserError, match=r'no validation example in .*: of 2 rows'):
         verb.prepare('magpie', str(tmp_path / 'raw'), str(tmp_path / 'data'))
+
+
+def test_a_second_try_reads_nothing_of_the_first(tmp_path, monkeypatch):
+    """What is refused leaves a list of bad rows; what is made leaves a set; neither is data."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{'messages': said(f'q {i}')} for i in range(100)]
+    write_jsonl(tmp_path / 'x.jsonl', [{'messages': [*row['messages'], {'role': 'narrator'}]} for row in rows])
+    with pytest.raises(UserError, match='100 of 100 rows'):
+        verb.prepare('chat', '.')
+    assert list(tmp_path.rglob('*bad_rows.jsonl'))
+    write_jsonl(tmp_path / 'x.jsonl', rows)
+    (tmp_path / 'runs/x/sft').mkdir(parents=True)
+    for name in ('config.json', 'lineage.json', 'metrics.jsonl'):
+        (tmp_path / 'runs/x/sft' / name).write_text('{}')
+    assert verb.prepare('chat', '.')['rows'] == 100
+    assert verb.prepare('chat', '.', 'again')['rows'] == 100  # beside data/chat/1.0.0 and its features.json
+
+
+def test_files_of_several_kinds_are_all_read_or_refused(tmp_path):
+    write_jsonl(tmp_path / 'a.jsonl', [{'messages': said(f'q {i}')} for i in range(60)])
+    (tmp_path / 'b.json').write_text(json.dumps([{'messages': said(f'r {i}')} for i in range(60)]))
+    messages = pyarrow.list_(pyarrow.struct({'role': pyarrow.string(), 'content': pyarrow.string()}))
+    rows = [{'messages': said(f's {i}')} for i in range(60)]
+    write_parquet(tmp_path / 'c.parquet', rows, {'messages': messages})
+    assert verb.prepare('chat', str(tmp_path), str(tmp_path.parent / 'data'))['rows'] == 180
+    only = verb.prepare('chat', str(tmp_path), str(tmp_path.parent / 'only'), files='*.parquet')
+    assert only['rows'] == 60
+    with pytest.raises(UserError, match=r"holds c\.parquet and a\.jsonl, .* as in --files='\*\.parquet'\.$"):
+        verb.prepare('magpie', str(tmp_path), str(tmp_path.parent / 'data'))
 
 
 @pytest.mark.parametrize(

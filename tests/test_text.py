@@ -67,6 +67,42 @@ def test_a_file_of_one_line_is_split_too(tmp_path):
     assert [len(said) for said in text.read_texts(config, 'validation')] == [50]
 
 
+@pytest.mark.parametrize(
+    'data, told',
+    {
+        'naïve'.encode('latin-1') * 9: r'byte 3 is 0xef; if it is text, convert it first, as in iconv -f ISO-8859-1',
+        '\ufeffnaïve'.encode() + b'\xe9': r'byte 10 is 0xe9',
+        'naïve'.encode('utf-16'): r'byte 1 is 0xff, as in UTF-16 .* iconv -f UTF-16 -t UTF-8',
+        'naïve'.encode('utf-16-le'): r'byte 2 is 0x00, as in UTF-16',
+        'naïve'.encode('utf-16-be'): r'byte 1 is 0x00, as in UTF-16',
+        b'PAR1\x15\x04\x15\x00' + bytes(range(256)): r'byte 8 is 0x00, .* a file that is no text',
+        b'PAR1' + bytes(range(1, 256)): r'byte 132 is 0x80',
+    }.items(),
+    ids=repr,
+)
+def test_what_is_no_utf8_is_refused_by_name(tmp_path, data, told):
+    file = tmp_path / 'a.txt'
+    file.write_bytes(data)
+    for path in (file, tmp_path):
+        with pytest.raises(UserError, match=rf'a\.txt is not UTF-8 text: {told}') as caught:
+            text.read_texts(parse('pretrain', 'data.source=text', f'data.path={path}'), 'train')
+        assert '\n' not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('\ufeffnaïve\r\n你好\rend'.encode())
+    assert text.read_text(tmp_path / 'a.txt') == 'naïve\n你好\nend'
+
+
+def test_our_own_output_is_no_text(tmp_path):
+    """A folder in which runs lie too: their reports and cards are never learned from."""
+    (tmp_path / 'a.md').write_text('mine')
+    for name in ('tiny/tokenizer/source.json', 'tiny/report.md', 'export/lineage.json', 'export/README.md'):
+        (tmp_path / 'runs' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'runs' / name).write_text('{}')
+    assert text.text_files(tmp_path) == [tmp_path / 'a.md']
+
+
 def test_no_text_is_one_sentence(tmp_path, tokenizer):
     for path in (tmp_path, tmp_path / 'none.txt'):
         with pytest.raises(UserError, match='no text at'):

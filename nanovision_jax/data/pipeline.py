@@ -63,7 +63,8 @@ def _tokenizer_texts(config):
         yield from text.read_texts(config, 'train')
     else:
         own = pathlib.Path(data.path)
-        for file in [own, *sorted(other for other in own.parent.glob('*.json*') if other != own)]:
+        beside = sorted(f for f in own.parent.glob('*.json*') if f != own and not f.name.endswith('bad_rows.jsonl'))
+        for file in [own, *beside]:
             try:
                 rows = sources.read_json(file)
             except UserError:

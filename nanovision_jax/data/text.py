@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from nanovision_jax.data.folders import data_files
 from nanovision_jax.data.mixture import parse_source
 from nanovision_jax.errors import UserError
 
@@ -16,10 +17,41 @@ LLM_C = 20240520  # the first int32 of an llm.c shard: 256 of them, the third th
 def text_files(path):
     """The text file, or the files of a folder (*.txt, *.md), in name order."""
     path = pathlib.Path(path)
-    files = sorted(f for f in path.rglob('*') if f.suffix in ('.txt', '.md')) if path.is_dir() else [path]
+    files = [file for file in data_files(path) if file.suffix in ('.txt', '.md')] if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UserError(f'no text at {path}: data.path is a text file or a folder of .txt and .md files.')
     return files
+
+
+def read_text(file):
+    r"""The text of a file in UTF-8, with or without a byte order mark; line ends become \n.
+
+    Raises UserError for another encoding, and for what is no text.
+    """
+    try:
+        text = decode(pathlib.Path(file).read_bytes(), file)
+    except OSError as error:
+        raise UserError(f'{file} cannot be read: {error.strerror}.') from error
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def decode(data, file):
+    """The bytes of a file as text, in UTF-8. Raises UserError that says which byte is not, and how to convert it."""
+    mark = b'\xef\xbb\xbf' if data.startswith(b'\xef\xbb\xbf') else b''
+    how = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'
+    if data.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\0' in data[:4096]:
+        at = 0 if data[0] in (0xFE, 0xFF) else data.index(b'\0')
+        raise UserError(
+            f'{file} is not UTF-8 text: byte {at + 1} is 0x{data[at]:02x}, as in UTF-16 or in a file that is no text; '
+            f'if it is text, {how.format("UTF-16")}.'
+        )
+    try:
+        return data[len(mark) :].decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'{file} is not UTF-8 text: byte {len(mark) + error.start + 1} is 0x{error.object[error.start]:02x}; '
+            f'if it is text, {how.format("ISO-8859-1")}, or whatever it is in.'
+        ) from error
 
 
 def read_texts(config, split):
@@ -30,7 +62,7 @@ def read_texts(config, split):
         return [row['text'].decode() for row in open_tiny_world(config.data.path, 'text', split)]
     texts = []
     for file in text_files(config.data.path):
-        text = file.read_text(encoding='utf-8', errors='replace')
+        text = read_text(file)
         end = int(len(text) * (1 - HELD_OUT))
         cut = text.rfind('\n', 0, end) + 1 or end
         texts.append(text[:cut] if split == 'train' else text[cut:])

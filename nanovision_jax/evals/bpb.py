@@ -39,7 +39,7 @@ def run(model_run, split='validation', data=None, limit=None):
         raise UserError('text has no heldout split: bpb scores validation (or train).')
     if data:
         files = text.text_files(data)
-        texts = [file.read_text(encoding='utf-8', errors='replace') for file in files]
+        texts = [text.read_text(file) for file in files]
         config.data.path = data
         shards = [tokenizer.encode_documents(texts)]
     elif config.stage != 'pretrain' and config.data.source != 'tiny_world':

@@ -12,10 +12,12 @@ class Chat(ConversationsBuilder):
     """`messages: [{role, content}]`, content a string or parts: text, image, image_url.
 
     A picture is a data: URI, the name of a file beside the rows, or bytes; an image part that says none of these, or an
-    <image> in a question, takes the next of the row's `images`. Addresses on the web are not fetched.
+    <image> in a question, takes the next of the row's `images`. Addresses on the web are not fetched. All JSON, JSON
+    lines and parquet files of the folder are read, unless --files says which.
     """
 
     PATTERNS = ('*.jsonl', '*.parquet', '*.json')
+    TOGETHER = True
 
     def rows(self):
         """Every row of the files."""

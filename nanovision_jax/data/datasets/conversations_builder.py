@@ -39,7 +39,8 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     """
 
     VERSION = tfds.core.Version(PREPARED_VERSION)
-    PATTERNS = ()  # the files that hold the rows: the first of these that there are
+    PATTERNS = ()  # the files that hold the rows: those of one pattern
+    TOGETHER = False  # or of all
     COLUMNS = ()  # of parquet files; () is all
 
     def __init__(self, *, source='', patterns=(), minimum=None, workers=0, made_from=None, **kwargs):
@@ -48,10 +49,14 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
         self.made_from, self.left_out, self.spool = made_from or {}, 0, None
         super().__init__(**kwargs)
 
+    def files(self):
+        """The published files that hold the rows."""
+        return files.find(self.source, self.patterns, self.TOGETHER)
+
     def rows(self):
         """Yields (key, row): every row of the published files under a name of its own, as a reader gives it."""
         folder = pathlib.Path(self.source)
-        for file in files.find(self.source, self.patterns):
+        for file in self.files():
             name = file.name if file == folder else file.relative_to(folder).as_posix()
             for number, row in enumerate(files.read_rows(file, self.COLUMNS)):
                 yield f'{name}:{number}', row
@@ -78,7 +83,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     def _generate_examples(self):
         folder = pathlib.Path(self.data_path)
         counts, reasons = collections.Counter(), collections.Counter()
-        total = files.count_rows(files.find(self.source, self.patterns))
+        total = files.count_rows(self.files())
         with (
             open(folder / 'bad_rows.jsonl', 'w', encoding='utf-8') as listed,
             concurrent.futures.ThreadPoolExecutor(self.workers) as pool,

@@ -6,6 +6,7 @@ import json
 import pathlib
 
 from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.folders import data_files
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.data.sources import read_json
 from nanovision_jax.errors import UserError
@@ -13,16 +14,26 @@ from nanovision_jax.errors import UserError
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif')  # what a picture may be called, whatever the row calls it
 
 
-def find(folder, patterns):
-    """The files of a folder, at any depth, that match the first of `patterns` that any file matches; in name order."""
+def find(folder, patterns, together=False):
+    """The files of a folder, at any depth, that match `patterns`, in name order; what we wrote ourselves left out.
+
+    Raises UserError for none and, unless they are read `together`, for files of several patterns: one of them would be
+    left out, and often they hold the same rows.
+    """
     folder = pathlib.Path(folder)
     if folder.is_file():
         return [folder]
-    for pattern in patterns:
-        files = sorted(f for f in folder.rglob(pattern) if f.is_file() and f.relative_to(folder).parts[0] != '.cache')
-        if files:
-            return files
-    raise UserError(f'{folder} holds no {" and no ".join(patterns)}: say with --from=FOLDER where the files are.')
+    every = data_files(folder)
+    found = {pattern: [file for file in every if file.relative_to(folder).match(pattern)] for pattern in patterns}
+    found = {pattern: files for pattern, files in found.items() if files}
+    if not found:
+        raise UserError(f'{folder} holds no {" and no ".join(patterns)}: say with --from=FOLDER where the files are.')
+    if len(found) > 1 and not together:
+        (pattern, first), (_, second) = ((pattern, files[0].name) for pattern, files in list(found.items())[:2])
+        raise UserError(
+            f"{folder} holds {first} and {second}, of which one kind is read: say which, as in --files='{pattern}'."
+        )
+    return sorted({file for files in found.values() for file in files})
 
 
 def count_rows(files):
