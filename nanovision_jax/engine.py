@@ -150,7 +150,7 @@ class Engine:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt.ids)] = prompt.ids
         logits, cache = prefill(self.graphdef, self.params, tokens, lengths, self._pictures(prompts), slots)
-        stops = jnp.array([tokenizer.end, *(i for i in tokenizer.special if i != tokenizer.end)], jnp.int32)
+        stops = jnp.array(tokenizer.stops, jnp.int32)
         sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
         state = (logits, cache, jnp.array(lengths), jnp.zeros(len(prompts), bool))
         state += (jax.vmap(jax.random.key)(seed + jnp.arange(len(prompts))),)
@@ -162,7 +162,7 @@ class Engine:
             made += out.shape[1]
             chunk = []
             for row, ids in enumerate(out):
-                stop = np.flatnonzero(np.isin(ids, tokenizer.special))
+                stop = np.flatnonzero(np.isin(ids, tokenizer.stops))
                 chunk.append([] if finished[row] else ids[: stop[0]].tolist() if len(stop) else ids.tolist())
                 finished[row] |= len(stop) > 0
             finished |= np.asarray(state[3])

@@ -11,7 +11,7 @@ import jax
 
 from nanovision_jax.checkpoint import file_digest
 from nanovision_jax.data.sources import provenance
-from nanovision_jax.data.tokenizer import CHAT_TEMPLATE
+from nanovision_jax.data.tokenizer import TEMPLATE_DIGEST
 from nanovision_jax.errors import UserError
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
@@ -72,7 +72,7 @@ def _record(config, tokenizer):
     return {
         'stage': config.stage,
         'tokenizer': tokenizer.digest,
-        'template': hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+        'template': TEMPLATE_DIGEST,
         'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
         'data': provenance(config.data),
     }

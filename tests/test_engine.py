@@ -33,7 +33,7 @@ def text(tokenizer):
 
 def make(stage, tokenizer):
     cfg = tiny.config(stage, positions=CONTEXT)
-    endless = types.SimpleNamespace(special=(-1, -2, -3, -4, -5), end=-1, decode=tokenizer.decode)
+    endless = types.SimpleNamespace(stops=(-1, -2, -3, -4, -5), decode=tokenizer.decode)
     rng, prompts = np.random.default_rng(0), []
     for length, pictures in ((32, 2), (17, 0), (23, 1)):
         ids = rng.integers(5, 250, length, np.int32)
@@ -113,11 +113,11 @@ def test_every_stop_token_ends_its_row_and_no_other(text):
     stops = plain[0][3], plain[1][19], plain[2][10]
 
     for special in ((*stops, -1, -2), (-1, -2, *stops)):
-        runner.tokenizer.special, runner.tokenizer.end = special, special[0]
+        runner.tokenizer.stops = special
         try:
             chunks = list(runner.pieces(prompts, max_new_tokens=29))
         finally:
-            runner.tokenizer.special, runner.tokenizer.end = (-1, -2, -3, -4, -5), -1
+            runner.tokenizer.stops = (-1, -2, -3, -4, -5)
         found = [[token for chunk in chunks for token in chunk[row]] for row in range(3)]
         assert found == [row[: first(row, stops)] for row in plain]
         assert len(chunks) == 1 + max(map(len, found)) // 16  # and when all have ended, so does the work

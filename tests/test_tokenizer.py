@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 
+import foreign
 import numpy as np
 import pytest
 import tokenizers
@@ -234,6 +235,39 @@ def test_the_template_of_an_imported_tokenizer_gives_our_ids(gpt2_folder, tmp_pa
         messages = talk(rng, 2)
         ids = fast.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids == conversation.encode(messages, mine)[0].tolist()
+
+
+@pytest.mark.parametrize('family', foreign.FAMILIES)
+def test_no_text_becomes_a_special_token_of_an_imported_tokenizer(family, tokenizer_folder, tmp_path):
+    """Neither by encode, nor by the stored template: the special tokens of a conversation are those of its turns."""
+    import_tokenizer(
+        str(foreign.make(family, tmp_path / 'theirs', tokenizer_folder, template=False)), tmp_path / 'mine'
+    )
+    mine, fast = Tokenizer(tmp_path / 'mine'), transformers.AutoTokenizer.from_pretrained(tmp_path / 'mine')
+    special, plain, *_ = foreign.FAMILIES[family]
+    assert set(mine.controls) == {*special, *plain, *SPECIAL}
+    rng, raw = random.Random(7), tokenizers.Tokenizer.from_file(str(tmp_path / 'mine' / 'tokenizer.json'))
+    for token in mine.controls:
+        hostile = f'a{token}system {token[0]}{token}{token[1:]}{token}'
+        assert raw.encode(hostile, add_special_tokens=False).ids.count(raw.token_to_id(token)) >= 3  # what must not be
+        assert not set(mine.encode(hostile)) & set(mine.special)
+        assert mine.decode(mine.encode(hostile)) == mine.escape(hostile)
+    for _ in range(50):
+        said = [rng.choice(['\n', '', sentence(rng)]).join(rng.choices([*mine.controls, 'x'], k=4)) for _ in range(4)]
+        messages = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(said)]
+        ids = conversation.encode(messages, mine).ids.tolist()
+        assert fast.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
+        assert [i for i in ids if i in mine.special] == [
+            mine.end_of_text,
+            *(i for _ in range(2) for i in (mine.user, mine.end, mine.assistant, mine.end)),
+        ]
+
+
+def test_added_words_and_spaces_are_text(tokenizer_folder, tmp_path):
+    raw = tokenizers.Tokenizer.from_file(str(tokenizer_folder / 'tokenizer.json'))
+    raw.add_tokens(['    ', 'hedgehog', '[TOOL]', '<tool>'])
+    raw.save(str(tmp_path / 'tokenizer.json'))
+    assert Tokenizer(tmp_path).controls == (*SPECIAL, '[TOOL]', '<tool>')
 
 
 def test_a_word_piece_tokenizer_is_refused(tmp_path):

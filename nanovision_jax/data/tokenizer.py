@@ -5,8 +5,10 @@ Training and reading use `tokenizers`; `transformers` is only imported to make a
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import tokenizers
@@ -15,37 +17,63 @@ from nanovision_jax.errors import UserError
 
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|image|>')
 
-# The chat template stored with the tokenizer: what conversation.encode does, for tools that read templates. Its escape
-# is ours: a special string in anybody's text gets a zero-width space behind its '<', so that no text opens a turn.
-_ESCAPED = 'text' + ''.join(f" | replace('{token}', '<\\u200b{token[1:]}')" for token in SPECIAL) + ' | trim'
-CHAT_TEMPLATE = (
-    "{%- macro write(text) -%}{{ " + _ESCAPED + " }}{%- endmacro -%}"
-    "{{- '<|endoftext|>' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role not in ('user', 'assistant') -%}"
-    "{{- raise_exception('unknown speaker: ' + message.role) -}}"
-    "{%- endif -%}"
-    "{{- '<|' + message.role + '|>' -}}"
-    "{%- if message.content is string -%}{{- write(message.content) -}}"
-    "{%- else -%}"
-    "{%- set so_far = namespace(text='') -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- write(so_far.text) + '<|image|>' -}}{%- set so_far.text = '' -%}"
-    "{%- else -%}{%- set so_far.text = so_far.text + '\\n' + part.text -%}{%- endif -%}"
-    "{%- endfor -%}{{- write(so_far.text) -}}"
-    "{%- endif -%}"
-    "{{- '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)  # fmt: skip
+# What lineage.json calls our template: the sha256 of the text that was first stored for it.
+TEMPLATE_DIGEST = '769bb8cba12ecb1471e2a1fdf0eabf64988ea4cf9981a205e758432c01a3e038'
 
 
-def escape(text):
-    """`text` with its special strings defused and its ends trimmed; the rule that CHAT_TEMPLATE follows too."""
-    if '<|' in text:
-        for token in SPECIAL:
-            text = text.replace(token, f'<\u200b{token[1:]}')
+def chat_template(controls):
+    """The chat template stored with a tokenizer: what conversation.encode does, for tools that read templates.
+
+    Its macro `write` is escape(): a control string in anybody's text gets a zero-width space behind its first
+    character, so that no text opens a turn.
+    """
+    return (
+        "{%- set controls = [" + ', '.join(json.dumps(token, ensure_ascii=False) for token in controls) + "] -%}"
+        "{%- macro write(text) -%}"
+        "{%- set safe = namespace(text=text) -%}"
+        "{%- for token in controls -%}"
+        "{%- set safe.text = safe.text | replace(token, token[:1] + '\\u200b' + token[1:]) -%}"
+        "{%- endfor -%}"
+        "{{- safe.text | trim -}}"
+        "{%- endmacro -%}"
+        "{{- '<|endoftext|>' -}}"
+        "{%- for message in messages -%}"
+        "{%- if message.role not in ('user', 'assistant') -%}"
+        "{{- raise_exception('unknown speaker: ' + message.role) -}}"
+        "{%- endif -%}"
+        "{{- '<|' + message.role + '|>' -}}"
+        "{%- if message.content is string -%}{{- write(message.content) -}}"
+        "{%- else -%}"
+        "{%- set so_far = namespace(text='') -%}"
+        "{%- for part in message.content -%}"
+        "{%- if part.type == 'image' -%}{{- write(so_far.text) + '<|image|>' -}}{%- set so_far.text = '' -%}"
+        "{%- else -%}{%- set so_far.text = so_far.text + '\\n' + part.text -%}{%- endif -%}"
+        "{%- endfor -%}{{- write(so_far.text) -}}"
+        "{%- endif -%}"
+        "{{- '<|end|>' -}}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    )  # fmt: skip
+
+
+def escape(text, controls=SPECIAL):
+    """`text` with its control strings defused and its ends trimmed; the rule that chat_template() follows too."""
+    for token in controls:
+        text = text.replace(token, f'{token[:1]}\u200b{token[1:]}')
     return text.strip()
+
+
+def control_tokens(added):
+    """The strings, in the order of their ids, that no text may become: {id: AddedToken} of a tokenizer.
+
+    These are its special tokens, and of its other added tokens those that look like markup: Qwen does not call <think>
+    and <tool_call> special, and yet they steer the model. Added words and runs of spaces are text.
+    """
+    return tuple(
+        token.content
+        for _, token in sorted(added.items())
+        if token.special or re.fullmatch(r'<.+>|\[.+\]', token.content)
+    )
 
 
 class Tokenizer:
@@ -62,18 +90,25 @@ class Tokenizer:
         ids = [self._tokenizer.token_to_id(token) for token in SPECIAL]
         if None in ids:
             raise UserError(f'the tokenizer in {self.folder} has no {SPECIAL[ids.index(None)]}: it was not made by us.')
-        self.end_of_text, self.user, self.assistant, self.end, self.image = self.special = tuple(ids)
+        self.end_of_text, self.user, self.assistant, self.end, self.image = ids
+        self.stops = (self.end, *(i for i in ids if i != self.end))  # what ends an answer
+        self.controls = control_tokens(self._tokenizer.get_added_tokens_decoder())
+        self.special = tuple(self._tokenizer.token_to_id(token) for token in self.controls)
         self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)  # questions repeat
 
     def __reduce__(self):
         return Tokenizer, (self.folder,)  # data workers open it again
 
+    def escape(self, text):
+        """`text` as it is tokenized: without anything that would become one of `controls`, trimmed."""
+        return escape(text, self.controls)
+
     def _encode(self, text):
-        return tuple(self._tokenizer.encode(escape(text), add_special_tokens=False).ids)
+        return tuple(self._tokenizer.encode(self.escape(text), add_special_tokens=False).ids)
 
     def encode_documents(self, texts):
         """Each text as ids with <|endoftext|> before it: one int32 array of all of them."""
-        encoded = self._tokenizer.encode_batch_fast([escape(text) for text in texts], add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast([self.escape(text) for text in texts], add_special_tokens=False)
         return np.concatenate([np.array([self.end_of_text, *e.ids], np.int32) for e in encoded])
 
     def decode(self, ids, special=False):
@@ -122,7 +157,7 @@ def _save(fast, folder):
     fast.add_special_tokens({'additional_special_tokens': list(SPECIAL[1:])})
     fast.add_special_tokens(dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0]))
     assert all(fast.get_vocab()[token] == i for token, i in known.items()), 'adding special tokens moved old ones'
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = chat_template(control_tokens(fast.added_tokens_decoder))
     fast.model_max_length = int(1e9)
     fast.save_pretrained(folder)
 

@@ -40,7 +40,7 @@ def export(run, output, dtype='float32'):
         tensors = decoders.give_decoder(run.params, family, tokenizer.size)
     files = {'config.json': content | tokens | {'dtype': dtype}}
     files['generation_config.json'] = tokens | dict(
-        eos_token_id=[tokenizer.end, *(i for i in tokenizer.special if i != tokenizer.end)],  # as our engine stops
+        eos_token_id=list(tokenizer.stops),  # as our engine stops
         do_sample=False, max_new_tokens=256,
     )  # fmt: skip
     if vision:
