@@ -12,7 +12,6 @@ import hashlib
 import json
 import pathlib
 import shutil
-import sys
 import threading
 
 import jax
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import path_name
+from nanovision_jax.runfolder import file_digest, whole_steps, write_whole
 
 
 class Checkpoints:
@@ -78,53 +78,7 @@ def write_manifest(folder, content):
     """Writes manifest.json: `content` and the sha256 of every file in the folder. The rename makes it whole."""
     files = sorted(file for file in folder.rglob('*') if file.is_file())
     digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
-    partial = folder / 'manifest.json.part'
-    partial.write_text(json.dumps(content | {'files': digests}, indent=1) + '\n')
-    partial.rename(folder / 'manifest.json')
-
-
-def file_digest(file):
-    """The sha256 of a file, in hex."""
-    with open(file, 'rb') as handle:
-        return hashlib.file_digest(handle, 'sha256').hexdigest()
-
-
-def whole_steps(run_dir):
-    """The steps whose checkpoint has a manifest, newest first."""
-    manifests = pathlib.Path(run_dir).glob('checkpoints/*/manifest.json')
-    return sorted((int(m.parent.name) for m in manifests if m.parent.name.isdigit()), reverse=True)
-
-
-def manifest(run_dir, step):
-    """The manifest of one checkpoint."""
-    return json.loads((pathlib.Path(run_dir) / 'checkpoints' / str(step) / 'manifest.json').read_text())
-
-
-def damage(run_dir, step):
-    """The first file of a checkpoint that is not what its manifest says, or None."""
-    folder = pathlib.Path(run_dir) / 'checkpoints' / str(step)
-    try:
-        for name, digest in manifest(run_dir, step)['files'].items():
-            if not (folder / name).is_file() or file_digest(folder / name) != digest:
-                return folder / name
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return folder / 'manifest.json'
-    return None
-
-
-def newest(run_dir, say=lambda text: print(text, file=sys.stderr)):
-    """The newest step whose files are what its manifest says; what is passed over is said. None if there is none.
-
-    Raises UserError if there are checkpoints and all are damaged.
-    """
-    steps = whole_steps(run_dir)
-    for step in steps:
-        if (bad := damage(run_dir, step)) is None:
-            return step
-        say(f'warning: {bad} is damaged, so checkpoint {step} is not used')
-    if steps:
-        raise UserError(f'every checkpoint in {run_dir} is damaged.')
-    return None
+    write_whole(folder / 'manifest.json', json.dumps(content | {'files': digests}, indent=1) + '\n')
 
 
 def restore(run_dir, step, item, target):
@@ -160,7 +114,16 @@ def like(tree):
 
 
 def tree_digest(tree):
-    """The sha256 over every leaf's name and bytes, in hex: equal exactly when two trees are, bit for bit."""
+    """A digest over every leaf's name, shape, dtype and bytes: equal exactly when two trees are, bit for bit."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(f'{path_name(path)} {leaf.dtype} {list(leaf.shape)} '.encode())
+        digest.update(jax.device_get(leaf).tobytes())
+    return f'2:{digest.hexdigest()}'
+
+
+def former_tree_digest(tree):
+    """What tree_digest() was before shape and dtype belonged to it: lineage.json of older runs holds it."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         digest.update(path_name(path).encode())

@@ -1,9 +1,13 @@
 """How a command line becomes one Config; every mistake is one sentence."""
 
+import contextlib
+import math
 import pathlib
 import sys
 
-from nanovision_jax.config import Config, base_config, check, fields, fill, get
+from nanovision_jax import start
+from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get
+from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
 
 
@@ -13,9 +17,7 @@ def parse(argv, usage='', flags=()):
     `flags` are the names of further boolean options. Raises UserError, one sentence, for every mistake.
     """
     if '--help' in argv or '-h' in argv:
-        print(usage.strip())
-        print('\nFields, each overridden with --config.FIELD=VALUE:')
-        print('\n'.join(f'  {name:30} {kind.__name__}' for name, kind in fields(Config).items()))
+        _help([arg for arg in argv if arg not in ('--help', '-h')], usage)
         sys.exit(0)
     given, options = _split(argv)
     for name in options:
@@ -39,17 +41,51 @@ def parse(argv, usage='', flags=()):
         raise UserError(f'the size goes behind the config file: --config={path}:{options["config.size"]}.')
     for name in flags:
         _check_type(name, bool, options.get(name, 'false'))
+    if options.get('config.data.source', 'mixture') != 'mixture' and options.get('config.data.mixture'):
+        raise UserError(
+            'data.source and data.mixture are both given: a mixture names its sources, leave data.source out.'
+        )
+    chosen = {name: options.get(name, 'false').lower() in ('true', '1') for name in flags}
     config = _read(file, size, given)
-    chosen = {name: get(config, name) for name in (o.removeprefix('config.') for o in options) if name in known}
     fill(config)
-    for name, value in chosen.items():
-        if get(config, name) != value:
-            raise UserError(
-                f'{name} is {value!r} on the command line, and {get(config, name)!r} in the published weights '
-                f'({config.model.decoder or config.model.tower}), which fix it: leave it out.'
-            )
+    check_values(config)
+    told = start.inherit(config, _given(config, options), chosen.get('anew', False))
     check(config)
-    return config, {name: options.get(name, 'false').lower() in ('true', '1') for name in flags}
+    print('\n'.join(told), end='\n' * bool(told))
+    return config, chosen
+
+
+def _given(config, options):
+    """The fields that were given: on the command line and, of the model, by a config file with sizes of its own."""
+    try:
+        usual = base_config(config.stage, config.size)
+    except UserError:  # a config file may name its size as it likes
+        usual = Config()
+    names = {name.removeprefix('config.') for name in options} & set(fields(Config))
+    return names | {n for n in fields(Config) if n.startswith('model.') and get(config, n) != get(usual, n)}
+
+
+def _help(argv, usage):
+    """Prints the usage and every field: type, meaning, limits, default and, with --config=FILE, its value there."""
+    config = None
+    if any(arg.startswith('--config') for arg in argv):
+        with contextlib.suppress(UserError):  # help is given whatever else is wrong
+            given, options = _split(argv)
+            path, _, size = options['config'].partition(':')
+            if pathlib.Path(path).is_file():
+                config = _read(pathlib.Path(path), size, given)
+                fill(config)
+                start.inherit(config, _given(config, options))
+    print(usage.strip())
+    print('\nFields, each overridden with --config.FIELD=VALUE:')
+    for name, field in config_options(Config).items():
+        kind, default, meta = fields(Config)[name], field.default, field.metadata
+        limits = [f'one of {", ".join(map(repr, meta["choices"]))}'] if meta['choices'] else []
+        words = {'above': 'above', 'least': 'at least', 'below': 'below'}
+        limits += [f'{word} {meta[limit]}' for limit, word in words.items() if meta[limit] is not None]
+        here = f'; here: {get(config, name)!r}' if config else ''
+        print(f'  {name} ({kind.__name__})')
+        print(f'      {meta["meaning"]}{"".join(f"; {limit}" for limit in limits)}; default: {default!r}{here}')
 
 
 def _split(argv):
@@ -107,8 +143,10 @@ def _check_type(name, kind, text):
                 raise ValueError
         elif kind in (int, float):
             kind(text)
-        elif kind is tuple and len([float(n) for n in text.strip('()').split(',')]) != count:
-            raise ValueError
+        elif kind is tuple:
+            numbers = [float(n) for n in text.strip('()').split(',')]
+            if len(numbers) != count or not all(map(math.isfinite, numbers)):
+                raise ValueError
     except ValueError:
         wanted = f'{"three" if count == 3 else "four"} numbers' if kind is tuple else kind.__name__
         raise UserError(f'--{name} takes {wanted}, not {text!r}.') from None

@@ -1,11 +1,11 @@
-"""Typed configs and the size dial: every field, listed once, with its default.
+"""Typed configs and the size dial: every field, listed once, with its default, its meaning and what it may be.
 
 A config file defines get_config(size) and returns a Config; commandline.py reads it. No jax is imported, so that
-mistakes are answered at once.
+mistakes are answered at once. What a run takes over from where it starts is start.py's business.
 """
 
 import dataclasses
-import json
+import math
 import os
 import pathlib
 import re
@@ -14,33 +14,43 @@ import typing
 from nanovision_jax.data.mixture import CONVERSATIONS, PREPARED, parse_source, parts_of
 from nanovision_jax.errors import UserError, nearest
 
+UNKNOWN = 'unknown'  # data.source of a run that was made of somebody's weights
 STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
-# The stages that one may start from, the usual one first.
-PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
+
+
+def option(default, meaning, choices=(), least=None, above=None, below=None):
+    """A field of a config: its default, what --help says of it, and what it may be.
+
+    choices: the values that there are; least, above, below: bounds of a number. Numbers are finite in any case.
+    """
+    limits = {'choices': choices, 'least': least, 'above': above, 'below': below}
+    metadata = {'meaning': meaning} | limits
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
 class Vision:
-    """A vision tower and the pictures it takes. `mean` and `std` normalise pixels in 0..1.
+    """A vision tower and the pictures it takes."""
 
-    kind: clip has a class token and a norm before its blocks, siglip neither, and a bias on its patches.
-    fit: crop (the short side to image_size, then the middle square; CLIP), pad (to a square first; LLaVA 1.5) or
-    stretch (SigLIP).
-    """
-
-    kind: str = 'clip'
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    ffn: int = 3072
-    activation: str = 'quick_gelu'  # quick_gelu, gelu (exact) or gelu_tanh
-    epsilon: float = 1e-5  # of the norms
-    fit: str = 'crop'
-    resample: str = 'bicubic'  # or bilinear
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    kind: str = option('clip', 'clip (a class token, a norm before the blocks) or siglip', ('clip', 'siglip'))
+    image_size: int = option(224, 'side of the square picture, in pixels', above=0)
+    patch_size: int = option(16, 'side of a patch, in pixels', above=0)
+    width: int = option(768, 'numbers a token', above=0)
+    layers: int = option(12, 'blocks; features are taken before the last one', above=0)
+    heads: int = option(12, 'attention heads', above=0)
+    ffn: int = option(3072, 'width of the feed-forward layers', above=0)
+    activation: str = option('quick_gelu', 'of the feed-forward layers', ('quick_gelu', 'gelu', 'gelu_tanh'))
+    epsilon: float = option(1e-5, 'of the norms', above=0)
+    fit: str = option(
+        'crop',
+        'how a picture becomes square: crop (the middle; CLIP), pad (mean colour; LLaVA 1.5) or stretch (SigLIP)',
+        ('crop', 'pad', 'stretch'),
+    )
+    resample: str = option('bicubic', 'how a picture is resized', ('bicubic', 'bilinear'))
+    mean: tuple[float, float, float] = option((0.48145466, 0.4578275, 0.40821073), 'subtracted from pixels in 0..1')
+    std: tuple[float, float, float] = option((0.26862954, 0.26130258, 0.27577711), 'and what they are divided by')
 
     @property
     def patches(self):
@@ -57,37 +67,41 @@ class Vision:
 class Text:
     """CLIP's text tower; its context is data.length, its output has `embed` dimensions like the vision tower's."""
 
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    ffn: int = 2048
-    embed: int = 512
+    width: int = option(512, 'numbers a token', above=0)
+    layers: int = option(12, 'blocks', above=0)
+    heads: int = option(8, 'attention heads', above=0)
+    ffn: int = option(2048, 'width of the feed-forward layers', above=0)
+    embed: int = option(512, 'dimensions in which pictures and captions are compared', above=0)
 
 
 @dataclasses.dataclass(unsafe_hash=True)  # a static part of jitted models
 class Model:
     """The decoder, and what the vision stages add to it."""
 
-    layers: int = 20
-    width: int = 1280
-    heads: int = 10
-    ffn: int = 5120
-    positions: int = 2048  # the longest context; data.length may be shorter
-    rope_theta: float = 1e6
-    flavour: str = 'gpt'  # gpt (LayerNorm, ReLU) or llama (RMSNorm, SwiGLU; Llama, SmolLM2, Qwen2, Qwen3)
-    epsilon: float = 1e-5  # of the norms
-    tied: bool = False  # the embedding is the output layer too
-    kv_heads: int = 0  # llama: key-value heads; 0 is as many as heads
-    head_dim: int = 0  # llama: 0 is width / heads
-    qkv_bias: bool = False  # llama: Qwen2's
-    qk_norm: bool = False  # llama: Qwen3's
-    rope_scaling: tuple[float, ...] = ()  # llama: factor, low and high frequency factor, original context (Llama 3.1)
-    remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
-    unroll: int = 1  # layers a scan step: more is faster to run and slower to compile
-    projector: str = 'mlp'  # mlp (LLaVA 1.5) or linear (LLaVA v1)
-    contrastive: str = 'softmax'  # the loss of stage clip: softmax (CLIP) or sigmoid (SigLIP)
-    decoder: str = ''  # a Hugging Face folder or id that the decoder starts from, and whose tokenizer it takes
-    tower: str = ''  # a clip run folder, a Hugging Face folder or id; '' is the clip run beside this one
+    layers: int = option(20, 'blocks of the decoder', above=0)
+    width: int = option(1280, 'numbers a token', above=0)
+    heads: int = option(10, 'attention heads', above=0)
+    ffn: int = option(5120, 'width of the feed-forward layers', above=0)
+    positions: int = option(2048, 'the longest context; data.length may be shorter', above=0)
+    rope_theta: float = option(1e6, 'base of the rotary positions', above=0)
+    flavour: str = option(
+        'gpt', 'gpt (LayerNorm, ReLU) or llama (RMSNorm, SwiGLU: Llama, SmolLM2, Qwen2, Qwen3)', ('gpt', 'llama')
+    )
+    epsilon: float = option(1e-5, 'of the norms', above=0)
+    tied: bool = option(False, 'the embedding is the output layer too')
+    kv_heads: int = option(0, 'llama: key-value heads; 0 is as many as heads', least=0)
+    head_dim: int = option(0, 'llama: numbers a head; 0 is width / heads', least=0)
+    qkv_bias: bool = option(False, "llama: Qwen2's biases")
+    qk_norm: bool = option(False, "llama: Qwen3's norms of queries and keys")
+    rope_scaling: tuple[float, ...] = option(
+        (), 'llama: factor, low and high frequency factor, original context (Llama 3.1)'
+    )
+    remat: bool = option(False, 'recompute each block in the backward pass: less memory, a third more work')
+    unroll: int = option(1, 'layers a scan step: more is faster to run and slower to compile', above=0)
+    projector: str = option('mlp', 'mlp (LLaVA 1.5) or linear (LLaVA v1)', ('mlp', 'linear'))
+    contrastive: str = option('softmax', "clip's loss: softmax (CLIP) or sigmoid (SigLIP)", ('softmax', 'sigmoid'))
+    decoder: str = option('', 'a published decoder to start from: a folder, or a hub id as OWNER/NAME')
+    tower: str = option('', 'a clip run, a published tower or a hub id; default: the clip run beside this one')
     vision: Vision = dataclasses.field(default_factory=Vision)
     text: Text = dataclasses.field(default_factory=Text)
 
@@ -101,81 +115,83 @@ class Model:
 class Data:
     """Where the examples come from and how they become batches."""
 
-    source: str = 'tiny_world'  # a prepared set or part of it, magpie[:10%]; tiny_world, conversations, text or shards
-    path: str = ''  # the file or folder; '' is data for prepared sets, runs/<name>/data for tiny_world
-    images: str = ''  # the zip or folder of pictures that conversations name; '' is images.zip or images/ beside path
-    mixture: str = ''  # prepared sets by their share of the examples, instead of source: llava_instruct:0.9,magpie:0.1
-    tokenizer: str = 'train'  # train (on this data), a folder, or a Hugging Face id
-    vocab_size: int = 1024  # of a trained tokenizer, special tokens included
-    batch_size: int = 32  # rows a step, over all devices
-    length: int = 1024  # tokens a row
-    slots: int = 4  # pictures a row, in the vision stages
-    augment: bool = False  # clip only: random crop and mirror; wrong where left and right matter
-    workers: int = 0  # processes that read and decode; 0 uses threads of this one
+    source: str = option('tiny_world', 'a prepared set, or a part of one as in magpie[:10%]; or a kind of own data')
+    path: str = option('', 'the file or folder; default: data for prepared sets, runs/NAME/data for tiny_world')
+    images: str = option('', 'the zip or folder of pictures; default: images.zip or images/ beside path')
+    mixture: str = option('', 'prepared sets by share, instead of source: llava_instruct:0.9,magpie:0.1')
+    tokenizer: str = option('train', 'train (one of its own, on this data), a folder, or a hub id')
+    vocab_size: int = option(1024, 'of a trained tokenizer, special tokens included', above=0)
+    batch_size: int = option(32, 'rows a step, over all devices', above=0)
+    length: int = option(1024, 'tokens a row', above=0)
+    slots: int = option(4, 'pictures a row, in the vision stages', above=0)
+    augment: bool = option(False, 'clip only: random crop and mirror; wrong where left and right matter')
+    workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
 
 
 @dataclasses.dataclass
 class Optim:
     """The optimizer and its schedule."""
 
-    name: str = 'adamw'  # adamw, muon (matrices by Muon, the rest by AdamW) or sgd
-    learning_rate: float = 1e-3
-    end_learning_rate: float = 1e-4
-    schedule: str = 'cosine'  # cosine or linear, from learning_rate to end_learning_rate
-    warmup: float = 1000.0  # steps; below 1, a share of all steps
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1  # of matrices only: never norms, biases, embeddings
-    clip_norm: float = 1.0
-    accumulate: int = 1  # a step's batch goes through in this many parts
+    name: str = option('adamw', 'adamw, muon (matrices by Muon, the rest by AdamW) or sgd', ('adamw', 'muon', 'sgd'))
+    learning_rate: float = option(1e-3, 'the highest, after the warmup', above=0)
+    end_learning_rate: float = option(1e-4, 'that of the last step', least=0)
+    schedule: str = option('cosine', 'from learning_rate to end_learning_rate', ('cosine', 'linear'))
+    warmup: float = option(1000.0, 'steps; below 1, a share of all steps', least=0)
+    b1: float = option(0.9, 'decay of the mean of gradients', least=0, below=1)
+    b2: float = option(0.95, 'decay of the mean of their squares', least=0, below=1)
+    weight_decay: float = option(0.1, 'of matrices only: never norms, biases, embeddings', least=0)
+    clip_norm: float = option(1.0, 'gradients are scaled down to this norm', above=0)
+    accumulate: int = option(1, "a step's batch goes through in this many parts", above=0)
 
 
 @dataclasses.dataclass
 class Mesh:
     """Devices per axis. -1 is all that the other axes leave; the product must use every device."""
 
-    data: int = -1  # copies of the model, each on its part of the batch
-    fsdp: int = 1  # parameters and optimizer state in this many parts, batch too
-    tensor: int = 1  # each matrix product in this many parts
+    data: int = option(-1, 'copies of the model, each on its part of the batch; -1: as many devices as are left')
+    fsdp: int = option(1, 'parameters and optimizer state in this many parts, batch too')
+    tensor: int = option(1, 'each matrix product in this many parts')
 
 
 @dataclasses.dataclass
 class Checkpoint:
     """How often state is saved, and how many checkpoints are kept."""
 
-    every: int = 1000
-    keep: int = 2
+    every: int = option(1000, 'steps between checkpoints', above=0)
+    keep: int = option(2, 'the newest so many stay', above=0)
 
 
 @dataclasses.dataclass
 class Eval:
     """Evaluation on held-out data as the run goes: how often, and over how many batches."""
 
-    every: int = 500
-    batches: int = 20
+    every: int = option(500, 'steps between evaluations', above=0)
+    batches: int = option(20, 'batches an evaluation', above=0)
 
 
 @dataclasses.dataclass
 class Log:
-    """How often a line is logged, and to what beside metrics.jsonl: '' or tensorboard."""
+    """How often a line is logged, and to what beside metrics.jsonl."""
 
-    every: int = 10
-    to: str = ''
+    every: int = option(10, 'steps between lines', above=0)
+    to: str = option('', "'' or tensorboard, beside metrics.jsonl", ('', 'tensorboard'))
 
 
 @dataclasses.dataclass
 class Config:
     """A run of one stage."""
 
-    stage: str = 'pretrain'
-    size: str = 'd20'
-    name: str = ''  # the family of runs; default: the size
-    run_dir: str = ''  # default: runs/<name>/<stage>
-    init_from: str = ''  # the run this one starts from; default: the previous stage beside it
-    steps: int = 0  # 0: as many as data passes (epochs) take
-    epochs: float = 1.0
-    seed: int = 0
-    dtype: str = 'auto'  # of compute; auto is bfloat16 on GPU and TPU, float32 on CPU. Parameters are float32
+    stage: str = option('pretrain', 'what is trained', STAGES)
+    size: str = option('d20', 'the dial: tiny, or d2, d4, … d20; it goes behind the config file, as in sft.py:tiny')
+    name: str = option('', 'the family of runs; default: the size')
+    run_dir: str = option('', 'where the run lives; default: runs/NAME/STAGE')
+    init_from: str = option('', 'the run that this one starts from; default: the stage before, beside it')
+    steps: int = option(0, 'steps; 0: as many as data passes (epochs) take', least=0)
+    epochs: float = option(1.0, 'passes over the data, where steps is 0', least=0)
+    seed: int = option(0, 'of parameters and data order', least=0, below=2**32)
+    dtype: str = option(
+        'auto', 'of compute; auto is bfloat16 on GPU and TPU, float32 on CPU', ('auto', 'float32', 'bfloat16')
+    )
     model: Model = dataclasses.field(default_factory=Model)
     data: Data = dataclasses.field(default_factory=Data)
     optim: Optim = dataclasses.field(default_factory=Optim)
@@ -214,20 +230,38 @@ def base_config(stage, size):
 # Fields --------------------------------------------------------------------------------------------------------------
 
 
-def fields(kind, prefix=''):
-    """{'optim.learning_rate': float, …}: every settable field of a config dataclass, by its dotted name."""
+def options(kind, prefix=''):
+    """{'optim.learning_rate': dataclasses.Field, …}: every settable field of a config, by its dotted name."""
     found = {}
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint = typing.get_type_hints(kind)[field.name]
-        if dataclasses.is_dataclass(hint):
-            found |= fields(hint, f'{prefix}{field.name}.')
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= options(hints[field.name], f'{prefix}{field.name}.')
         else:
-            found[prefix + field.name] = typing.get_origin(hint) or hint
+            found[prefix + field.name] = field
     return found
 
 
+def fields(kind):
+    """{'optim.learning_rate': float, …}: the types of options(); a tuple's is tuple."""
+    return {name: typing.get_origin(field.type) or field.type for name, field in options(kind).items()}
+
+
+def get(config, name):
+    """The value of a dotted field name."""
+    for part in name.split('.'):
+        config = getattr(config, part)
+    return config
+
+
+def put(config, name, value):
+    """Sets the value of a dotted field name."""
+    part, _, field = name.rpartition('.')
+    setattr(get(config, part) if part else config, field, value)
+
+
 def fill(config):
-    """Sets the fields whose default follows from others: name, run_dir, data.path; what published weights fix."""
+    """Sets the fields whose default follows from other fields: name, run_dir, data.source of a mixture, data.path."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
     if config.data.mixture:
@@ -236,68 +270,47 @@ def fill(config):
         config.data.path = config.data.path or 'data'
     elif config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
-    model = config.model
-    parent = pathlib.Path(config.init_from or config.family / PARENTS.get(config.stage, [''])[0])
-    if config.stage in PARENTS and (parent / 'config.json').is_file():  # published weights are named once a road
-        theirs = from_json((parent / 'config.json').read_text()).model
-        model.decoder, model.tower = model.decoder or theirs.decoder, model.tower or theirs.tower
-    tower = config.stage.startswith('vision') and is_foreign(model.tower)
-    decoder = config.stage != 'clip' and model.decoder
-    if tower or decoder:
-        from nanovision_jax import hf
-    if tower:
-        padded = model.vision.fit == 'pad'  # LLaVA 1.5's choice, whatever the tower was trained on
-        model.vision = hf.vision_config(hf.find_tower(model.tower))
-        model.vision.fit = 'pad' if padded else model.vision.fit
-    if decoder:
-        folder = hf.find_decoder(model.decoder)
-        for name, value in hf.read_decoder_config(folder).items():
-            setattr(model, name, value)
-        config.data.tokenizer = str(folder)
 
 
-def is_foreign(tower):
-    """Whether model.tower is a Hugging Face folder or id, and not a run folder or the place of one."""
-    folder = pathlib.Path(tower)
-    if folder.is_dir():
-        return (folder / 'config.json').is_file() and not (folder / 'lineage.json').is_file()
-    return tower.count('/') == 1 and not folder.parent.is_dir()
+# Mistakes ------------------------------------------------------------------------------------------------------------
 
 
 def check(config):
-    """Raises UserError where fields contradict each other, before any time is spent."""
+    """Raises UserError where a field is out of its bounds or fields contradict each other, before any time is spent."""
+    check_values(config)
+    check_model(config)
     m, d, o = config.model, config.data, config.optim
-    choices = {
-        'stage': STAGES,
-        'dtype': ('auto', 'float32', 'bfloat16'),
-        'model.flavour': ('gpt', 'llama'),
-        'model.projector': ('mlp', 'linear'),
-        'model.contrastive': ('softmax', 'sigmoid'),
-        'model.vision.kind': ('clip', 'siglip'),
-        'model.vision.activation': ('quick_gelu', 'gelu', 'gelu_tanh'),
-        'model.vision.fit': ('crop', 'pad', 'stretch'),
-        'model.vision.resample': ('bicubic', 'bilinear'),
-        'optim.name': ('adamw', 'muon', 'sgd'),
-        'optim.schedule': ('cosine', 'linear'),
-        'log.to': ('', 'tensorboard'),
-    }
-    for name, allowed in choices.items():
-        if (value := get(config, name)) not in allowed:
-            raise UserError(f'{name} is {value!r}.{nearest(value, allowed)}')
-    positive = ['data.batch_size', 'data.length', 'data.slots', 'data.vocab_size', 'optim.accumulate', 'log.every']
-    positive += ['checkpoint.every', 'checkpoint.keep', 'eval.every', 'eval.batches', 'optim.clip_norm']
-    zero = ('model.kv_heads', 'model.head_dim')
-    positive += [n for n, kind in fields(Config).items() if n.startswith('model.') and kind is int and n not in zero]
-    for name in positive:
-        if not get(config, name) > 0:  # nan is not above 0 either
-            raise UserError(f'{name} is {get(config, name)}, and must be above 0.')
-    for name in ('seed', 'data.workers', 'optim.learning_rate', 'optim.warmup'):
-        if not get(config, name) >= 0:
-            raise UserError(f'{name} is {get(config, name)}, and must not be below 0.')
-    if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
+    if config.steps == 0 and config.epochs == 0:
         raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
+    if config.stage != 'clip' and d.length > m.positions:
+        raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
+    if d.batch_size % o.accumulate:
+        raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
+    _check_data(config)
+
+
+def check_values(config):
+    """Raises UserError where a value is none of its field's choices, out of its bounds, or no finite number."""
+    for name, field in options(Config).items():
+        value, limits = get(config, name), field.metadata
+        if limits['choices'] and value not in limits['choices']:
+            raise UserError(f'{name} is {value!r}.{nearest(value, limits["choices"])}')
+        numbers = value if isinstance(value, tuple) else [value] if isinstance(value, int | float) else []
+        if not all(math.isfinite(number) for number in numbers):
+            raise UserError(f'{name} is {value}, and must be finite.')
+        if limits['above'] is not None and value <= limits['above']:
+            raise UserError(f'{name} is {value}, and must be above {limits["above"]}.')
+        if limits['least'] is not None and value < limits['least']:
+            raise UserError(f'{name} is {value}, and must not be below {limits["least"]}.')
+        if limits['below'] is not None and value >= limits['below']:
+            raise UserError(f'{name} is {value}, and must be below {limits["below"]}.')
+
+
+def check_model(config):
+    """Raises UserError where the sizes of a model do not go together."""
+    m = config.model
     for name, part in (('model', m), ('model.vision', m.vision), ('model.text', m.text)):
-        if part.width % part.heads and not getattr(part, 'head_dim', 0):
+        if part.width % part.heads and not (part is m and m.head_dim):
             raise UserError(f'{name}.width {part.width} is not a multiple of {name}.heads {part.heads}.')
     llama_only = [n for n in ('kv_heads', 'head_dim', 'qkv_bias', 'qk_norm', 'rope_scaling') if getattr(m, n)]
     if m.flavour == 'gpt' and llama_only:
@@ -314,11 +327,6 @@ def check(config):
         raise UserError(
             f'model.vision.image_size {m.vision.image_size} is not a multiple of patch_size {m.vision.patch_size}.'
         )
-    if config.stage != 'clip' and d.length > m.positions:
-        raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
-    if d.batch_size % o.accumulate:
-        raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
-    _check_data(config)
 
 
 def _check_data(config):
@@ -326,6 +334,8 @@ def _check_data(config):
     d = config.data
     part = parse_source(d.source)
     known = ('tiny_world', 'conversations', 'text', 'shards', *PREPARED)
+    if part.name == UNKNOWN:
+        raise UserError('data.source is unknown: say what to learn from, as in --config.data.source=conversations.')
     if part.name not in known and not d.mixture:
         raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
     if part.subset and part.name not in PREPARED:
@@ -341,46 +351,3 @@ def _check_data(config):
         raise UserError('stage clip learns from pictures with captions: magpie has none.')
     if part.name != 'tiny_world' and not d.path:
         raise UserError(f'data.source {d.source!r} needs data.path: the file or folder to read.')
-
-
-def get(config, name):
-    """The value of a dotted field name."""
-    for part in name.split('.'):
-        config = getattr(config, part)
-    return config
-
-
-# On disk -------------------------------------------------------------------------------------------------------------
-
-
-def to_json(config):
-    """The config as text, as config.json in a run folder holds it."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
-
-
-def from_json(text):
-    """The Config that `to_json` wrote. Raises UserError for a field this version does not know."""
-
-    def build(kind, values):
-        hints = typing.get_type_hints(kind)
-        if unknown := set(values) - set(hints):
-            raise UserError(f'config.json has a field this version does not know: {sorted(unknown)[0]!r}.')
-        made = {}
-        for name, value in values.items():
-            if dataclasses.is_dataclass(hints[name]):
-                made[name] = build(hints[name], value)
-            else:
-                made[name] = tuple(value) if isinstance(value, list) else value
-        return kind(**made)
-
-    return build(Config, json.loads(text))
-
-
-def differences(old, new):
-    """Dotted names of the fields in which two runs' results may differ.
-
-    Where a run lives, how it reads, saves, logs, evaluates and on which mesh it runs may change between a run and its
-    continuation.
-    """
-    free = ('name', 'run_dir', 'data.workers', 'checkpoint.', 'eval.', 'log.', 'mesh.')
-    return [name for name in fields(Config) if not name.startswith(free) and get(old, name) != get(new, name)]

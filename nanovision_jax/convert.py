@@ -94,12 +94,13 @@ def _write(config, step, params, tokenizer, source):
     """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
     import jax
 
-    from nanovision_jax import checkpoint, lineage
+    from nanovision_jax import checkpoint, lineage, runconfig
     from nanovision_jax import config as configs
 
-    configs.check(config)
+    configs.check_values(config)
+    configs.check_model(config)
     folder = pathlib.Path(config.run_dir)
-    (folder / 'config.json').write_text(configs.to_json(config))
+    runconfig.save(config)
     lineage.imported(config, tokenizer, source, step)
     writer = checkpoint.Checkpoints(folder, keep=1)
     writer.save(step, jax.device_put(params, jax.local_devices()[0]), None, {'position': 0})

@@ -6,8 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from nanovision_jax import checkpoint, engine, models
-from nanovision_jax import config as configs
+from nanovision_jax import checkpoint, engine, models, runconfig, runfolder
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 
@@ -79,8 +78,8 @@ def load(run_dir):
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
         hint = f' There are: {", ".join(str(p) for p in beside)}.' if beside else ''
         raise UserError(f'{folder} is no run folder: it has no config.json.{hint}')
-    config = configs.from_json((folder / 'config.json').read_text())
-    step = checkpoint.newest(folder)
+    config = runconfig.read(folder)
+    step = runfolder.newest(folder, 'params')
     if step is None:
         raise UserError(f'{folder} has no whole checkpoint yet.')
     tokenizer = Tokenizer(folder / 'tokenizer')

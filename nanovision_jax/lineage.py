@@ -9,93 +9,113 @@ import resource
 
 import jax
 
-from nanovision_jax.checkpoint import file_digest
+from nanovision_jax.checkpoint import former_tree_digest, tree_digest
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.data.tokenizer import TEMPLATE_DIGEST
 from nanovision_jax.errors import UserError
+from nanovision_jax.runconfig import hub_id
+from nanovision_jax.runfolder import locate, portable, read_json, write_whole
+from nanovision_jax.start import Published, weights_digest
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
 
 
-def begin(config, tokenizer, inherited, mesh, frozen, start):
+def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
     """Writes lineage.json at the start of a run, or adds a session to it when a run goes on from step `start`.
 
-    Raises UserError if a run that goes on would do so with another tokenizer, template, preprocessing or frozen part.
+    sources: what the run starts from (start.find), proven. frozen: {part: parameters} of what does not learn. rows:
+    what the rows' identity() says. Returns the digests of the frozen parts. Raises UserError if a run that goes on
+    would do so with another tokenizer, template, preprocessing or frozen part, or other data, order or packing of rows.
     """
     file = pathlib.Path(config.run_dir) / 'lineage.json'
     record = _record(config, tokenizer) | {
-        'parents': [
-            {
-                'run': str(parent.run_dir),
-                'step': parent.step,
-                'part': parent.part or 'all',
-                'manifest': _digest(parent),
-            }
-            for parent in inherited
-        ],
-        'frozen_before': frozen,
+        'parents': [_parent(config, source) for source in sources],
+        'frozen_before': {name: tree_digest(part) for name, part in frozen.items()},
+        'rows': rows,
         'sessions': [],
     }
     if start and file.exists():
-        now, record = record, json.loads(file.read_text())
-        for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
-            if now[name] != record[name]:
-                raise UserError(
-                    f'{config.run_dir} was trained with another {name} than it would go on with (lineage.json): '
-                    'say --anew to start again.'
-                )
+        record = _going_on(config, read_json(file), record, frozen)
     devices = jax.devices()
+    if record['sessions'] and (before := record['sessions'][-1].get('dtype', dtype)) != dtype:
+        print(f'compute was in {before} in the last session, and is in {dtype} now (dtype={config.dtype})')
     record['sessions'].append(
         {
             'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
             'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
             'devices': f'{len(devices)} × {devices[0].device_kind}',
             'mesh': dict(mesh.shape),
+            'dtype': dtype,
         }
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + '\n')
+    _write(file, record)
+    return record['frozen_before']
+
+
+def _going_on(config, before, now, frozen):
+    """lineage.json of a run that goes on, after what must not have changed was compared."""
+    digests = {name: tree_digest(part) for name, part in frozen.items()}
+    if not all(digest.startswith('2:') for digest in before['frozen_before'].values()):  # of an older run
+        digests = {name: former_tree_digest(part) for name, part in frozen.items()}
+    for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
+        if (digests if name == 'frozen_before' else now[name]) != before[name]:
+            raise UserError(
+                f'{config.run_dir} was trained with another {name} than it would go on with (lineage.json): '
+                'say --anew to start again.'
+            )
+    changed = [name for name, told in before.get('rows', {}).items() if now['rows'].get(name) != told]
+    if changed:
+        raise UserError(
+            f'{config.run_dir} would go on with other rows than it began with ({" and ".join(changed)} changed): give '
+            f'it what it had, or start a new run with --config.init_from={config.run_dir} and another --config.name.'
+        )
+    for parent in before['parents']:
+        parent['run'] = portable(locate(config.run_dir, parent['run']), config.run_dir)
+    return before | {'frozen_before': now['frozen_before'], 'rows': now['rows'], 'data': now['data']}
+
+
+def _parent(config, source):
+    place = (
+        source.name
+        if isinstance(source, Published) and hub_id(source.name)
+        else portable(source.folder, config.run_dir)
+    )
+    return {'run': place, 'step': source.step, 'part': source.part or 'all', 'manifest': source.digest()}
 
 
 def imported(config, tokenizer, source, step):
     """Writes lineage.json of a run that was converted, at `step`, from `source`: a file or folder of weights."""
     record = _record(config, tokenizer)
-    parent = {'run': str(source), 'step': None, 'part': 'all', 'manifest': weights_digest(source)}
+    parent = {'run': portable(source, config.run_dir), 'step': None, 'part': 'all'}
+    parent |= {'manifest': weights_digest(source)}
     record |= {'parents': [parent], 'frozen_before': {}, 'sessions': [], 'finished': step}
-    (pathlib.Path(config.run_dir) / 'lineage.json').write_text(json.dumps(record, indent=1) + '\n')
+    _write(pathlib.Path(config.run_dir) / 'lineage.json', record)
 
 
 def _record(config, tokenizer):
     """What a run is made with, whatever it starts from."""
     vision = config.model.vision
+    places = {name: portable(getattr(config.data, name), config.run_dir) for name in ('path', 'images')}
+    places = {name: place if getattr(config.data, name) else '' for name, place in places.items()}
     preprocessing = [vision.image_size, vision.fit, vision.resample, vision.mean, vision.std]
     return {
         'stage': config.stage,
         'tokenizer': tokenizer.digest,
         'template': TEMPLATE_DIGEST,
         'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
-        'data': provenance(config.data),
+        'data': provenance(config.data) | places,
     }
-
-
-def _digest(parent):
-    """The digest of what a parent's parameters were read from."""
-    if parent.step is not None:
-        return file_digest(parent.run_dir / 'checkpoints' / str(parent.step) / 'manifest.json')
-    return weights_digest(parent.run_dir)
-
-
-def weights_digest(source):
-    """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
-    if source.is_file():
-        return file_digest(source)
-    return hashlib.sha256(''.join(map(file_digest, sorted(source.glob('*.safetensors')))).encode()).hexdigest()
 
 
 def end(config, step, frozen, peak_memory):
     """Completes lineage.json when a run is finished."""
     file = pathlib.Path(config.run_dir) / 'lineage.json'
-    record = json.loads(file.read_text())
+    record = read_json(file)
     peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory, 'peak_host_bytes': peak_host}
-    file.write_text(json.dumps(record, indent=1) + '\n')
+    _write(file, record)
+
+
+def _write(file, record):
+    write_whole(file, json.dumps(record, indent=1) + '\n')

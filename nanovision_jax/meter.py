@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from nanovision_jax.config import Model
 from nanovision_jax.models.layers import padded
 
 # Dense bf16 matrix products, FLOP/s per device, from the makers' data sheets. Device kinds as jax names them.
@@ -39,12 +40,23 @@ PEAK = {
 
 
 def peak_flops():
-    """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or on CPU a measured product's."""
+    """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or a measured product's.
+
+    On CPU one product is measured, which uses all cores, however many devices they pretend to be; elsewhere a larger
+    one on one device, times their number.
+    """
     kind = jax.devices()[0].device_kind
     for name in sorted(PEAK, key=len, reverse=True):
         if re.search(rf'\b{name}\b', kind):
             return PEAK[name] * jax.device_count(), f'{name} data sheet, bf16'
-    a = jnp.ones((1024, 1024), jnp.float32)
+    if jax.default_backend() == 'cpu':
+        return measured_flops(1024, jnp.float32), 'measured 1024³ float32 product'
+    return measured_flops(4096, jnp.bfloat16) * jax.device_count(), 'measured 4096³ bf16 product, times the devices'
+
+
+def measured_flops(n, dtype):
+    """FLOP/s of the fastest of five n × n matrix products on the first device."""
+    a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
     best = float('inf')
@@ -52,7 +64,7 @@ def peak_flops():
         start = time.perf_counter()
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best, 'measured 1024³ float32 product'
+    return 2 * n**3 / best
 
 
 def matmul_weights(part):
@@ -63,12 +75,17 @@ def matmul_weights(part):
     return part.layers * (4 * part.width**2 + 2 * part.width * part.ffn)
 
 
+def attention_width(part):
+    """Numbers a token of all heads together: what scores and weighted values are products of."""
+    return part.heads * (part.head_size if isinstance(part, Model) else part.width // part.heads)
+
+
 def step_flops(config, vocab_size, tokens, pictures):
     """Model FLOPs of a step over `tokens` decoder (or caption) tokens and `pictures` pictures."""
     model, vision = config.model, config.model.vision
 
     def cost(part, length, extra=0, passes=3):
-        return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * part.width * length)
+        return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * attention_width(part) * length)
 
     patch, seen_tokens = vision.patch_size**2 * 3 * vision.width, vision.patches + vision.class_tokens
     if config.stage == 'clip':

@@ -60,7 +60,7 @@ def read(file):
     if missing := [name for name in _FIELDS if name not in theirs]:
         raise UserError(f'the config in {file} lacks {", ".join(missing)}.')
     model = configs.Model(**{ours: theirs[name] for name, ours in _FIELDS.items()})
-    data = configs.Data('shards', 'edu_fineweb10B', length=min(1024, model.positions))
+    data = configs.Data(configs.UNKNOWN, length=min(1024, model.positions))
     step = max(1, int(content['current_step']))
     config = configs.Config('pretrain', size='nanogptvision', steps=step, model=model, data=data)
     tensors = {}

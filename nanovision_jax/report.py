@@ -22,7 +22,7 @@ import shlex
 import statistics
 
 from nanovision_jax import config as configs
-from nanovision_jax import report_page
+from nanovision_jax import report_page, runconfig, runfolder, start
 from nanovision_jax.data import images, mixture, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, run
@@ -51,9 +51,8 @@ def open_runs(family):
     runs = []
     for folder in (family / stage for stage in configs.STAGES):
         if any((folder / name).exists() for name in ('config.json', 'metrics.jsonl', 'lineage.json')):
-            file = folder / 'config.json'
-            config = configs.from_json(file.read_text()) if file.exists() else None
-            lineage = next(read(folder / 'lineage.json'), {})
+            config = runconfig.read(folder) if (folder / 'config.json').exists() else None
+            lineage = runfolder.read_lineage(folder)
             runs.append(Run(folder.name, folder, config, list(read(folder / 'metrics.jsonl')), lineage))
     if not runs:
         raise UserError(f'{family} holds no run: give a family folder, with {", ".join(configs.STAGES)} in it.')
@@ -302,8 +301,9 @@ def origin(runs):
         parents = [f'{p["run"]}, step {p["step"]}, {p["part"]}, {p["manifest"][:12]}' for p in record['parents']]
         data = ' '.join(value for value in record['data'].values() if value and isinstance(value, str))
         rows.append((run_.stage, data, '; '.join(parents) or '–', frozen or '–', record['tokenizer'][:12]))
-        packages = ', '.join(f'{name} {version}' for name, version in record['sessions'][-1]['versions'].items())
-        versions[packages].append(run_.stage)
+        for session in record['sessions'][-1:]:  # a converted run has none
+            packages = ', '.join(f'{name} {version}' for name, version in session['versions'].items())
+            versions[packages].append(run_.stage)
     if rows:
         yield 'heading', 'Where it came from'
         yield 'words', ('Run', 'Data', 'Starts from (run, step, part, manifest)', 'Frozen', 'Tokenizer'), rows
@@ -315,15 +315,23 @@ def origin(runs):
 def train_command(run_):
     """The command line of a run: its config file and, where that can be read from here, every field that differs."""
     config, file = run_.config, pathlib.Path('configs') / f'{run_.stage}.py'
+    if run_.lineage and not run_.lineage['sessions']:
+        source = next(parent['run'] for parent in run_.lineage['parents'])
+        kind = 'nanogptvision' if config.size == 'nanogptvision' else 'hf'
+        return f'python -m nanovision_jax.convert --from={kind} --input={shlex.quote(source)} --output={run_.folder}'
     line = f'python -m nanovision_jax.train --config={file}:{config.size}'
     if config.name != config.size:
         line += f' --config.name={shlex.quote(config.name)}'
     if file.exists():
         usual = runpy.run_path(str(file))['get_config'](config.size)
-        usual.name = config.name
+        usual.name, usual.init_from, usual.model.tower = config.name, config.init_from, config.model.tower
+        usual.run_dir = config.run_dir
         configs.fill(usual)
+        start.inherit(usual, given=(), anew=True)
+        usual.run_dir, usual.init_from, usual.model.tower = str(pathlib.Path('runs', config.name, run_.stage)), '', ''
         for name in configs.fields(configs.Config):
-            if (value := configs.get(config, name)) != configs.get(usual, name):
+            value = configs.get(config, name)
+            if not runconfig.equal(name, value, configs.get(usual, name)):
                 line += f' --config.{name}={shlex.quote(str(value))}'
     return line
 

@@ -8,7 +8,7 @@ Learned tokens are green, masked ones grey, pictures boxes; examples packed into
 import itertools
 import sys
 
-from nanovision_jax import commandline
+from nanovision_jax import commandline, start
 from nanovision_jax.errors import UserError, run
 
 GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
@@ -46,7 +46,8 @@ def main(argv):
 
     from nanovision_jax.data import pipeline
 
-    tokenizer = pipeline.family_tokenizer(config)
+    sources = start.available(config)
+    tokenizer = pipeline.family_tokenizer(config, next((s.tokenizer for s in sources if s.tokenizer), None))
     rows, bad = pipeline.open_rows(config, tokenizer)
     batch = next(pipeline.batches(rows, config.data.batch_size))
     for name, value in batch.items():

@@ -29,8 +29,20 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from nanovision_jax import checkpoint, commandline, engine, lineage, meter, models, optim, parallel, stages
-from nanovision_jax import config as configs
+from nanovision_jax import (
+    checkpoint,
+    commandline,
+    engine,
+    lineage,
+    meter,
+    models,
+    optim,
+    parallel,
+    runconfig,
+    runfolder,
+    stages,
+)
+from nanovision_jax import start as starts
 from nanovision_jax.data import conversation, images, pipeline
 from nanovision_jax.errors import UserError, run
 
@@ -45,10 +57,10 @@ def split_params(stage, params):
     return {k: v for k, v in params.items() if k in names}, {k: v for k, v in params.items() if k not in names}
 
 
-def init_state(config, tokenizer, optimizer, mesh, inherited=(), start=0):
+def init_state(config, tokenizer, optimizer, mesh, sources=(), start=0):
     """(graphdef, state, shardings): {'params', 'optimizer'}, each leaf born where its sharding says.
 
-    It is read from the run's checkpoint `start`; or, for a new run, from the parents, and what they lack is random.
+    It is read from the run's checkpoint `start`; or, for a new run, from its sources, and what they lack is random.
     """
 
     def new_params():
@@ -65,8 +77,8 @@ def init_state(config, tokenizer, optimizer, mesh, inherited=(), start=0):
         state = {item: checkpoint.restore(config.run_dir, start, item, target[item]) for item in target}
         return graphdef, state, shardings
     params = target['params']
-    for parent in inherited:
-        params = stages.inherit(parent, params, tokenizer.size)
+    for source in sources:
+        params = source.load(params, tokenizer.size)
     missing = [k for k, part in params.items() if isinstance(jax.tree.leaves(part)[0], jax.ShapeDtypeStruct)]
     where = {k: shardings['params'][k] for k in missing}
     params = params | jax.jit(lambda: {k: new_params()[k] for k in missing}, out_shardings=where)()
@@ -162,13 +174,13 @@ def open_run(config, resume, anew):
         folder.rename(kept)
         print(f'the run that was in {folder} is kept as {kept}')
     elif file.exists():
-        changed = configs.differences(configs.from_json(file.read_text()), config)
+        changed = runconfig.differences(runconfig.read(folder), config)
         if changed and not resume:
             raise UserError(
                 f'{folder} holds a run with another config ({", ".join(changed)} differ): '
                 'say --resume to go on with the new one, --anew to start again, or choose another --config.name.'
             )
-        return checkpoint.newest(folder) or 0
+        return runfolder.newest(folder) or 0
     return 0
 
 
@@ -176,7 +188,7 @@ def write_run(config, tokenizer, bad):
     """Writes what a run folder holds beside checkpoints and metrics."""
     folder = pathlib.Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'config.json').write_text(configs.to_json(config))
+    runconfig.save(config)
     shutil.copytree(tokenizer.folder, folder / 'tokenizer', dirs_exist_ok=True)
     if bad:
         (folder / 'bad_rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in bad))
@@ -202,10 +214,13 @@ def train(config, resume=False, anew=False):
 
 def _train(config, folder, start, mesh, stop):
     # Data -------------------------------------------------------------------------------------------------------------
-    inherited = [] if start else stages.parents(config)
-    tokenizer = pipeline.family_tokenizer(config)
-    for parent in inherited:
-        stages.check_tokenizer(parent, tokenizer)
+    sources = [] if start else starts.find(config, anew=True)
+    starts.check(config, sources)
+    for source in sources:
+        source.prove()
+    print(f'{config.stage} goes on from {folder}, step {start}' if start else '\n'.join(starts.lines(config, sources)))
+    known = folder / 'tokenizer' if start else next((s.tokenizer for s in sources if s.tokenizer), None)
+    tokenizer = pipeline.family_tokenizer(config, known)
     parallel.check_divides(config, mesh, tokenizer.size)
     rows, bad = pipeline.open_rows(config, tokenizer)
     held_out, _ = pipeline.open_rows(config, tokenizer, 'validation')
@@ -218,20 +233,18 @@ def _train(config, folder, start, mesh, stop):
 
     # State ------------------------------------------------------------------------------------------------------------
     optimizer = optim.make_optimizer(config.optim, steps)
-    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, inherited, start)
-    if start:
-        print(f'going on from step {start}')
+    graphdef, state, shardings = init_state(config, tokenizer, optimizer, mesh, sources, start)
     frozen = split_params(config.stage, state['params'])[1]
-    digests = {name: checkpoint.tree_digest(part) for name, part in frozen.items()}
-    lineage.begin(config, tokenizer, inherited, mesh, digests, start)
+    dtype = models.compute_dtype(config.dtype).name
+    digests = lineage.begin(config, tokenizer, sources, mesh, dtype, frozen, rows.identity(), start)
     write_run(config, tokenizer, bad)
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
 
     # Compile ----------------------------------------------------------------------------------------------------------
-    stream = prefetch(
-        pipeline.batches(rows, config.data.batch_size, start * config.data.batch_size, config.data.workers), mesh
-    )
+    # The position in the data is counted in rows: with another batch size it goes on at the same row.
+    first = runfolder.manifest(folder, start)['position'] if start else 0
+    stream = prefetch(pipeline.batches(rows, config.data.batch_size, first, config.data.workers), mesh)
     batch, work = next(stream)
     began = time.perf_counter()
     # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
@@ -258,7 +271,7 @@ def _train(config, folder, start, mesh, stop):
         if not math.isfinite(values['loss']) or not math.isfinite(values['grad_norm']):
             raise UserError(
                 f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training '
-                f'has diverged. The last checkpoint is step {next(iter(checkpoint.whole_steps(folder)), 0)}; '
+                f'has diverged. The last checkpoint is step {next(iter(runfolder.whole_steps(folder)), 0)}; '
                 'try a lower optim.learning_rate.'
             )
         speed = window['tokens'] / seconds
@@ -297,7 +310,8 @@ def _train(config, folder, start, mesh, stop):
             waiting = None
         with clock.paused():
             if saving:
-                writer.save(step, state['params'], state['optimizer'], {'position': step * config.data.batch_size})
+                position = first + (step - start) * config.data.batch_size
+                writer.save(step, state['params'], state['optimizer'], {'position': position})
             if evaluating:
                 evaluate(config, step, eval_step, state['params'], held_out, mesh, log, bar)
                 if config.stage != 'clip':
@@ -353,6 +367,7 @@ def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
 
 def show_samples(config, graphdef, params, tokenizer, held_out, bar, n=2):
     """A few held-out prompts answered by the model as it is now."""
+    n = min(n, held_out.rows_per_epoch() if config.stage == 'pretrain' else len(held_out.index.rows))
     prompts, asked = zip(*(held_out_prompt(config, tokenizer, held_out, i) for i in range(n)), strict=True)
     answers = engine.Engine(config, graphdef, params, tokenizer).answer(prompts, max_new_tokens=32)
     for text, answer in zip(asked, answers, strict=True):

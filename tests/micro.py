@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from nanovision_jax import checkpoint, meter, models, optim, train
+from nanovision_jax import checkpoint, meter, models, optim, runconfig, runfolder, start, train
 from nanovision_jax import config as configs
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -62,9 +62,9 @@ def run_config(stage, family, **fields):
     cfg.data.path = str((family / 'data').resolve())  # the same for a copy of the family
     cfg.checkpoint.every, cfg.log.every, cfg.eval.every, cfg.eval.batches = 2, 1, 4, 1
     for name, value in fields.items():
-        part, _, field = name.replace('__', '.').rpartition('.')
-        setattr(configs.get(cfg, part) if part else cfg, field, value)
+        configs.put(cfg, name.replace('__', '.'), value)
     configs.fill(cfg)
+    start.inherit(cfg, {name.replace('__', '.') for name in fields})
     configs.check(cfg)
     return cfg
 
@@ -81,13 +81,13 @@ def parent_run(family, stage, cfg=None):
 
 def read(run_dir, step=None):
     """{'params', 'optimizer'} of a run's newest checkpoint, or of another, as numpy arrays."""
-    cfg = configs.from_json((pathlib.Path(run_dir) / 'config.json').read_text())
+    cfg = runconfig.read(run_dir)
     tokenizer, sharding = Tokenizer(pathlib.Path(run_dir) / 'tokenizer'), SingleDeviceSharding(jax.devices()[0])
     shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     state = {'params': shapes, 'optimizer': jax.eval_shape(optimizer.init, train.split_params(cfg.stage, shapes)[0])}
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
-    step = step or checkpoint.newest(run_dir)
+    step = step or runfolder.newest(run_dir)
     return jax.device_get({item: checkpoint.restore(run_dir, step, item, state[item]) for item in state})
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from micro import assert_same
 
-from nanovision_jax import checkpoint, parallel
+from nanovision_jax import checkpoint, parallel, runfolder
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
 
@@ -60,7 +60,7 @@ def step_folder(run_dir, step):
 
 
 def test_what_is_read_is_what_was_saved_bit_for_bit(saved):
-    assert checkpoint.newest(saved) == 3 and checkpoint.whole_steps(saved) == [3, 2, 1]
+    assert runfolder.newest(saved) == 3 and runfolder.whole_steps(saved) == [3, 2, 1]
     for item, seed in (('params', 2), ('optimizer', 102)):
         wanted = tree(seed)
         found = checkpoint.restore(saved, 2, item, checkpoint.like(wanted))
@@ -69,7 +69,7 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(saved):
 
 
 def test_the_manifest_names_every_file_and_the_position(saved):
-    manifest, folder = checkpoint.manifest(saved, 2), step_folder(saved, 2)
+    manifest, folder = runfolder.manifest(saved, 2), step_folder(saved, 2)
     assert (manifest['step'], manifest['position']) == (2, 16)
     files = {str(file.relative_to(folder)) for file in folder.rglob('*') if file.is_file()}
     assert set(manifest['files']) == files - {'manifest.json'}
@@ -109,6 +109,19 @@ def test_the_digest_of_a_tree_changes_with_one_bit_and_with_a_name():
     assert checkpoint.tree_digest(one) != checkpoint.tree_digest(other)
 
 
+def test_the_digest_of_a_tree_changes_with_shape_and_dtype():
+    zeros = [np.zeros(shape, dtype) for shape in ((2, 3), (3, 2), (6,)) for dtype in ('float32', 'int32')]
+    zeros.append(jnp.zeros((2, 6), 'bfloat16'))  # as many bytes of zero as float32 [2, 3]
+    assert len({checkpoint.tree_digest({'a': leaf}) for leaf in zeros}) == len(zeros)
+
+
+def test_parameters_are_proven_without_reading_the_optimizer(run, monkeypatch):
+    opened, digest = [], runfolder.file_digest
+    monkeypatch.setattr(runfolder, 'file_digest', lambda file: opened.append(str(file)) or digest(file))
+    assert runfolder.newest(run, 'params') == 3
+    assert opened and not any('/optimizer/' in name for name in opened)
+
+
 # What does not fit ---------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +144,7 @@ def test_another_dtype_shape_or_name_is_refused(saved, name, leaf, message):
 
 
 def data_files(run_dir, step):
-    return sorted(name for name in checkpoint.manifest(run_dir, step)['files'])
+    return sorted(name for name in runfolder.manifest(run_dir, step)['files'])
 
 
 def flip(file, at=0.5):
@@ -147,10 +160,10 @@ def test_one_flipped_bit_in_any_file_is_seen(run, capsys):
         if not whole:
             continue
         flip(file)
-        assert checkpoint.newest(run) == 2
+        assert runfolder.newest(run) == 2
         assert f'{file} is damaged, so checkpoint 3 is not used' in capsys.readouterr().err
         file.write_bytes(whole)
-    assert checkpoint.newest(run) == 3
+    assert runfolder.newest(run) == 3
 
 
 @pytest.mark.parametrize('fault', ['truncated', 'gone', 'bad manifest', 'empty manifest', 'no manifest'])
@@ -164,24 +177,24 @@ def test_a_damaged_checkpoint_is_passed_over(run, fault):
         manifest.unlink()
     else:
         manifest.write_text('[]' if fault == 'bad manifest' else '')
-    assert checkpoint.newest(run) == 2
+    assert runfolder.newest(run) == 2
 
 
 def test_where_all_are_damaged_it_is_an_error(run):
     for step in (1, 2, 3):
         flip(step_folder(run, step) / data_files(run, step)[0])
     with pytest.raises(UserError, match=r'every checkpoint in \S+ is damaged\.'):
-        checkpoint.newest(run)
+        runfolder.newest(run)
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert runfolder.newest(tmp_path) is None
 
 
 def test_a_damaged_checkpoint_is_written_again(run):
     flip(step_folder(run, 3) / data_files(run, 3)[0])
     save(run, 3)
-    assert checkpoint.newest(run) == 3
+    assert runfolder.newest(run) == 3
     assert_same(checkpoint.restore(run, 3, 'params', checkpoint.like(tree())), tree(3))
 
 
@@ -190,7 +203,7 @@ def test_a_damaged_checkpoint_is_written_again(run):
 
 def test_the_newest_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
-    assert checkpoint.whole_steps(tmp_path) == [4, 3]
+    assert runfolder.whole_steps(tmp_path) == [4, 3]
     assert sorted(folder.name for folder in (tmp_path / 'checkpoints').iterdir()) == ['3', '4']
 
 
@@ -200,23 +213,23 @@ def test_a_damaged_later_one_does_not_push_out_the_only_good_one(run):
     for step in (3, 4):
         flip(step_folder(run, step) / data_files(run, step)[0])
     save(run, 2, keep=1)
-    assert checkpoint.newest(run) == 2
+    assert runfolder.newest(run) == 2
     assert_same(checkpoint.restore(run, 2, 'params', checkpoint.like(tree())), tree(2))
 
 
 def test_an_interrupted_save_is_ignored_and_replaced(run):
     for name in ('4', '4.orbax-checkpoint-tmp', '40.orbax-checkpoint-tmp'):
         shutil.copytree(step_folder(run, 2) / 'params', run / 'checkpoints' / name / 'params')
-    assert checkpoint.newest(run) == 3
+    assert runfolder.newest(run) == 3
     save(run, 4)
-    assert checkpoint.newest(run) == 4
+    assert runfolder.newest(run) == 4
     assert_same(checkpoint.restore(run, 4, 'optimizer', checkpoint.like(tree())), tree(104))
     assert not (run / 'checkpoints' / '4.orbax-checkpoint-tmp').exists()
 
 
 def test_a_step_is_not_mistaken_for_one_that_begins_with_its_digits(tmp_path):
     save(tmp_path, 10, 12, 1)
-    assert checkpoint.whole_steps(tmp_path) == [12, 10, 1]
+    assert runfolder.whole_steps(tmp_path) == [12, 10, 1]
 
 
 # While training goes on ----------------------------------------------------------------------------------------------
@@ -261,17 +274,17 @@ def test_a_disk_error_in_the_background_is_raised_by_the_next_call(tmp_path, mon
         writer.save(2, tree(2), tree(102), {})
         with pytest.raises(UserError, match=r'could not be written to \S+: .*No space left on device'):
             writer.wait() if then == 'wait' else writer.save(3, tree(3), tree(103), {})
-    assert checkpoint.newest(tmp_path) == 1
+    assert runfolder.newest(tmp_path) == 1
     writer.save(2, tree(2), tree(102), {})
     writer.wait()
-    assert checkpoint.newest(tmp_path) == 2
+    assert runfolder.newest(tmp_path) == 2
 
 
 def test_the_manifest_is_written_last(tmp_path, monkeypatch):
     seen, write = [], checkpoint.write_manifest
 
     def look(folder, content):
-        seen.append((checkpoint.newest(tmp_path), (folder / 'params').is_dir(), (folder / 'optimizer').is_dir()))
+        seen.append((runfolder.newest(tmp_path), (folder / 'params').is_dir(), (folder / 'optimizer').is_dir()))
         write(folder, content)
 
     monkeypatch.setattr(checkpoint, 'write_manifest', look)

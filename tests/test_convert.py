@@ -13,7 +13,19 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
-from nanovision_jax import checkpoint, convert, engine, lineage, models, parallel, stages, train
+from nanovision_jax import (
+    checkpoint,
+    convert,
+    engine,
+    lineage,
+    models,
+    parallel,
+    report,
+    runconfig,
+    runfolder,
+    start,
+    train,
+)
 from nanovision_jax import config as configs
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -40,7 +52,7 @@ def write(cfg, tokenizer):
     """A run folder of random weights, as training leaves it."""
     _, params = params_of(cfg, tokenizer)
     train.write_run(cfg, tokenizer, [])
-    lineage.begin(cfg, tokenizer, [], parallel.make_mesh(configs.Mesh()), {}, 0)
+    lineage.begin(cfg, tokenizer, [], parallel.make_mesh(configs.Mesh()), 'float32', {}, {}, 0)
     writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
     writer.save(7, jax.device_put(params), {'count': np.zeros(())}, {})
     writer.wait()
@@ -115,7 +127,7 @@ def test_there_and_back_is_bit_equal(kind, runs, tmp_path, capsys):
     assert (after.step, after.config.model, after.config.stage) == (7, before.config.model, before.config.stage)
     for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
         assert (back / 'tokenizer' / name).read_bytes() == (before.tokenizer.folder / name).read_bytes()
-    assert json.loads((back / 'lineage.json').read_text())['parents'][0]['run'] == str(folder)
+    assert runfolder.read_lineage(back)['parents'][0]['run'] == str(folder)
 
 
 def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
@@ -126,6 +138,32 @@ def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
     before, after = nanovision_jax.load(runs('qwen2')), nanovision_jax.load(back)
     micro.assert_same(jax.device_get(after.params), jax.device_get(before.params))
     np.testing.assert_array_equal(after.logits([[5, 6, 7]]), before.logits([[5, 6, 7]]))
+    # What is not known of it is said to be not known.
+    assert after.config.data.source == 'unknown'
+    assert runfolder.read_lineage(back)['data']['source'] == 'unknown'
+    say(['--to=hf', f'--run={back}', f'--output={tmp_path}/again'], capsys)
+    card = (tmp_path / 'again' / 'README.md').read_text()
+    assert '| sft, from out | not known | not known to this card: see where the data come from | not known |' in card
+    assert 'tiny_world' not in card
+    page = report.report(back.parent).with_suffix('.md').read_text()
+    assert f'python -m nanovision_jax.convert --from=hf --input={folder} --output={back}' in page
+    with pytest.raises(UserError, match=r'data.source is unknown: say what to learn from'):
+        configs.check(after.config)
+
+
+def test_nothing_local_is_exported(runs, tmp_path, capsys):
+    """Of paths of data and runs only the last part goes out."""
+    run = tmp_path / 'home-of-somebody' / 'runs' / 'sft'
+    shutil.copytree(runs('gpt'), run)
+    cfg = runconfig.read(run)
+    cfg.data.source, cfg.data.path = 'conversations', str(tmp_path / 'home-of-somebody' / 'mine.json')
+    cfg.init_from = str(tmp_path / 'home-of-somebody' / 'other')
+    runconfig.save(cfg)
+    say(['--to=hf', f'--run={run}', f'--output={tmp_path}/out'], capsys)
+    for file in (tmp_path / 'out').iterdir():
+        assert b'home-of-somebody' not in file.read_bytes(), file
+    kept = json.loads((tmp_path / 'out' / 'nanovision_jax.json').read_text())['config']
+    assert (kept['data']['path'], kept['init_from'], kept['run_dir']) == ('mine.json', 'other', 'sft')
 
 
 def test_bfloat16_halves_the_file(runs, tmp_path, capsys):
@@ -142,10 +180,11 @@ def test_a_run_without_an_optimizer_starts_others_and_is_not_gone_on_with(runs, 
     folder, back = tmp_path / 'out', tmp_path / 'back' / 'sft'
     say(['--to=hf', f'--run={runs("gpt")}', f'--output={folder}'], capsys)
     say(['--from=hf', f'--input={folder}', f'--output={back}'], capsys)
-    cfg = configs.from_json((back / 'config.json').read_text())
-    cfg.stage, cfg.run_dir, cfg.init_from = 'vision_pretrain', str(tmp_path / 'back' / 'next'), str(back)
-    cfg.model.tower = str(folder)  # any other folder: only the decoder is looked at
-    assert stages._parent(cfg, back, ('sft',), '', 'decoder').step == 7
+    cfg = runconfig.read(back)
+    cfg.run_dir, cfg.init_from = str(tmp_path / 'next' / 'sft'), str(back)
+    (source,) = start.find(cfg)
+    source.prove()
+    assert source.step == 7
     with pytest.raises(UserError, match='has no optimizer at step 7'):
         checkpoint.restore(back, 7, 'optimizer', {})
 
@@ -153,9 +192,6 @@ def test_a_run_without_an_optimizer_starts_others_and_is_not_gone_on_with(runs, 
 def test_the_card_tells_data_recipe_and_results(runs, tmp_path, capsys):
     run = tmp_path / 'run'
     shutil.copytree(runs('gpt, clip'), run)
-    cfg = configs.from_json((run / 'config.json').read_text())
-    cfg.run_dir = str(run)
-    (run / 'config.json').write_text(configs.to_json(cfg))
     (run / 'eval').mkdir()
     kinds = {'colour': {'n': 3, 'accuracy': 2 / 3, 'chance': 0.125}}
     result = {'task': 'vqa', 'n': 3, 'accuracy': 2 / 3, 'interval': [0.1, 0.9], 'by_kind': kinds}

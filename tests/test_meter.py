@@ -74,11 +74,31 @@ def test_peaks_are_looked_up_by_device_kind(monkeypatch, kind, peak):
     assert found == 8 * peak and 'data sheet' in source
 
 
-@pytest.mark.parametrize('kind', ['NVIDIA L400', 'cpu'])
-def test_a_device_that_no_sheet_names_is_measured(monkeypatch, kind):
-    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)])
+@pytest.mark.parametrize(('kind', 'backend', 'times'), [('NVIDIA L400', 'gpu', 8), ('cpu', 'cpu', 1)])
+def test_a_device_that_no_sheet_names_is_measured(monkeypatch, kind, backend, times):
+    """Eight accelerators have eight times the peak of one; eight CPU devices are the same cores."""
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)] * 8)
+    monkeypatch.setattr(jax, 'device_count', lambda: 8)
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(meter, 'measured_flops', lambda n, dtype: 1e12)
     found, source = meter.peak_flops()
-    assert 1e8 < found < 1e15 and source.startswith('measured')
+    assert found == times * 1e12 and source.startswith('measured')
+
+
+def test_a_measured_product_takes_the_time_of_its_arithmetic(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(meter.time, 'perf_counter', lambda: float(next(ticks)))  # a product a second
+    assert meter.measured_flops(8, 'float32') == 2 * 8**3
+
+
+def test_heads_of_another_size_than_width_over_heads_count_as_they_are():
+    """Qwen3's: 16 heads of 128 on a width of 1024."""
+    cfg = configs.base_config('pretrain', 'd20')
+    cfg.model = configs.Model(
+        layers=28, width=1024, heads=16, ffn=3072, flavour='llama', kv_heads=8, head_dim=128, qk_norm=True
+    )
+    weights = 28 * (1024 * 128 * (2 * 16 + 2 * 8) + 3 * 1024 * 3072) + 1024 * 50304
+    assert meter.step_flops(cfg, 50261, 1, 0) == 6 * weights + 12 * 28 * (16 * 128) * 1024
 
 
 # metrics.jsonl -------------------------------------------------------------------------------------------------------

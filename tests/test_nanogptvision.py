@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import nanovision_jax
-from nanovision_jax import convert, nanogptvision, stages
+from nanovision_jax import convert, nanogptvision, start
+from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 
@@ -95,11 +96,12 @@ def test_nanogptvision_comes_in_with_the_same_logits(tokenizer, tmp_path, capsys
     np.testing.assert_array_equal(table[:rows], model.token_embedding_layer.token_embedding_table.weight.detach())
     assert np.ptp(table[rows : tokenizer.size], axis=1).min() > 0 and not table[tokenizer.size :].any()
     # and sft takes it
-    cfg = micro.run_config('sft', tmp_path / 'runs')
-    cfg.model = run.config.model
-    (parent,) = stages.parents(cfg)
-    stages.check_tokenizer(parent, Tokenizer(out / 'tokenizer'))
-    assert (parent.step, parent.run_dir) == (7, out)
+    cfg = micro.run_config('sft', tmp_path / 'runs', data__length=64)
+    assert cfg.model.layers == run.config.model.layers
+    (parent,) = start.find(cfg)
+    parent.prove()
+    assert (parent.step, parent.folder) == (7, out)
+    assert pipeline.family_tokenizer(cfg, parent.tokenizer).digest == Tokenizer(out / 'tokenizer').digest
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nanovision_jax import config as configs
-from nanovision_jax import report, report_page
+from nanovision_jax import report, report_page, runconfig
 from nanovision_jax.errors import UserError
 
 HOSTILE = '<script>alert("1")</script> | & *b*'
@@ -39,7 +39,7 @@ def make_run(family, stage, **data):
         for i, s in ((10, 1500), (20, 2345), (30, 9000))
     ]
     write_lines(folder / 'metrics.jsonl', [*lines, {'step': 30, 'eval_loss': 1.625}])
-    (folder / 'config.json').write_text(configs.to_json(config))
+    runconfig.save(config)
     parent = {'run': 'runs/small/pretrain', 'step': 30, 'part': 'all', 'manifest': 'abcdef0123456789'}
     lineage = {
         'stage': stage,

@@ -11,7 +11,7 @@ import micro
 import pytest
 from conftest import ROOT
 
-from nanovision_jax import checkpoint, meter, train
+from nanovision_jax import checkpoint, meter, runfolder, train
 from nanovision_jax.data import pipeline
 
 STEPS = 9
@@ -112,9 +112,9 @@ def test_the_runs_cross_the_end_of_an_epoch(whole, parents):
 
 def test_crashed_twice_it_ends_the_same(whole, go):
     folder, first = go(crash_at=6)
-    assert checkpoint.newest(folder) == 3
+    assert runfolder.newest(folder) == 3
     _, second = go(folder, crash_at=9)
-    assert checkpoint.newest(folder) == 6
+    assert runfolder.newest(folder) == 6
     _, third = go(folder)
     assert_as(folder, whole[0])
     for seen, start in ((first, 0), (second, 3), (third, 6)):  # read ahead, so more than were used
@@ -126,7 +126,7 @@ def test_crashed_twice_it_ends_the_same(whole, go):
 def crashed(went, tmp_path):
     """A run that has the checkpoints 3 and 6."""
     family = shutil.copytree(went.parent, tmp_path / 'family', symlinks=True)
-    assert checkpoint.whole_steps(family / 'vision_instruct') == [6, 3]
+    assert runfolder.whole_steps(family / 'vision_instruct') == [6, 3]
     return family / 'vision_instruct'
 
 
@@ -188,13 +188,13 @@ def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, cache, tmp_pa
     run = family / 'vision_instruct'
     code = drive(family, cache, 'vision_instruct', until=lambda: logged(run, 4), send=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, (family / 'log').read_text()
-    stopped = checkpoint.newest(run)
+    stopped = runfolder.newest(run)
     assert 4 <= stopped < 9 and meter.read_metrics(run / 'metrics.jsonl')[-1]['step'] == stopped
     assert (
         f'stopped by signal 15 at step {stopped}; the same command goes on from there' in (family / 'log').read_text()
     )
     code = drive(family, cache, 'vision_instruct', until=lambda: saving(run, 9), send=signal.SIGKILL)
-    assert code == -signal.SIGKILL and checkpoint.newest(run) in (6, stopped)
+    assert code == -signal.SIGKILL and runfolder.newest(run) in (6, stopped)
     assert drive(family, cache, 'vision_instruct') == 0, (family / 'log').read_text()
     assert_as(run, whole[0])
 
@@ -208,7 +208,7 @@ def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tm
         run = killed / stage
         for until in (lambda: logged(run, 1), lambda: saving(run, 6)):
             assert drive(killed, cache, *micro.STAGES, until=until, send=signal.SIGKILL) == -signal.SIGKILL
-            assert checkpoint.newest(run) in (None, 3)
+            assert runfolder.newest(run) in (None, 3)
     assert drive(killed, cache, *micro.STAGES) == 0, (killed / 'log').read_text()
     for stage in micro.STAGES:
         train.train(micro.run_config(stage, alone, **RUN))

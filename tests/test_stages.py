@@ -1,30 +1,12 @@
-"""What each stage trains, what it starts from, and its loss."""
+"""What each stage trains, and its loss."""
 
-import json
-import shutil
-
-import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
 
-from nanovision_jax import checkpoint, models, stages, train
-from nanovision_jax import config as configs
-from nanovision_jax.data.tokenizer import Tokenizer
-from nanovision_jax.errors import UserError
+from nanovision_jax import stages, train
 from nanovision_jax.models.clip import softmax_loss
-
-
-@pytest.fixture(scope='module')
-def family(tmp_path_factory, tokenizer_folder):
-    """A family in which every stage is done, with models that never learned."""
-    folder = tmp_path_factory.mktemp('family')
-    shutil.copytree(tokenizer_folder, folder / 'tokenizer')
-    for stage in micro.STAGES:
-        micro.parent_run(folder, stage)
-    return folder
-
 
 # What learns ---------------------------------------------------------------------------------------------------------
 
@@ -91,132 +73,3 @@ def test_the_loss_of_pairs_counts_pairs():
     wanted = -(np.log(np.diag(rows)) + np.log(np.diag(columns))).mean() / 2
     np.testing.assert_allclose(total / count, wanted, rtol=1e-5)
     assert count == 4
-
-
-# What it starts from -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('stage', 'wanted'),
-    [
-        ('clip', []),
-        ('pretrain', []),
-        ('sft', [('pretrain', '', '')]),
-        ('vision_pretrain', [('sft', '', 'decoder'), ('clip', 'vision', 'vision')]),
-        ('vision_instruct', [('vision_pretrain', '', '')]),
-    ],
-)
-def test_each_stage_finds_its_parents_beside_it(family, stage, wanted):
-    found = stages.parents(micro.run_config(stage, family))
-    assert [(parent.run_dir, parent.part, parent.target) for parent in found] == [
-        (family / run, part, target) for run, part, target in wanted
-    ]
-    assert all(parent.step == 7 for parent in found)
-
-
-def test_a_vision_run_may_start_from_a_decoder_that_never_chatted(family, tmp_path):
-    cfg = micro.run_config('vision_pretrain', tmp_path, init_from=str(family / 'pretrain'))
-    cfg.model.tower = str(family / 'clip')
-    assert [parent.run_dir for parent in stages.parents(cfg)] == [family / 'pretrain', family / 'clip']
-
-
-@pytest.mark.parametrize('stage', ['clip', 'pretrain'])
-def test_a_first_stage_may_start_from_a_run_of_its_own(family, tmp_path, stage):
-    cfg = micro.run_config(stage, tmp_path, init_from=str(family / stage))
-    assert [(parent.run_dir, parent.part) for parent in stages.parents(cfg)] == [(family / stage, '')]
-    cfg.init_from = str(family / 'sft')
-    with pytest.raises(UserError, match=f'{stage} cannot start from \\S+, a sft run: it takes {stage}.'):
-        stages.parents(cfg)
-
-
-@pytest.mark.parametrize(('stage', 'first'), [('sft', 'pretrain'), ('vision_instruct', 'vision_pretrain')])
-def test_a_missing_parent_is_answered_with_the_command_that_makes_it(tmp_path, stage, first):
-    cfg = micro.run_config(stage, tmp_path)
-    command = f'python -m nanovision_jax.train --config=configs/{first}.py:micro'
-    with pytest.raises(UserError, match=rf'{stage} starts from the run {tmp_path}/{first}, .* Make it: {command}$'):
-        stages.parents(cfg)
-    cfg.name = 'mine'
-    with pytest.raises(UserError, match=f'{command} --config.name=mine$'):
-        stages.parents(cfg)
-
-
-def test_a_missing_tower_is_answered_with_the_command_that_makes_it(family, tmp_path):
-    cfg = micro.run_config('vision_pretrain', tmp_path, init_from=str(family / 'sft'))
-    with pytest.raises(UserError, match=rf'the run {tmp_path}/clip, .*--config=configs/clip.py:micro$'):
-        stages.parents(cfg)
-
-
-def test_a_parent_that_never_saved_is_missing(family, tmp_path):
-    shutil.copytree(family / 'pretrain', tmp_path / 'pretrain')
-    (tmp_path / 'pretrain' / 'checkpoints' / '7' / 'manifest.json').unlink()
-    with pytest.raises(UserError, match='which does not exist'):
-        stages.parents(micro.run_config('sft', tmp_path))
-
-
-@pytest.mark.parametrize(('stage', 'given'), [('sft', 'sft'), ('vision_pretrain', 'clip'), ('vision_instruct', 'sft')])
-def test_a_parent_of_the_wrong_stage_is_refused(family, stage, given):
-    cfg = micro.run_config(stage, family, init_from=str(family / given))
-    with pytest.raises(UserError, match=rf'{stage} cannot start from {family}/{given}, a {given} run: it takes'):
-        stages.parents(cfg)
-
-
-@pytest.mark.parametrize(
-    ('stage', 'field', 'value'),
-    [
-        ('sft', 'model.layers', 3),
-        ('sft', 'model.rope_theta', 1e4),
-        ('vision_pretrain', 'model.width', 64),
-        ('vision_pretrain', 'model.vision.image_size', 32),
-        ('vision_pretrain', 'model.vision.mean', (0.5, 0.5, 0.5)),
-        ('vision_instruct', 'model.projector', 'linear'),
-        ('vision_instruct', 'model.vision.fit', 'pad'),
-    ],
-)
-def test_another_size_than_the_parents_is_refused(family, stage, field, value):
-    cfg = micro.run_config(stage, family)
-    part, _, name = field.rpartition('.')
-    theirs = configs.get(cfg, field)
-    setattr(configs.get(cfg, part), name, value)
-    with pytest.raises(UserError) as error:
-        stages.parents(cfg)
-    assert str(error.value).startswith(f'{field} is {value} here and {theirs} in {family}')
-
-
-def test_another_tokenizer_than_the_parents_is_refused(family, tmp_path):
-    shutil.copytree(family / 'tokenizer', tmp_path / 'tokenizer')
-    file = tmp_path / 'tokenizer' / 'tokenizer.json'
-    file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
-    other = Tokenizer(tmp_path / 'tokenizer')
-    for parent in stages.parents(micro.run_config('vision_pretrain', family)):
-        stages.check_tokenizer(parent, Tokenizer(family / 'tokenizer'))
-        if parent.part == 'vision':
-            stages.check_tokenizer(parent, other)  # a tower alone has nothing to do with words
-        else:
-            with pytest.raises(UserError, match=f'{family}/sft was trained with another tokenizer than {tmp_path}'):
-                stages.check_tokenizer(parent, other)
-
-
-@pytest.mark.parametrize('stage', ['sft', 'vision_pretrain', 'vision_instruct'])
-def test_parents_parameters_are_inherited_bit_for_bit(family, stage):
-    cfg, tokenizer = micro.run_config(stage, family), Tokenizer(family / 'tokenizer')
-    fresh = jax.device_put(micro.params(cfg, tokenizer, seed=1)[1])
-    params = fresh
-    for parent in stages.parents(cfg):
-        params = stages.inherit(parent, params, tokenizer.size)
-    theirs = {name: micro.params(micro.run_config(name, family), tokenizer)[1] for name in micro.STAGES}
-    if stage == 'vision_pretrain':
-        wanted = {'decoder': theirs['sft'], 'vision': theirs['clip']['vision'], 'projector': fresh['projector']}
-        assert checkpoint.tree_digest(theirs['sft']) != checkpoint.tree_digest(fresh['decoder'])
-    else:
-        wanted = theirs['pretrain' if stage == 'sft' else 'vision_pretrain']
-    micro.assert_same(params, wanted)
-
-
-def test_shapes_can_inherit_too(family):
-    """What only plans or shows a run hands shapes with shardings instead of arrays."""
-    cfg, tokenizer = micro.run_config('sft', family), Tokenizer(family / 'tokenizer')
-    shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
-    (parent,) = stages.parents(cfg)
-    micro.assert_same(stages.inherit(parent, shapes, tokenizer.size), micro.params(cfg, tokenizer)[1])

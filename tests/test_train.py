@@ -8,9 +8,9 @@ import jax
 import micro
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, is_held_out
 
-from nanovision_jax import checkpoint, meter, optim, parallel, train
+from nanovision_jax import checkpoint, meter, optim, parallel, runconfig, runfolder, train
 from nanovision_jax import config as configs
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -135,10 +135,10 @@ def test_a_run_folder_is_complete(road, stage):
     folder = road / stage
     kept = {file.name for file in folder.iterdir()}
     assert kept == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'lineage.json'}
-    assert configs.from_json((folder / 'config.json').read_text()) == road_config(stage, road)
+    assert runconfig.read(folder) == road_config(stage, road)
     assert Tokenizer(folder / 'tokenizer').digest == Tokenizer(road / 'tokenizer').digest
-    assert checkpoint.whole_steps(folder) == [4, 2]
-    assert checkpoint.manifest(folder, 4)['position'] == 4 * 8
+    assert runfolder.whole_steps(folder) == [4, 2]
+    assert runfolder.manifest(folder, 4)['position'] == 4 * 8
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(folder)))
 
 
@@ -170,14 +170,14 @@ def test_tokens_counts_what_is_not_padding(road):
 
 @pytest.mark.parametrize('stage', micro.STAGES)
 def test_lineage_names_the_parents_and_what_stayed_as_it_was(road, stage):
-    record = json.loads((road / stage / 'lineage.json').read_text())
+    record = runfolder.read_lineage(road / stage)
     assert (record['stage'], record['finished'], len(record['sessions'])) == (stage, 4, 1)
     assert record['sessions'][0]['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
     parents = {'sft': ['pretrain'], 'vision_pretrain': ['sft', 'clip'], 'vision_instruct': ['vision_pretrain']}
     assert [parent['run'] for parent in record['parents']] == [str(road / p) for p in parents.get(stage, [])]
     for parent in record['parents']:
         manifest = road / parent['run'] / 'checkpoints' / str(parent['step']) / 'manifest.json'
-        assert parent['manifest'] == checkpoint.file_digest(manifest) and parent['step'] == 4
+        assert parent['manifest'] == runfolder.file_digest(manifest) and parent['step'] == 4
     assert record['tokenizer'] == Tokenizer(road / 'tokenizer').digest
     assert record['frozen_before'] == record['frozen_after']
     params = micro.read(road / stage)['params']
@@ -250,9 +250,9 @@ def test_a_run_with_another_config_is_not_overwritten(family, capsys):
     refused(cfg, r'another config \(steps, optim.learning_rate differ\): say --resume .*, --anew .*--config.name')
     old = files(family / 'pretrain')
     train.train(cfg, resume=True)
-    assert 'going on from step 4' in capsys.readouterr().out
-    assert configs.from_json((family / 'pretrain' / 'config.json').read_text()) == cfg
-    assert checkpoint.whole_steps(family / 'pretrain') == [6, 4]
+    assert f'pretrain goes on from {family}/pretrain, step 4' in capsys.readouterr().out
+    assert runconfig.read(family / 'pretrain') == cfg
+    assert runfolder.whole_steps(family / 'pretrain') == [6, 4]
     assert [line['step'] for line in meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')] == [
         1,
         2,
@@ -272,13 +272,54 @@ def test_anew_keeps_the_old_run(family, capsys):
     train.train(micro.run_config('pretrain', family, steps=2), anew=True)
     assert f'kept as {family}/pretrain.2' in capsys.readouterr().out
     assert {name.replace('pretrain.2', 'pretrain'): data for name, data in files(family / 'pretrain.2').items()} == old
-    assert checkpoint.whole_steps(family / 'pretrain') == [2]
+    assert runfolder.whole_steps(family / 'pretrain') == [2]
 
 
 def test_where_and_how_often_may_change_without_a_word(family):
     cfg = micro.run_config('pretrain', family, log__every=3, eval__every=9, checkpoint__keep=1, data__workers=1)
     cfg.mesh = configs.Mesh(1, 8, 1)
     assert train.open_run(cfg, resume=False, anew=False) == 4
+
+
+def test_another_batch_size_goes_on_at_the_same_row(family, monkeypatch):
+    starts, batches = [], pipeline.batches
+
+    def watched(rows, batch_size, start=0, workers=0):
+        starts.append((batch_size, start))
+        return batches(rows, batch_size, start, workers)
+
+    monkeypatch.setattr(pipeline, 'batches', watched)
+    train.train(micro.run_config('pretrain', family, steps=6, data__batch_size=16, eval__every=9), resume=True)
+    assert starts[0] == (16, 4 * 8)
+    assert runfolder.manifest(family / 'pretrain', 6)['position'] == 4 * 8 + 2 * 16
+    train.train(micro.run_config('pretrain', family, steps=7, data__batch_size=8, eval__every=9), resume=True)
+    assert (8, 4 * 8 + 2 * 16) in starts
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'changed'), [('seed', 1, 'order'), ('data__length', 64, 'order and packing')]
+)
+def test_other_rows_than_it_began_with_are_refused(family, field, value, changed):
+    cfg = micro.run_config('pretrain', family, steps=6, **{field: value})
+    with pytest.raises(UserError, match=rf'other rows than it began with \({changed} changed\).*--config.init_from='):
+        train.train(cfg, resume=True)
+    assert runfolder.whole_steps(family / 'pretrain') == [4, 2]
+
+
+def test_another_dtype_of_compute_is_said(family, capsys):
+    train.train(micro.run_config('pretrain', family, steps=5, dtype='bfloat16', eval__every=9), resume=True)
+    assert 'compute was in float32 in the last session, and is in bfloat16 now' in capsys.readouterr().out
+
+
+def test_one_held_out_example_is_enough(family, tmp_path):
+    """Sets to try things out are small: of these 21 rows one is held out."""
+    talks = [[{'from': 'human', 'value': f'{i}?'}, {'from': 'gpt', 'value': 'a cat'}] for i in range(400)]
+    held = [talk for talk in talks if is_held_out(talk[0]['value'].encode())]
+    rows = [talk for talk in talks if talk not in held][:20] + held[:1]
+    (tmp_path / 'x.json').write_text(json.dumps([{'conversations': talk} for talk in rows]))
+    place = {'data__source': 'conversations', 'data__path': str(tmp_path / 'x.json')}
+    train.train(micro.run_config('sft', family, steps=1, eval__every=1, **place))
+    assert meter.read_metrics(family / 'sft' / 'metrics.jsonl')[-1]['eval_loss'] > 0
 
 
 def test_resume_with_other_sizes_is_refused_and_the_run_stays_whole(family):
@@ -291,7 +332,7 @@ def test_resume_with_another_tokenizer_is_refused(family):
     file.write_text(json.dumps(json.loads(file.read_text()), indent=3))
     cfg = micro.run_config('pretrain', family, steps=6)
     before = files(family / 'pretrain')
-    with pytest.raises(UserError, match=r'pretrain was trained with another tokenizer .* say --anew'):
+    with pytest.raises(UserError, match=r'pretrain was trained with another tokenizer than \S+ is now: bring'):
         train.train(cfg, resume=True)
     assert files(family / 'pretrain') == before
 
@@ -306,12 +347,14 @@ def test_another_picture_size_than_the_towers_is_refused(family):
     shutil.copytree(family / 'pretrain', family / 'sft')
     config = family / 'sft' / 'config.json'
     config.write_text(config.read_text().replace('"stage": "pretrain"', '"stage": "sft"'))
-    cfg = micro.run_config('vision_pretrain', family, model__vision__image_size=32)
+    cfg = micro.run_config('vision_pretrain', family)
+    cfg.model.vision.image_size = 32
     refused(cfg, rf'model.vision.image_size is 32 here and 16 in {family}/clip')
 
 
 def test_a_parent_of_the_wrong_stage_is_refused(family):
-    cfg = micro.run_config('vision_instruct', family, init_from=str(family / 'pretrain'))
+    cfg = micro.run_config('vision_instruct', family)
+    cfg.init_from = str(family / 'pretrain')
     refused(cfg, 'vision_instruct cannot start from .*/pretrain, a pretrain run: it takes vision_pretrain')
 
 
@@ -333,7 +376,7 @@ def test_a_diverged_run_stops_and_saves_no_nonsense(family):
     with pytest.raises(UserError, match=sentence) as error:
         train.train(cfg, anew=True)
     assert re.search('nan|inf', str(error.value))
-    for step in checkpoint.whole_steps(family / 'pretrain'):
+    for step in runfolder.whole_steps(family / 'pretrain'):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(family / 'pretrain', step)))
     lines = meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')
     assert all(np.isfinite(line['loss']) for line in lines if 'loss' in line)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanovision_jax import checkpoint, models
+from nanovision_jax import checkpoint, models, runconfig
 from nanovision_jax import config as configs
 
 VOCAB, IMAGE = 101, 97
@@ -45,7 +45,7 @@ def run_folder(folder, stage, tokenizer):
     folder = pathlib.Path(folder)
     cfg = config(stage, folder)
     folder.mkdir(parents=True)
-    (folder / 'config.json').write_text(configs.to_json(cfg))
+    runconfig.save(cfg)
     shutil.copytree(tokenizer.folder, folder / 'tokenizer')
     writer = checkpoint.Checkpoints(folder, keep=1)
     writer.save(7, model(cfg, tokenizer.size, tokenizer.image)[1], {'count': jnp.zeros(())}, {})

@@ -5,8 +5,10 @@ Nothing here imports jax; batches are dicts of numpy arrays with the shapes of t
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
+import tempfile
 
 import grain
 import numpy as np
@@ -15,29 +17,75 @@ from nanovision_jax.data import conversation, mixture, packing, sources, text
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.runconfig import TRAINED, hub_id
+from nanovision_jax.runfolder import file_digest, read_json, write_whole
 
 
-def family_tokenizer(config):
-    """The tokenizer of a family of runs, in runs/<name>/tokenizer: made by whichever stage runs first."""
-    folder = config.family / 'tokenizer'
-    wanted = config.data.tokenizer
+def family_tokenizer(config, inherited=None):
+    """The tokenizer of a family of runs, in runs/<name>/tokenizer: made by whichever stage runs first.
+
+    inherited: the tokenizer folder of the run that this one starts from, or goes on from. A family that has none yet
+    takes it over. Raises UserError where the family's is another one than `inherited` or data.tokenizer.
+    """
+    folder, wanted = config.family / 'tokenizer', config.data.tokenizer
     if not folder.exists():
         partial = pathlib.Path(f'{folder}.part')
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if wanted == 'train':
-            train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, partial)
+        if inherited:
+            shutil.copytree(inherited, partial)
         else:
-            import_tokenizer(wanted, partial)
-        (partial / 'source.json').write_text(json.dumps({'data.tokenizer': wanted}) + '\n')
+            partial.mkdir(parents=True)
+            if wanted == TRAINED:
+                train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, partial)
+            else:
+                import_tokenizer(hub_id(wanted) or os.path.expanduser(wanted), partial)
+            made_from = {'data.tokenizer': os.path.basename(os.path.normpath(wanted)), 'sha256': _digest(wanted)}
+            if wanted == TRAINED:
+                made_from['data.vocab_size'] = config.data.vocab_size
+            elif hub_id(wanted):
+                made_from['data.tokenizer'] = wanted
+            write_whole(partial / 'source.json', json.dumps(made_from) + '\n')
         partial.rename(folder)
-    made_from = json.loads((folder / 'source.json').read_text())['data.tokenizer']
-    if made_from != wanted:
+    opened = Tokenizer(folder)
+    if inherited and Tokenizer(inherited).digest != opened.digest:
+        raise UserError(
+            f'{pathlib.Path(inherited).parent} was trained with another tokenizer than {folder} is now: bring that '
+            'back, or choose another --config.name, which takes over the one it was trained with.'
+        )
+    if not _is_made_from(folder, wanted):
+        made_from = _made_from(folder)['data.tokenizer']
         raise UserError(
             f'data.tokenizer is {wanted!r}, but {folder} was made from {made_from!r}: a name has one tokenizer. '
             f'Set --config.data.tokenizer={made_from}, or another --config.name.'
         )
-    return Tokenizer(folder)
+    return opened
+
+
+def _digest(wanted):
+    """The sha256 of the tokenizer.json in a folder, or None where that is no folder."""
+    file = pathlib.Path(wanted).expanduser() / 'tokenizer.json'
+    return file_digest(file) if wanted != TRAINED and file.is_file() else None
+
+
+def _made_from(folder):
+    """What a family's tokenizer was made from: name, sha256 (older ones: a path alone) and, if trained, its size."""
+    file = folder / 'source.json'
+    return read_json(file) if file.exists() else {'data.tokenizer': ''}
+
+
+def _is_made_from(folder, wanted):
+    """Whether a family's tokenizer is what data.tokenizer asks for: by content, where it is still there to compare."""
+    made_from = _made_from(folder)
+    name = made_from['data.tokenizer']
+    if name and (TRAINED in (name, wanted) or name == wanted):
+        return name == wanted
+    if not _digest(wanted):  # nothing to compare: a converted run does not say, and a folder may be gone
+        return not name or os.path.basename(name) == os.path.basename(os.path.normpath(wanted))
+    if made_from.get('sha256'):
+        return made_from['sha256'] == _digest(wanted)
+    with tempfile.TemporaryDirectory() as again:
+        import_tokenizer(os.path.expanduser(wanted), again)
+        return Tokenizer(again).digest == Tokenizer(folder).digest
 
 
 def _tokenizer_texts(config):

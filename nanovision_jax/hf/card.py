@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from nanovision_jax import config as configs
+from nanovision_jax import runconfig, runfolder
 
 # What the data sets' own pages say. What is not here, the card says it does not know.
 LICENCES = {
@@ -14,6 +15,7 @@ LICENCES = {
     'cauldron': "each subset's own; see its page",
 }
 UNKNOWN = 'not known to this card: see where the data come from'
+NOT_KNOWN = 'not known'
 
 
 def card(run, architecture):
@@ -79,26 +81,30 @@ def ancestors(folder):
     found, waiting = [], [folder]
     while waiting:
         folder = waiting.pop(0)
-        if folder in found or not (folder / 'lineage.json').is_file():
+        if folder in found or not (record := runfolder.read_lineage(folder)):
             continue
         found.append(folder)
-        waiting += [pathlib.Path(p['run']) for p in json.loads((folder / 'lineage.json').read_text())['parents']]
+        waiting += [pathlib.Path(parent['run']) for parent in record['parents']]
     return found
 
 
 def _stage(folder):
     """One line of the table of stages."""
-    config = configs.from_json((folder / 'config.json').read_text())
-    lineage = json.loads((folder / 'lineage.json').read_text())
+    config, record = runconfig.read(folder), runfolder.read_lineage(folder)
     data, optim = config.data, config.optim
     source = data.mixture or data.source
     where = pathlib.Path(data.path).name if source in ('conversations', 'text', 'shards') else ''
     known = [LICENCES.get(name.partition(':')[0].partition('[')[0].strip(), UNKNOWN) for name in source.split(',')]
-    foreign = [p['run'] for p in lineage['parents'] if p['step'] is None]
-    started = lineage['sessions'][0]['started'][:10] if lineage['sessions'] else 'not known'
+    foreign = [p['run'] for p in record['parents'] if p['step'] is None]
     stage = config.stage + ''.join(f', from {pathlib.Path(run).name}' for run in foreign)
-    cells = stage, f'{source} {where}'.strip(), '; '.join(dict.fromkeys(known)), lineage.get('finished', 'unfinished')
-    return f'| {" | ".join(map(str, (*cells, data.batch_size, data.length, optim.learning_rate, started)))} |'
+    source = NOT_KNOWN if source == configs.UNKNOWN else f'{source} {where}'.strip()
+    cells = stage, source, '; '.join(dict.fromkeys(known))
+    if record['sessions']:
+        recipe = record.get('finished', 'unfinished'), data.batch_size, data.length, optim.learning_rate
+        recipe += (record['sessions'][0]['started'][:10],)
+    else:  # a run that was made of somebody's weights
+        recipe = (NOT_KNOWN,) * 5
+    return f'| {" | ".join(map(str, (*cells, *recipe)))} |'
 
 
 def _result(result):

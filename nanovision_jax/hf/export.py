@@ -5,13 +5,13 @@ the weights come tokenizer, chat template, processor, generation config, model c
 config), with which the way back is exact.
 """
 
-import dataclasses
 import json
 import shutil
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import card, decoders, llava
 from nanovision_jax.hf.weights import write_weights
+from nanovision_jax.runconfig import public
 
 CONFIG = 'nanovision_jax.json'
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
@@ -54,6 +54,6 @@ def export(run, output, dtype='float32'):
         (partial / name).write_text(json.dumps(value, indent=2) + '\n')
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer.folder / name, partial / name)
-    (partial / CONFIG).write_text(json.dumps({'step': run.step, 'config': dataclasses.asdict(config)}, indent=2) + '\n')
+    (partial / CONFIG).write_text(json.dumps({'step': run.step, 'config': public(config)}, indent=2) + '\n')
     (partial / 'README.md').write_text(card.card(run, content['architectures'][0]))
     partial.rename(output)

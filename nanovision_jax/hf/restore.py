@@ -1,12 +1,11 @@
 """The way back: a folder in a layout of Hugging Face's as a run's config, parameters and tokenizer."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 
 from nanovision_jax import config as configs
-from nanovision_jax import models
+from nanovision_jax import models, runconfig
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import decoders, llava
@@ -25,12 +24,14 @@ def restore(folder, output):
     fields = llava.model_fields(folder) if vision else decoders.decoder_config(theirs, folder)
     if ours := (folder / CONFIG).is_file():
         saved = read_json(folder / CONFIG)
-        config, step = configs.from_json(json.dumps(saved['config'])), saved['step']
+        config, step = runconfig.from_dict(saved['config'], folder), saved['step']
         _check_same(config.model, fields, folder)
+        if config.data.source == 'tiny_world':  # its place is the family's, wherever that is now
+            config.data.path = str(output.parent / 'data')
     else:
         config = configs.Config('vision_instruct' if vision else 'sft', size='hf', steps=1)
         config.model, step = dataclasses.replace(config.model, **fields), 1
-        config.data.tokenizer, config.data.length = str(folder), min(1024, config.model.positions)
+        config.data = configs.Data(configs.UNKNOWN, tokenizer=folder.name, length=min(1024, config.model.positions))
     config.run_dir, config.name = str(output), output.parent.name or config.name
     target = output / 'tokenizer'
     target.mkdir()

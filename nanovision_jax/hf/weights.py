@@ -5,7 +5,6 @@ names in a file are looked up in the table, never used as paths.
 """
 
 import fnmatch
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +16,8 @@ from jaxtyping import Float32
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import path_name
+from nanovision_jax.runconfig import hub_id
+from nanovision_jax.runfolder import read_json
 
 
 class Layout(NamedTuple):
@@ -42,39 +43,26 @@ PATCH = Layout(_patch_there, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(sh
 
 
 def find(source, files='config.json and model.safetensors') -> pathlib.Path:
-    """The folder of a model: `source` itself, or the hub's files of that id, downloaded once.
+    """The folder of a model: `source` itself, or the hub's files of that id (see runconfig.hub_id), downloaded once.
 
     Raises UserError for what is neither; it names the `files` that a folder must hold.
     """
-    folder = pathlib.Path(source).expanduser()
-    if folder.is_dir():
-        return folder
+    source = str(source)
+    if (name := hub_id(source)) is None:
+        folder = pathlib.Path(source).expanduser()
+        if folder.is_dir():
+            return folder
+        raise UserError(f'{source!r} is no folder: name one that holds {files}, or a hub id as OWNER/NAME.')
     import huggingface_hub
 
     try:
-        wanted = ['*.json', '*.safetensors', 'merges.txt', 'tokenizer.model']
-        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+        wanted = ['*.json', '*.safetensors', 'merges.txt', 'tokenizer.model', '*.jinja']
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise UserError(
-            f'{source!r} is no folder, and no model that the hub gives us ({type(error).__name__}): check the name. '
-            f'Offline, place {files} in a folder and name that.'
+            f'{source!r} is no folder here, and as a hub id it gives no model ({type(error).__name__}: not there, or '
+            f'the hub is out of reach): check the name. Offline, place {files} in a folder and name that.'
         ) from error
-
-
-def read_json(file) -> dict:
-    """A JSON object from a file. Raises UserError if it is none and, later, for a key that is asked for and missing."""
-
-    class Object(dict):
-        def __missing__(self, key):
-            raise UserError(f'{file} lacks {key!r}.')
-
-    try:
-        content = json.loads(file.read_text(), object_hook=Object)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{file} is missing or no JSON.') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{file} holds no JSON object.')
-    return content
 
 
 class Tensor(NamedTuple):

@@ -1,0 +1,147 @@
+"""A run's files: written whole or not at all, read with one sentence where they are damaged, found from anywhere.
+
+    <run>/config.json, lineage.json, metrics.jsonl, tokenizer/, eval/
+    <run>/checkpoints/<step>/{params,optimizer}/   and manifest.json, the sha256 of every file in them
+
+A path in a run's files is relative to the run (it begins with ./ or ../), or absolute where the user gave it so and it
+lies outside the run's family. So a family may be moved, and opened from any folder. No jax is imported here.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+
+from nanovision_jax.errors import UserError
+
+# Whole files ---------------------------------------------------------------------------------------------------------
+
+
+def write_whole(file, text):
+    """Writes a text file under another name first: whoever reads it finds the old content or the new, never a part."""
+    file = pathlib.Path(file)
+    partial = file.with_name(f'{file.name}.part')
+    partial.write_text(text, encoding='utf-8')
+    os.replace(partial, file)
+
+
+class Object(dict):
+    """A JSON object of `file`; a key that is asked for and missing is a UserError."""
+
+    file = ''
+
+    def __missing__(self, key):
+        raise UserError(f'{self.file} lacks {key!r}: it is damaged, or not what it is taken for.')
+
+
+def read_json(file):
+    """The JSON object in a file, as an Object (nested ones too). Raises UserError where there is none."""
+    kind = type('Object', (Object,), {'file': file})
+    try:
+        content = json.loads(pathlib.Path(file).read_text(encoding='utf-8'), object_hook=kind)
+    except (OSError, ValueError, RecursionError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(f'{file} is {"missing" if missing else "damaged: it holds no JSON"}.') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{file} is damaged: it holds no JSON object.')
+    return content
+
+
+# Paths ---------------------------------------------------------------------------------------------------------------
+
+
+def portable(path, run_dir):
+    """A path as the files of the run in `run_dir` keep it: relative to the run, or absolute (see above)."""
+    path, run_dir = os.path.expanduser(str(path)), os.path.abspath(run_dir)
+    here = os.path.abspath(path)
+    family = os.path.join(os.path.dirname(run_dir), '')
+    if os.path.isabs(path) and not here.startswith(family):
+        return path
+    relative = os.path.relpath(here, run_dir)
+    return relative if relative.startswith('.') else f'./{relative}'
+
+
+def is_portable(path):
+    """Whether portable() wrote this path. Older runs kept paths relative to the folder they were trained from."""
+    return path in ('.', '..') or path.startswith(('./', '../', '/'))
+
+
+def resolve(path, run_dir, origin=''):
+    """The way back: a path that a file of the run in `run_dir` holds, as a path from here.
+
+    origin: the folder that the paths of an older run are relative to (see origin_of).
+    """
+    return os.path.normpath(os.path.join(run_dir if is_portable(path) else origin, path))
+
+
+def origin_of(run_dir, recorded):
+    """The folder that an older run was trained from: `run_dir` without its end, which its config recorded."""
+    here, end = os.path.abspath(run_dir), os.path.join(os.sep, os.path.normpath(recorded))
+    return (here.removesuffix(end) or os.sep) if here.endswith(end) and not os.path.isabs(recorded) else ''
+
+
+def read_lineage(run_dir):
+    """lineage.json of a run, with the places of its parents as they are from here; {} where there is none."""
+    file = pathlib.Path(run_dir) / 'lineage.json'
+    record = read_json(file) if file.exists() else {}
+    for parent in record.get('parents', ()):
+        parent['run'] = locate(run_dir, parent['run'])
+    return record
+
+
+def locate(run_dir, path):
+    """A parent's place as lineage.json holds it, as a path from here. Older runs kept it as it was given."""
+    if is_portable(path):
+        return resolve(path, run_dir)
+    beside = pathlib.Path(run_dir).parent / os.path.basename(path)
+    return path if os.path.exists(path) or not beside.exists() else str(beside)
+
+
+# Checkpoints, as far as a manifest proves them -----------------------------------------------------------------------
+
+
+def file_digest(file):
+    """The sha256 of a file, in hex."""
+    with open(file, 'rb') as handle:
+        return hashlib.file_digest(handle, 'sha256').hexdigest()
+
+
+def whole_steps(run_dir):
+    """The steps whose checkpoint has a manifest, newest first."""
+    manifests = pathlib.Path(run_dir).glob('checkpoints/*/manifest.json')
+    return sorted((int(m.parent.name) for m in manifests if m.parent.name.isdigit()), reverse=True)
+
+
+def manifest(run_dir, step):
+    """The manifest of one checkpoint."""
+    return json.loads((pathlib.Path(run_dir) / 'checkpoints' / str(step) / 'manifest.json').read_text())
+
+
+def damage(run_dir, step, item=''):
+    """The first file of a checkpoint that is not what its manifest says, or None. item: params or optimizer alone."""
+    folder = pathlib.Path(run_dir) / 'checkpoints' / str(step)
+    try:
+        for name, digest in manifest(run_dir, step)['files'].items():
+            ours = not item or name.startswith(f'{item}/')
+            if ours and (not (folder / name).is_file() or file_digest(folder / name) != digest):
+                return folder / name
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return folder / 'manifest.json'
+    return None
+
+
+def newest(run_dir, item='', say=lambda text: print(text, file=sys.stderr)):
+    """The newest step whose files are what its manifest says; what is passed over is said. None if there is none.
+
+    item: params or optimizer, to read and prove the files of that alone.
+    Raises UserError if there are checkpoints and all are damaged.
+    """
+    steps = whole_steps(run_dir)
+    for step in steps:
+        if (bad := damage(run_dir, step, item)) is None:
+            return step
+        say(f'warning: {bad} is damaged, so checkpoint {step} is not used')
+    if steps:
+        raise UserError(f'every checkpoint in {run_dir} is damaged.')
+    return None

@@ -1,0 +1,271 @@
+"""Where a run starts, and what it takes over from there.
+
+The parameters come from the first of these that is there; it is printed as the run begins:
+
+  1. the run itself, where it has a checkpoint: it goes on (not with --anew)
+  2. init_from: a run of the same stage or of one before it
+  3. the run of the stage before, beside this one
+  4. model.decoder: a published decoder, a folder or a hub id
+  5. nothing (stages clip and pretrain): random numbers
+
+A stage that starts to see (vision_pretrain; vision_instruct from 4) takes a tower too:
+
+  1. model.tower: a clip run, a published tower's folder or a hub id; where it is not given, the one that the run it
+     starts from was given
+  2. the clip run beside this one
+
+What such a source fixes (the shape of the model, projector, tower, tokenizer, the length of positions) is taken over
+where it is not given; what is given and contradicts is an error. jax loads only when parameters are.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+
+from nanovision_jax import config as configs
+from nanovision_jax import runconfig, runfolder
+from nanovision_jax.errors import UserError
+
+# The stages that one may start from, the usual one first; each may start from a run of its own, too.
+PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
+
+# Fields of config.Model that no decoder fixes.
+_FREE = ('decoder', 'tower', 'contrastive', 'projector', 'remat', 'unroll', 'vision', 'text')
+DECODER = tuple(f'model.{f.name}' for f in dataclasses.fields(configs.Model) if f.name not in _FREE)
+VISION = tuple(f'model.vision.{f.name}' for f in dataclasses.fields(configs.Vision))
+TEXT = tuple(f'model.text.{f.name}' for f in dataclasses.fields(configs.Text))
+
+
+class Missing(UserError):
+    """A run that one starts from is not there (yet)."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as a source: `part` of its parameter tree ('' is all) becomes `target` of ours ('' is all)."""
+
+    folder: pathlib.Path
+    part: str = ''
+    target: str = ''
+    step: int | None = None  # which checkpoint: known once prove() was called
+
+    @property
+    def config(self):
+        """The run's config."""
+        return runconfig.read(self.folder)
+
+    @property
+    def tokenizer(self):
+        """The folder of the tokenizer that comes with the parameters; None: they know no words."""
+        return None if self.part == 'vision' else self.folder / 'tokenizer'
+
+    def fixes(self, config):
+        """{field: value} of what this source fixes in `config`."""
+        theirs, names = self.config, []
+        sees = theirs.stage.startswith('vision')
+        if sees or theirs.stage == 'clip':
+            names += VISION
+        if sees:
+            names += ['model.projector', 'model.tower']
+        if self.part == 'vision':
+            return {name: configs.get(theirs, name) for name in names}
+        names += [*TEXT, 'model.contrastive'] if theirs.stage == 'clip' else [*DECODER, 'model.decoder']
+        return {name: configs.get(theirs, name) for name in [*names, 'data.tokenizer']}
+
+    def prove(self):
+        """Finds the newest checkpoint whose parameters are whole. Raises UserError where there is none."""
+        self.step = runfolder.newest(self.folder, 'params')
+
+    def load(self, params, vocab_size):
+        """`params` (nested dicts of arrays, or of ShapeDtypeStructs with shardings) with this source's part read in."""
+        del vocab_size
+        from nanovision_jax import checkpoint
+
+        target = params[self.target] if self.target else params
+        wrapped = {self.part: target} if self.part else target
+        read = checkpoint.restore(self.folder, self.step, 'params', checkpoint.like(wrapped))
+        read = read[self.part] if self.part else read
+        return params | {self.target: read} if self.target else read
+
+    def digest(self):
+        """What proves which parameters these are: the digest of the checkpoint's manifest."""
+        return runfolder.file_digest(self.folder / 'checkpoints' / str(self.step) / 'manifest.json')
+
+    def __str__(self):
+        return f'{self.folder}, step {self.step}' if self.step else str(self.folder)
+
+
+@dataclasses.dataclass
+class Published:
+    """Published weights as a source: a tower where part is 'vision', else a decoder. `name` is a folder or a hub id."""
+
+    name: str
+    part: str
+    target: str
+    step: None = None
+
+    @functools.cached_property
+    def folder(self):
+        """Where the files are; a hub id's are downloaded first."""
+        from nanovision_jax import hf
+
+        return hf.find_tower(self.name) if self.part == 'vision' else hf.find_decoder(self.name)
+
+    tokenizer = None  # config.data.tokenizer says which: it is imported, not copied
+
+    def fixes(self, config):
+        """{field: value} of what this source fixes in `config`."""
+        from nanovision_jax import hf
+
+        if self.part == 'vision':
+            vision = hf.vision_config(self.folder)
+            fixed = {name: getattr(vision, name.rpartition('.')[2]) for name in VISION}
+            if config.model.vision.fit == 'pad':  # LLaVA 1.5's choice, whatever the tower was trained on
+                del fixed['model.vision.fit']
+            return fixed
+        fixed = {f'model.{name}': value for name, value in hf.read_decoder_config(self.folder).items()}
+        return fixed | {'data.tokenizer': self.name}
+
+    def prove(self):
+        """Nothing to prove: what does not fit is found on reading."""
+
+    def load(self, params, vocab_size):
+        """As Run.load()."""
+        import jax
+
+        from nanovision_jax import hf
+
+        target = params[self.target] if self.target else params
+        if self.part == 'vision':
+            read = hf.tower_weights(self.folder, target)
+        else:
+            read = hf.read_decoder(self.folder, target, vocab_size)
+        read = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), read, target)
+        return params | {self.target: read} if self.target else read
+
+    def digest(self):
+        """What proves which parameters these are: a digest over the files of weights."""
+        return weights_digest(self.folder)
+
+    def __str__(self):
+        return f'the published weights {self.name}'
+
+
+def weights_digest(source):
+    """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
+    if source.is_file():
+        return runfolder.file_digest(source)
+    digests = map(runfolder.file_digest, sorted(source.glob('*.safetensors')))
+    return hashlib.sha256(''.join(digests).encode()).hexdigest()
+
+
+def find(config, anew=False):
+    """The sources of a run: what its parameters come from and, where it starts to see, its tower. See the module.
+
+    anew: the run itself is none of them. Raises Missing where one is not there, naming the command that makes it.
+    """
+    return list(_sources(config, anew))
+
+
+def _sources(config, anew):
+    own = pathlib.Path(config.run_dir)
+    if not anew and is_run(own):
+        yield Run(own)
+        return
+    sees, model = config.stage.startswith('vision'), config.model
+    allowed = (*PARENTS.get(config.stage, ()), config.stage)
+    before = pathlib.Path(config.init_from) if config.init_from else config.family / allowed[0]
+    if config.init_from or (config.stage in PARENTS and (is_run(before) or not model.decoder)):
+        first = _run(config, before, allowed)
+        sees_already = first.config.stage.startswith('vision')
+        first.target = 'decoder' if sees and not sees_already else ''
+        tower = model.tower or first.config.model.tower
+    elif model.decoder and config.stage != 'clip':
+        first, sees_already, tower = Published(model.decoder, '', 'decoder' if sees else ''), False, model.tower
+    else:
+        return
+    yield first
+    if not sees or sees_already:
+        return
+    place = pathlib.Path(tower or config.family / 'clip')
+    if tower and not is_run(place) and not (place / 'lineage.json').is_file():
+        yield Published(tower, 'vision', 'vision')
+    else:
+        yield _run(config, place, ('clip',), 'vision', 'vision')
+
+
+def is_run(folder):
+    """Whether a folder is a run that one can start from: with a config and a checkpoint written to its end."""
+    return (folder / 'config.json').is_file() and bool(runfolder.whole_steps(folder))
+
+
+def _run(config, folder, allowed, part='', target=''):
+    """A run as a source. Raises UserError where it is missing, or of a stage that is not allowed."""
+    if not is_run(folder):
+        name = f' --config.name={config.name}' if config.name != config.size else ''
+        raise Missing(
+            f'{config.stage} starts from the run {folder}, which does not exist or has no checkpoint. '
+            f'Make it: python -m nanovision_jax.train --config=configs/{allowed[0]}.py:{config.size}{name}'
+        )
+    source = Run(folder, part, target)
+    if (stage := source.config.stage) not in allowed:
+        raise UserError(f'{config.stage} cannot start from {folder}, a {stage} run: it takes {" or ".join(allowed)}.')
+    return source
+
+
+def available(config, anew=False):
+    """As find(), without those that are not there yet."""
+    found = []
+    with contextlib.suppress(Missing):
+        for source in _sources(config, anew):
+            found.append(source)
+    return found
+
+
+def inherit(config, given, anew=False):
+    """Takes over what the sources fix and is not in `given` (names of fields). Returns lines that say what changed.
+
+    A source that is not there yet fixes nothing. Raises UserError for what is given and contradicts; a run that goes on
+    is compared with its own config elsewhere (train.open_run).
+    """
+    told = []
+    for source in available(config, anew):
+        taken, own = [], source.folder == pathlib.Path(config.run_dir)
+        for name, value in source.fixes(config).items():
+            if name in given:
+                if not own:
+                    _compare(config, source, name, value)
+            elif configs.get(config, name) != value:
+                configs.put(config, name, value)
+                taken.append(f'{name}={value}')
+        if taken:
+            told.append(f'taken over from {source}: {", ".join(taken)}')
+    return told
+
+
+def check(config, sources):
+    """Raises UserError where a field is not what a source fixes."""
+    for source in sources:
+        for name, value in source.fixes(config).items():
+            _compare(config, source, name, value)
+
+
+def _compare(config, source, name, value):
+    """A name of weights that is not given contradicts nothing; a tokenizer is compared when it is opened."""
+    ours = configs.get(config, name)
+    open_question = name == 'data.tokenizer' and isinstance(source, Run)
+    if not open_question and not (name in runconfig.NAMES and not ours) and not runconfig.equal(name, ours, value):
+        raise UserError(
+            f'{name} is {ours!r} here and {value!r} in {source}, which this run starts from: leave it out, or choose '
+            'another --config.name.'
+        )
+
+
+def lines(config, sources):
+    """What is printed as a run begins: where it starts."""
+    if not sources:
+        return [f'{config.stage} starts from random numbers']
+    told = [f'{config.stage} starts from {sources[0]}']
+    return told + [f'tower from {source}' for source in sources[1:]]
