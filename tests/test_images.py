@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import os
 import pickle
 import struct
 import zipfile
@@ -304,6 +305,40 @@ def test_a_broken_zip_entry_is_a_bad_example(tmp_path):
             images.ImageStore(file).read('a.png')
         reasons.add(str(caught.value))
     assert reasons == {"image 'a.png' cannot be read from the zip file"}
+
+
+def test_no_file_is_read_beyond_its_bound(tmp_path, monkeypatch):
+    """2 GiB of zeros are 2 MB in a zip file: the directory tells, so they are never unpacked."""
+    monkeypatch.setattr(images, 'MAX_BYTES', 1 << 20)
+    data = encoded(noise(9, 7))
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr('zeros.png', bytes((1 << 20) + 1))
+        file.writestr('a.png', data)
+    (tmp_path / 'a').mkdir()
+    with open(tmp_path / 'a/zeros.png', 'wb') as file:
+        file.truncate(2 << 30)
+    (tmp_path / 'a/a.png').write_bytes(data)
+    os.mkfifo(tmp_path / 'a/pipe.png')
+    (tmp_path / 'a/circle.png').symlink_to('circle.png')
+    for store in (images.ImageStore(tmp_path / 'a.zip'), images.ImageStore(tmp_path / 'a')):
+        assert store.read('a.png') == data
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile.ZipExtFile, 'read', None)
+            with pytest.raises(BadExample, match=r"image 'zeros\.png' has more than 1 MiB"):
+                store.read('zeros.png')
+        for name in ('pipe.png', 'circle.png'):
+            with pytest.raises(BadExample, match='missing image'):
+                store.read(name)
+
+
+def test_a_directory_that_lies_about_a_size_is_a_bad_example(tmp_path):
+    """A member whose directory says 10 bytes and which unpacks to a megabyte."""
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr('a.png', bytes(1 << 20))
+    whole = (tmp_path / 'a.zip').read_bytes()
+    (tmp_path / 'a.zip').write_bytes(whole.replace(struct.pack('<I', 1 << 20), struct.pack('<I', 10)))
+    with pytest.raises(BadExample, match='cannot be read from the zip file'):
+        images.ImageStore(tmp_path / 'a.zip').read('a.png')
 
 
 def test_what_is_no_store_is_refused(tmp_path):

@@ -1,7 +1,10 @@
 """The index: which examples are usable, which are not and why, how long they are, and that it is made once."""
 
+import concurrent.futures
 import json
+import os
 import random
+import threading
 import zipfile
 
 import numpy as np
@@ -163,7 +166,7 @@ def test_what_each_split_lost_is_counted(made, tokenizer):
 
 
 def files(config):
-    return {file: file.stat().st_mtime_ns for file in (config.family / 'data').glob('index-*')}
+    return {file: file.stat().st_mtime_ns for file in (config.family / 'data').glob('*.npz')}
 
 
 def test_the_index_is_made_once(made, tokenizer, monkeypatch):
@@ -193,5 +196,48 @@ def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
         patch.setattr(index.images, 'load', lambda data: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # a mistake of ours is never taken for a bad example
             build(config, tokenizer)
-    assert not files(config)
+    assert not list((config.family / 'data').iterdir())
     assert len(build(config, tokenizer).rows) == 10
+
+
+# Bounds --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_a_window_of_examples_is_in_hand(made, tokenizer, monkeypatch):
+    """Millions of examples: at no time are more of them read than the threads work at."""
+    config = made(good(20 * index.BLOCK))
+    source, open_now, most, lock = sources.open_source(config, 'train'), 0, 0, threading.Lock()
+    gone = []
+
+    class Watched(sources.Example):
+        def __del__(self):
+            gone.append(1)
+
+    read = sources.Conversations.__getitem__
+
+    def watched(self, i):
+        nonlocal open_now, most
+        example = read(self, i)
+        with lock:
+            open_now += 1
+            most = max(most, open_now - len(gone))
+        return Watched(example.id, example.messages, example.images, example.names)
+
+    monkeypatch.setattr(sources.Conversations, '__getitem__', watched)
+    assert len(index.build_index(source, config, tokenizer, 'train').rows) == 20 * index.BLOCK
+    assert open_now == 20 * index.BLOCK and most <= 2 * os.cpu_count() + 2
+
+
+def test_a_pass_takes_what_it_needs_and_no_more():
+    taken, done = [], []
+
+    def items():
+        for i in range(100):
+            taken.append(i)
+            assert len(taken) - len(done) <= 9
+            yield i
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for i in index.ordered_map(pool, lambda i: i * i, items(), 8):
+            done.append(i)
+    assert done == [i * i for i in range(100)]

@@ -69,7 +69,9 @@ def test_json_lines_may_hold_every_character(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'data', [b'[{"id": 1}, {"id"', b'{"id": 1}\n{"id": ', b'hello', b'{"a":\n 1}', b'["\xe9"]', b'\xff\xfe'], ids=repr
+    'data',
+    [b'[{"id": 1}, {"id"', b'[{"id": 1} {"id": 2}]', b'[', b'[1,]', b'hello', b'{"a":\n 1}', b'["\xe9"]', b'\xff\xfe'],
+    ids=repr,
 )
 def test_broken_json_is_one_sentence(tmp_path, data):
     (tmp_path / 'x.json').write_bytes(data)

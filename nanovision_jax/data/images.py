@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import lzma
+import os
 import pathlib
 import threading
 import zipfile
@@ -17,6 +19,9 @@ FORMATS = ('JPEG', 'PNG', 'WEBP')
 # Refused from the header: a small file can unpack to gigabytes, and a long one grow to them when its short side is
 # resized or its long side is padded to a square.
 MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 50_000_000, 16_000, 100
+MAX_BYTES = 4 * MAX_PIXELS  # no file is read beyond that
+# RuntimeError: encrypted, or packed in a way that Python does not know.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError)
 
 
 class ImageStore:
@@ -47,40 +52,60 @@ class ImageStore:
     def stamp(self, names):
         """What the pictures of these names depend on, as text, wherever they lie.
 
-        Of a zip file its directory, whatever the names; of a folder the files' sizes and times.
+        Of a zip file its directory, whatever the names; of a folder the files' sizes and times, in the names' order.
         """
         if self.path.is_dir():
-            seen = []
-            for name in sorted(names):
-                try:
-                    stat = (self.path / name).stat()
-                    seen.append((name, stat.st_size, stat.st_mtime_ns))
-                except (OSError, ValueError):
-                    seen.append((name, None, None))  # missing: another stamp once it is there
+            seen = map(self._stamp, names)
         else:
             with self._lock:
                 seen = [(info.filename, info.file_size, info.CRC) for info in self._opened().infolist()]
-        return hashlib.sha256(repr(seen).encode(errors='surrogatepass')).hexdigest()
+        digest = hashlib.sha256()
+        for file in seen:
+            digest.update(repr(file).encode())
+        return digest.hexdigest()
+
+    def _stamp(self, name):
+        try:
+            stat = (self.path / name).stat()
+            return name, stat.st_size, stat.st_mtime_ns
+        except (OSError, ValueError):
+            return name, None, None  # missing: another stamp once it is there
 
     def read(self, name):
-        """The bytes of one picture. Raises BadExample if there is none of that name."""
+        """The bytes of one picture. Raises BadExample if there is none of that name, or one beyond MAX_BYTES."""
+        if self.path.is_dir():
+            return self._read_file(name)
         try:
-            if self.path.is_dir():
-                file = (self.path / name).resolve()
-                if not file.is_relative_to(self.path.resolve()):
-                    raise BadExample(f'image name {name!r} leaves the folder')
-                return file.read_bytes()
             with self._lock:  # opening and closing a member is not safe in threads; reading it is
+                _check_size(name, self._opened().getinfo(name).file_size)  # reading ends there, too
                 member = self._opened().open(name)
             try:
                 return member.read()
             finally:
                 with self._lock:
                     member.close()
-        except (KeyError, OSError, ValueError) as error:
+        except KeyError as error:
             raise BadExample(f'missing image {name!r}') from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+        except _ZIP_ERRORS as error:
             raise BadExample(f'image {name!r} cannot be read from the zip file') from error
+
+    def _read_file(self, name):
+        try:
+            file = (self.path / name).resolve()
+            if not file.is_relative_to(self.path.resolve()):
+                raise BadExample(f'image name {name!r} leaves the folder')
+            if not file.is_file():  # a pipe would be waited for
+                raise BadExample(f'missing image {name!r}')
+            with open(file, 'rb') as opened:
+                _check_size(name, os.fstat(opened.fileno()).st_size)
+                return opened.read(MAX_BYTES)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+            raise BadExample(f'missing image {name!r}') from error
+
+
+def _check_size(name, size):
+    if size > MAX_BYTES:
+        raise BadExample(f'image {name!r} has more than {MAX_BYTES >> 20} MiB')
 
 
 def decode(data, vision):

@@ -1,13 +1,16 @@
 """One pass over a source before training: the length of every example, and which examples cannot be used.
 
 Rows are planned from these lengths, so that what a row holds never depends on how it is read. The pass decodes every
-picture once, unless the source says that this was done; its result is kept in the family's data folder.
+picture once, unless the source says that this was done; its result is kept in the family's data folder. In memory it
+holds nine bytes an example, and of the examples themselves only those that are looked at.
 """
 
+import array
 import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +20,8 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
+
+BLOCK = 64  # examples a thread takes at once
 
 
 @dataclasses.dataclass
@@ -66,20 +71,21 @@ def encode_example(example, config, tokenizer):
 def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
-    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT
-    parts = (4, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
+    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES
+    parts = (5, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
         _scan(source, config, tokenizer, file)
     with np.load(file) as saved:
         lengths, pictures, sides = saved['lengths'], saved['pictures'], saved['sides']
-        bad = json.loads(str(saved['bad']))
+    listed = _list_of_bad(file)
     place = ' '.join([getattr(source, 'name', ''), data.path]).strip()
-    if len(bad) > 0.01 * (asked := int((lengths >= 0).sum())):
-        reasons = collections.Counter(row['reason'] for row in bad).most_common(3)
+    if (count := int((lengths == 0).sum())) > 0.01 * (asked := int((lengths >= 0).sum())):
+        reasons = collections.Counter(row['reason'] for row in _read(listed)).most_common(3)
         told = '; '.join(f'{count} × {reason}' for reason, count in reasons)
-        raise UserError(f'{len(bad)} of {asked} examples of {place} are bad (at most 1% may be): {told}.')
+        raise UserError(f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}.')
+    bad = list(_read(listed))
     on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
@@ -122,16 +128,57 @@ def _scan(source, config, tokenizer, file):
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
         return len(ids) - 1, len(pictures), is_held_out(i, example), None
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(look, range(len(source)), chunksize=64), 'reading', len(source), leave=False, mininterval=1)
-        lengths, pictures, sides, bad = zip(*bar, strict=True) if len(source) else ((), (), (), ())
+    def look_at(block):
+        return [look(i) for i in block]
+
+    lengths, pictures, sides = array.array('i'), array.array('i'), bytearray()
+    workers, total = os.cpu_count(), len(source)
+    blocks = (range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix('.part.npz')
-    np.savez(
-        partial,
-        lengths=np.array(lengths, np.int32),
-        pictures=np.array(pictures, np.int32),
-        sides=np.array(sides, bool),
-        bad=json.dumps([row for row in bad if row]),
-    )
-    partial.rename(file)
+    partial, listed = (file.with_name(f'{file.stem}.{os.getpid()}{ending}') for ending in ('.part.npz', '.part'))
+    try:
+        with (
+            open(listed, 'w') as bad_rows,
+            concurrent.futures.ThreadPoolExecutor(workers) as pool,
+            tqdm(total=total, desc='reading', leave=False, mininterval=1) as bar,
+        ):
+            for block in ordered_map(pool, look_at, blocks, 2 * workers):
+                for length, count, held_out, bad in block:
+                    lengths.append(length)
+                    pictures.append(count)
+                    sides.append(held_out)
+                    if bad:
+                        bad_rows.write(json.dumps(bad) + '\n')
+                bar.update(len(block))
+        np.savez(
+            partial,
+            lengths=np.frombuffer(lengths, np.int32),
+            pictures=np.frombuffer(pictures, np.int32),
+            sides=np.frombuffer(sides, bool),
+        )
+        listed.rename(_list_of_bad(file))
+        partial.rename(file)
+    finally:
+        for left in (listed, partial):
+            left.unlink(missing_ok=True)
+
+
+def _list_of_bad(file):
+    """Where the bad rows of an index are listed, one {row, reason} a line."""
+    return file.with_name(f'{file.stem}.bad_rows.jsonl')
+
+
+def _read(listed):
+    with open(listed) as rows:
+        yield from map(json.loads, rows)
+
+
+def ordered_map(pool, function, items, ahead):
+    """map() over a pool, results in order, with at most `ahead` items taken before their results are wanted."""
+    items = iter(items)
+    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    while waiting:
+        done = waiting.popleft().result()
+        for item in itertools.islice(items, 1):
+            waiting.append(pool.submit(function, item))
+        yield done

@@ -13,7 +13,7 @@ import tempfile
 import grain
 import numpy as np
 
-from nanovision_jax.data import conversation, mixture, packing, sources, text
+from nanovision_jax.data import conversation, formats, mixture, packing, sources, text
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.errors import UserError
@@ -114,7 +114,7 @@ def _tokenizer_texts(config):
         beside = sorted(f for f in own.parent.glob('*.json*') if f != own and not f.name.endswith('bad_rows.jsonl'))
         for file in [own, *beside]:
             try:
-                rows = sources.read_json(file)
+                rows = formats.RowFile(file)
             except UserError:
                 if file == own:
                     raise

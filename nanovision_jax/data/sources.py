@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovision_jax.data import mixture
 from nanovision_jax.data.conversation import BadExample, check, from_llava, side, text_of
+from nanovision_jax.data.formats import RowFile
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
 
@@ -121,7 +122,7 @@ class Conversations:
         if self._key is None:
             with open(self.path, 'rb') as file:
                 digest = hashlib.file_digest(file, 'sha256').hexdigest()
-            names = {name for row in self.rows() for name in names_of(row)}
+            names = (name for row in self.rows() for name in names_of(row))
             pictures = self._store.stamp(names) if self._store else ''
             self._key = f'conversations {digest} {pictures} {self.text_only}'
         return self._key
@@ -135,24 +136,29 @@ class Conversations:
         return None
 
     def rows(self):
-        """The file's objects; with text_only, those without a picture."""
+        """The rows of the file, read when they are asked for. Row i here is number(i) of them."""
         with self._lock:
             if self._rows is None:
-                rows = read_json(self.path)
-                self._numbers = [n for n, row in enumerate(rows) if not (self.text_only and names_of(row))]
-                self._rows = [rows[n] for n in self._numbers]
+                rows = RowFile(self.path)
+                if self.text_only:
+                    self._numbers = np.array([n for n, row in enumerate(rows) if not names_of(row)], np.int64)
+                else:
+                    self._numbers = np.arange(len(rows))
                 self._store = ImageStore(path) if (path := self.image_path()) else None
+                self._rows = rows
         return self._rows
 
     def __len__(self):
-        return len(self.rows())
+        self.rows()
+        return len(self._numbers)
 
     def number(self, i):
-        """Which row of the file is row i here."""
-        return self._numbers[i] if self.rows() else i
+        """Which row of the file is row i here: with text_only, those with a picture are not."""
+        self.rows()
+        return int(self._numbers[i])
 
     def __getitem__(self, i):
-        row = self.rows()[int(i)]
+        row = self.rows()[self.number(i)]
         messages, names = messages_of(row), names_of(row)
         if names and self._store is None:
             raise BadExample(f'missing image {names[0]!r}: no images.zip or images/ beside {self.path}')
@@ -164,20 +170,11 @@ class Conversations:
 
     def likely_side(self, i):
         """The side of a row that cannot be read, for counting: by its content, as its picture is not there to ask."""
-        row = json.dumps(self.rows()[int(i)], sort_keys=True)
+        try:
+            row = json.dumps(self.rows()[self.number(i)], sort_keys=True)
+        except BadExample:
+            row = str(i)
         return side([{'role': 'user', 'content': row}], [])
-
-
-def read_json(path):
-    """A JSON list, or JSON lines. Raises UserError where the file is neither."""
-    try:
-        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
-        if text.lstrip().startswith('['):
-            return json.loads(text)
-        # Not splitlines(): a string may hold the other line breaks of Unicode.
-        return [json.loads(line) for line in text.split('\n') if line.strip()]
-    except ValueError as error:
-        raise UserError(f'{path} is neither a JSON list nor JSON lines: {error}.') from error
 
 
 def messages_of(row):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images
 from nanovision_jax.data.datasets import files
+from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.sources import PREPARED_VERSION
 from nanovision_jax.data.tokenizer import escape
 from nanovision_jax.errors import UserError
@@ -88,7 +89,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             open(folder / 'bad_rows.jsonl', 'w', encoding='utf-8') as listed,
             concurrent.futures.ThreadPoolExecutor(self.workers) as pool,
         ):
-            looked = files.ordered_map(pool, self._look, self.rows(), 4 * self.workers)
+            looked = ordered_map(pool, self._look, self.rows(), 4 * self.workers)
             for key, record, side, characters, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:

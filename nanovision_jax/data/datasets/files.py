@@ -1,14 +1,12 @@
 """Published files, read as they are: JSON, JSON lines and parquet row by row, pictures by name out of zip files."""
 
 import collections
-import itertools
-import json
 import pathlib
 
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.folders import data_files
+from nanovision_jax.data.formats import RowFile
 from nanovision_jax.data.images import ImageStore
-from nanovision_jax.data.sources import read_json
 from nanovision_jax.errors import UserError
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif')  # what a picture may be called, whatever the row calls it
@@ -37,40 +35,16 @@ def find(folder, patterns, together=False):
 
 
 def count_rows(files):
-    """About how many rows the files hold, for a progress bar: exact for parquet and JSON lines. None for no idea."""
-    total = 0
-    for file in files:
-        if file.suffix == '.parquet':
-            total += open_parquet(file).metadata.num_rows
-        else:
-            data = file.read_bytes()
-            if data[:99].lstrip().startswith(b'['):
-                total += data.count(b'"conversations"')
-            else:
-                total += data.count(b'\n') + (data[-1:] not in (b'', b'\n'))  # the last line may not end
-    return total or None
+    """How many rows the files hold, for a progress bar."""
+    return sum(open_parquet(f).metadata.num_rows if f.suffix == '.parquet' else len(RowFile(f)) for f in files)
 
 
 def read_rows(file, columns=()):
     """The rows of a JSON list, of JSON lines or of a parquet file (only `columns`, where given), one by one.
 
-    A line that is no JSON comes as None. Raises UserError where the whole file cannot be read.
+    A row that is no JSON comes as None. Raises UserError where the whole file cannot be read.
     """
-    if file.suffix == '.parquet':
-        yield from _parquet_rows(file, columns)
-        return
-    with open(file, 'rb') as lines:
-        start = lines.read(4096).removeprefix(b'\xef\xbb\xbf').lstrip()
-        if start.startswith(b'['):
-            yield from read_json(file)
-            return
-        lines.seek(0)
-        for line in lines:
-            if line := line.removeprefix(b'\xef\xbb\xbf').strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    yield None
+    yield from _parquet_rows(file, columns) if file.suffix == '.parquet' else RowFile(file)
 
 
 def _parquet_rows(file, columns):
@@ -92,17 +66,6 @@ def open_parquet(file):
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f'{file} is no parquet file that can be read: {str(error).splitlines()[0]}.') from error
-
-
-def ordered_map(pool, function, items, ahead):
-    """map() over a pool, results in order, with at most `ahead` items taken before their results are wanted."""
-    items = iter(items)
-    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
-    while waiting:
-        done = waiting.popleft().result()
-        for item in itertools.islice(items, 1):
-            waiting.append(pool.submit(function, item))
-        yield done
 
 
 def picture_reader(folder):

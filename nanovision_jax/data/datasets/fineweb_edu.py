@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.data.datasets import files
+from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.text import open_shard, shard_files
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
@@ -66,7 +67,7 @@ def tokenize(parquet_files, folder, workers, beam=''):
     else:
         spawn = multiprocessing.get_context('spawn')  # tokenizers has threads, which a fork would not survive
         with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), spawn, _one_thread) as pool:
-            done = files.ordered_map(pool, write_shards, tasks, 2 * workers)
+            done = ordered_map(pool, write_shards, tasks, 2 * workers)
             collections.deque(tqdm(done, 'fineweb_edu', len(tasks), unit='shard', mininterval=1), maxlen=0)
     counts = collections.Counter()
     for number, _, _ in tasks:

@@ -1,0 +1,76 @@
+"""Files of rows: what is found in them, whatever their size, and what is no row."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from nanovision_jax.data import formats
+from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.errors import UserError
+
+
+def rows_of(n, seed=0):
+    """Rows with all that may mislead a reader: brackets, quotes and commas in strings, numbers, any alphabet."""
+    rng = random.Random(seed)
+    said = ['naïve', '你好', '😀', '[{"a": ', '"],', '\\', '\u2028', '\x85', ',', 'x' * 50]
+    return [
+        {'id': i, 'n': rng.choice([1.5, -3, 1e-9, None, True]), 'a': [''.join(rng.choices(said, k=rng.randint(0, 9)))]}
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize('window', [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize('indent, ascii', [(None, True), (None, False), (1, False)])
+def test_a_list_is_read_in_windows(tmp_path, monkeypatch, window, indent, ascii):
+    monkeypatch.setattr(formats, '_WINDOW', window)
+    rows = rows_of(60)
+    for mark in ('', '\ufeff', ' \n'):
+        (tmp_path / 'x.json').write_text(mark + json.dumps(rows, indent=indent, ensure_ascii=ascii) + '\n')
+        file = formats.RowFile(tmp_path / 'x.json')
+        assert len(file) == 60 and list(file) == rows
+        assert [file[i] for i in reversed(range(60))] == rows[::-1]
+
+
+@pytest.mark.parametrize('end', ['', '\n', '\r\n\r\n'])
+def test_lines_are_read_where_they_lie(tmp_path, end):
+    rows = rows_of(60)
+    text = '\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + end
+    for mark in ('', '\ufeff', '\n'):
+        (tmp_path / 'x.jsonl').write_text(mark + text, newline='')
+        assert list(formats.RowFile(tmp_path / 'x.jsonl')) == rows
+
+
+@pytest.mark.parametrize('text', ['', ' \n', '[]', ' [ ]', '[\n]\n'])
+def test_no_rows(tmp_path, text):
+    (tmp_path / 'x.json').write_text(text)
+    assert list(formats.RowFile(tmp_path / 'x.json')) == []
+
+
+def test_what_is_no_row_is_bad_and_the_others_are_read(tmp_path):
+    deep = b'[' * 100_000 + b']' * 100_000
+    (tmp_path / 'x.jsonl').write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xe9"}\n' + deep + b'\n{"a": 2}')
+    file = formats.RowFile(tmp_path / 'x.jsonl')
+    assert list(file) == [{'a': 1}, None, None, None, {'a': 2}]
+    for i, reason in ((1, 'no JSON'), (2, 'not UTF-8'), (3, 'no JSON')):
+        with pytest.raises(BadExample, match=reason):
+            file[i]
+    (tmp_path / 'x.json').write_bytes(b'[{"a": 1}, {"a": "\xe9"}, 3]')
+    assert list(formats.RowFile(tmp_path / 'x.json')) == [{'a': 1}, None, 3]
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r'none\.json cannot be read: No such file'):
+        formats.RowFile(tmp_path / 'none.json')
+    (tmp_path / 'x.json').write_bytes(b'[' * 100_000)
+    with pytest.raises(UserError, match='neither a JSON list nor JSON lines: what begins at byte 2 is no JSON'):
+        formats.RowFile(tmp_path / 'x.json')
+
+
+def test_a_row_takes_sixteen_bytes(tmp_path):
+    row = {'a': 'b' * 90}
+    (tmp_path / 'x.jsonl').write_text((json.dumps(row) + '\n') * 100_000)
+    rows = formats.RowFile(tmp_path / 'x.jsonl')
+    held = sum(np.frombuffer(places, np.int64).nbytes for places in (rows._starts, rows._stops))
+    assert len(rows) == 100_000 and held == 16 * 100_000 and rows[99_999] == row
