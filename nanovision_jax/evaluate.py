@@ -4,21 +4,26 @@
     python -m nanovision_jax.evaluate --run=runs/tiny/pretrain --task=bpb [--data=FILE]
 
 Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jsonl; another split's files are named
-<task>-<split>.
+<task>-<split>. What cannot be asked, as its picture cannot be read or it is longer than the context, is left out, and
+counted. If this is more than 1%, nothing is scored or written unless --allow-missing is given.
 """
 
 import importlib
 import json
 import pathlib
 
+from nanovision_jax import evals
 from nanovision_jax.errors import Parser, UserError, nearest, run
 
 TASKS = ('bpb', 'vqa')
 SPLITS = ('train', 'validation', 'heldout')
 
 
-def evaluate(run_dir, task, split='validation', data=None, images=None, output=None, limit=None):
-    """Runs a task on a run folder, writes its files, and returns the result."""
+def evaluate(run_dir, task, split='validation', data=None, images=None, output=None, limit=None, allow_missing=False):
+    """Runs a task on a run folder, writes its files, and returns the result.
+
+    Raises UserError before anything is written: the files of an earlier evaluation stay.
+    """
     if task not in TASKS:
         raise UserError(f'no task {task!r}.{nearest(task, TASKS)}')
     if split not in SPLITS:
@@ -28,7 +33,7 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
     from nanovision_jax.inference import load
 
     module = importlib.import_module(f'nanovision_jax.evals.{task}')
-    options = {'images': images} if task == 'vqa' else {}
+    options = {'images': images, 'allow_missing': allow_missing} if task == 'vqa' else {}
     result, rows = module.run(load(run_dir), split=split, data=data, limit=limit, **options)
     folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,9 +47,12 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
 def lines(result):
     """A result as lines of text."""
     if 'by_kind' not in result:
-        return [
-            f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in result.items()
+        counted = {name: value for name, value in result.items() if name not in ('asked', 'left_out', 'other')}
+        text = [
+            f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}'
+            for name, value in counted.items()
         ]
+        return [*text, *filter(None, [evals.coverage(result)])]
     low, high = result['interval']
     controls = result['controls']
     text = [
@@ -58,9 +66,7 @@ def lines(result):
         f'  {name + " pictures":24} {value:6.1%}  ({100 * (result["accuracy"] - value):.0f} points below)'
         for name, value in controls.items()
     ]
-    if result['too_long']:
-        text.append(f'  {result["too_long"]} questions longer than the context were not asked')
-    return text
+    return [*text, *filter(None, [evals.coverage(result)])]
 
 
 def main(argv):
@@ -75,6 +81,7 @@ def main(argv):
     parser.add_argument('--images', help='the zip or folder of pictures that --data names')
     parser.add_argument('--output', help='where the results go (default: RUN/eval)')
     parser.add_argument('--limit', type=int, help='at most this many questions (vqa) or windows (bpb)')
+    parser.add_argument('--allow-missing', action='store_true', help='score the rest if over 1% cannot be asked (vqa)')
     args = vars(parser.parse(argv))
     print('\n'.join(lines(evaluate(args.pop('run'), args.pop('task'), **args))))
 

@@ -22,7 +22,7 @@ import shlex
 import statistics
 
 from nanovision_jax import config as configs
-from nanovision_jax import report_page, runconfig, runfolder, start
+from nanovision_jax import evals, report_page, runconfig, runfolder, start
 from nanovision_jax.data import images, mixture, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, run
@@ -234,6 +234,8 @@ def evaluation(run_, split, result):
     """Blocks: accuracy by kind, what becomes of it without the pictures, and what that means."""
     yield 'heading', f'Questions about pictures: {run_.stage}, {split} split'
     yield 'text', headline(run_, split, result), ''
+    if told := evals.coverage(result):
+        yield 'text', f'Questions {told}.', 'note'
     kinds = sorted(result['by_kind'].items(), key=lambda item: -item[1]['n'])
     others = ('chance', 'blank', 'shuffled')
     rows = [
@@ -266,9 +268,14 @@ def looks(result):
     return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
 
 
+def answered(file):
+    """The rows of an evaluation's .jsonl that have an answer: the others tell why they were left out."""
+    return [row for row in read(file) if 'answer' in row]
+
+
 def answers(family, runs):
     """Blocks: a dozen questions with their pictures, and the conversations of chat.jsonl."""
-    asked = [(run_, rows) for run_ in runs if (rows := list(read(run_.folder / 'eval' / 'vqa.jsonl')))]
+    asked = [(run_, rows) for run_ in runs if (rows := answered(run_.folder / 'eval' / 'vqa.jsonl'))]
     for run_, rows in asked[-1:]:
         chosen = choose(rows)
         found = find_pictures(run_.config, {row['image'] for row in chosen}) if run_.config else {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ import reference
 import tiny
 from PIL import Image
 
-from nanovision_jax import evaluate, inference
+from nanovision_jax import errors, evaluate, inference
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
 
@@ -182,10 +183,125 @@ def test_a_question_beyond_the_context_is_not_asked_but_counted(model_run, squar
     rows = json.loads((squares / 'squares.json').read_text())
     rows[0]['conversations'][2]['value'] = 'dark ' * 61
     (squares / 'long.json').write_text(json.dumps(rows))
-    evaluate.main([f'--run={squares}/run', '--task=vqa', f'--data={squares}/long.json'])
+    evaluate.main([f'--run={squares}/run', '--task=vqa', f'--data={squares}/long.json', '--allow-missing'])
     found = json.loads((squares / 'run/eval/vqa.json').read_text())
     assert (found['n'], found['too_long'], found['accuracy']) == (23, 1, 1.0)
-    assert '1 questions longer than the context were not asked' in capsys.readouterr().out
+    assert (found['asked'], found['left_out']) == (24, {'longer than the context': 1})
+    assert 'asked 24, answered 23, left out 1 (1 × longer than the context); not' in capsys.readouterr().out
+
+
+def many(folder, wrong, count=300, **more):
+    """A LLaVA file of `count` questions, each about its own picture; `wrong`: {row: what happened to its picture}."""
+    rows = []
+    (folder / 'many').mkdir()
+    for i in range(count):
+        file, name = folder / 'many' / f'{i}.png', list(COLOURS)[i % 4]
+        said = [{'from': 'human', 'value': 'What colour is it?'}, {'from': 'gpt', 'value': f'It is {name}.'}]
+        rows.append({'id': i, 'image': file.name, 'conversations': said} | more.get(f'row{i}', {}))
+        if wrong.get(i) != 'missing':
+            Image.new('RGB', (21, 21), COLOURS[name]).save(file)
+        if wrong.get(i) == 'damaged':
+            file.write_bytes(file.read_bytes()[:40])
+    (folder / 'many.json').write_text(json.dumps(rows))
+    return {'data': folder / 'many.json', 'images': folder / 'many'}
+
+
+def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, capsys):
+    model_run(looks=True)
+    turns = [{'from': 'human', 'value': 'Why?'}, {'from': 'gpt', 'value': 'So.'}]
+    two = {'image': ['0.png', '1.png'], 'conversations': turns * 3}
+    files = many(tmp_path, {7: 'missing', 8: 'missing', 250: 'damaged'}, 302, row300=two, row301={'image': []})
+    found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    assert (found['asked'], found['n'], found['accuracy'], found['too_long']) == (300, 297, 1.0, 0)
+    assert found['left_out'] == {'missing image': 2, 'image does not decode': 1}
+    assert found['other'] == {'question about 2 pictures': 3, 'question about no pictures': 1}
+    rows = [json.loads(line) for line in (tmp_path / 'run/eval/vqa.jsonl').read_text().splitlines()]
+    assert len(rows) == 300 and len({row['id'] for row in rows}) == 300
+    assert rows[-3] == {
+        'id': '7-7',
+        'image': '7.png',
+        'question': 'What colour is it?',
+        'reference': 'It is black.',
+        'left_out': "missing image '7.png'",
+        'kind': 'what colour is',
+    }
+    assert [(row['image'], row['left_out']) for row in rows if 'answer' not in row][1:] == [
+        ('8.png', "missing image '8.png'"),
+        ('250.png', 'image does not decode'),
+    ]
+    assert evaluate.lines(found)[-1] == (
+        'asked 300, answered 297, left out 3 (2 × missing image, 1 × image does not decode); '
+        'not counted: 3 × question about 2 pictures, 1 × question about no pictures'
+    )
+
+
+def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(model_run, tmp_path, monkeypatch, capsys):
+    model_run(looks=True)
+    files = many(tmp_path, dict.fromkeys((3, 4, 250), 'missing'), 300)
+    old = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    kept = {file: file.read_bytes() for file in (tmp_path / 'run/eval').iterdir()}
+    (tmp_path / 'many' / '5.png').unlink()  # four of 300 now
+    argv = [f'--run={tmp_path}/run', '--task=vqa', f'--data={files["data"]}', f'--images={files["images"]}']
+    monkeypatch.setattr(Stub, 'answer', lambda *_, **__: pytest.fail('the model was asked'))
+    monkeypatch.setattr(sys, 'argv', ['evaluate', *argv])
+    with pytest.raises(SystemExit) as stop:
+        errors.run(evaluate.main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert '4 of 300 questions cannot be asked, and at most 1% may be left out: 4 × missing image; mend' in said
+    assert kept == {file: file.read_bytes() for file in (tmp_path / 'run/eval').iterdir()} and len(kept) == 2
+    monkeypatch.undo()
+
+    model_run(looks=True)
+    evaluate.main([*argv, '--allow-missing'])
+    found = json.loads((tmp_path / 'run/eval/vqa.json').read_text())
+    assert (found['asked'], found['n'], old['n']) == (300, 296, 297)
+
+
+def test_where_nothing_can_be_read_nothing_is_scored(model_run, tmp_path):
+    model_run(looks=True)
+    files = many(tmp_path, dict.fromkeys(range(8), 'missing'), 8)
+    with pytest.raises(UserError, match=r'8 of 8 questions cannot be asked.*8 × missing image; there is none to score'):
+        evaluate.evaluate(tmp_path / 'run', 'vqa', **files, allow_missing=True)
+    rows = [row | {'image': []} for row in json.loads(files['data'].read_text())]
+    files['data'].write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r'no question about one picture .* It has 8 × question about no pictures'):
+        evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+
+
+def test_a_row_that_is_no_conversation_is_one_lost_question(model_run, tmp_path):
+    model_run(looks=True)
+    files = many(tmp_path, {}, 200, row9={'conversations': [{'from': 'nobody', 'value': 'x'}]})
+    found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    assert (found['asked'], found['n'], found['left_out']) == (200, 199, {'unknown speaker': 1})
+
+
+def test_a_missing_picture_counts_on_one_side_alone(llava_folder, tmp_path):
+    cfg = tiny.config('vision_instruct')
+    rows = [row for row in json.loads((llava_folder / 'instruct.json').read_text()) if 'image' in row]
+    gone = [row | {'image': f'gone/{i}.jpg', 'id': f'gone {i}'} for i, row in enumerate(rows * 5)]
+    (tmp_path / 'some.json').write_text(json.dumps(rows + gone))
+    cfg.data.source, cfg.data.path, cfg.data.images = (
+        'conversations',
+        f'{tmp_path}/some.json',
+        f'{llava_folder}/images.zip',
+    )
+    lost = {split: vqa.load_questions(cfg, split).lost for split in ('train', 'validation')}
+    asked = sum(len(row['conversations']) // 2 for row in gone)
+    images = {split: {row['image'] for row in rows} for split, rows in lost.items()}
+    assert sum(map(len, lost.values())) == asked and not images['train'] & images['validation']
+    assert 0 < len(images['validation']) < 0.12 * 300
+
+
+def test_a_result_of_older_code_is_still_told():
+    result = {'task': 'vqa', 'n': 9, 'accuracy': 0.75, 'interval': [0.4, 0.9], 'by_kind': {}, 'controls': {}}
+    assert len(evaluate.lines(result | {'too_long': 0})) == 1
+    assert evaluate.lines({'task': 'bpb', 'n': 9}) == ['task: bpb', 'n: 9']
+
+
+def test_questions_are_paired_with_their_answers():
+    system, user, answer = ({'role': role, 'content': role} for role in ('system', 'user', 'assistant'))
+    assert vqa.pairs([system, user, answer, user, answer, user]) == [(user, answer)] * 2
 
 
 def test_what_cannot_be_evaluated_is_said(model_run, squares):
@@ -211,10 +327,10 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares):
 def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_config):
     cfg = tiny.config('vision_instruct')
     cfg.data.source, cfg.data.path = 'conversations', str(llava_folder / 'instruct.json')
-    sides = {split: {q.image for q in vqa.load_questions(cfg, split)} for split in ('train', 'validation')}
+    sides = {split: {q.image for q in vqa.load_questions(cfg, split).found} for split in ('train', 'validation')}
     assert {split: len(names) for split, names in sides.items()} == {'train': 56, 'validation': 4}
     assert not sides['train'] & sides['validation']
-    found = vqa.load_questions(tiny_config('vision_instruct'), 'heldout', limit=50)
+    found = vqa.load_questions(tiny_config('vision_instruct'), 'heldout', limit=50).found
     assert len(found) == 50 and {q.picture.shape for q in found} == {(60, 60, 3)}
     assert 'description' in {q.kind for q in found} and len({q.id for q in found}) == 50
 
@@ -225,7 +341,7 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
     opened = types.SimpleNamespace(config=cfg, tokenizer=tokenizer, graphdef=graphdef, params=params)
     monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
-    words = 'the naïve cat sees a big red house, under the tree.\nüber 你好 café 42! ' * 3
+    words = 'the naïve cat sees a big red house, under the tree.\nüber 你好 café 42! ' * 4
     (tmp_path / 'words.txt').write_text(words)
     found = evaluate.evaluate(tmp_path / 'run', 'bpb', data=tmp_path / 'words.txt', limit=limit)
 
@@ -245,4 +361,8 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     assert found['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
     assert json.loads((tmp_path / 'run/eval/bpb.json').read_text()) == found
     assert not (tmp_path / 'run/eval/bpb.jsonl').exists()
+    rest, beyond = (len(ids) - 1) % length, (len(ids) - 1) // length * length - windows * length
+    other = {'token behind the last whole window': rest} | ({'token beyond the limit': beyond} if beyond else {})
+    assert (found['asked'], found['left_out'], found['other']) == (windows * length, {}, other)
+    assert rest and bool(beyond) == bool(limit)
     assert evaluate.lines(found)[0] == 'task: bpb' and f'bytes: {size}' in evaluate.lines(found)

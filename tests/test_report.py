@@ -127,6 +127,21 @@ def test_both_pages_tell_the_same_numbers(family):
     assert 'small <i>' not in html
 
 
+def test_what_an_evaluation_left_out_is_told(family):
+    folder = family / 'vision_instruct'
+    rows = make_vqa(folder)
+    file = folder / 'eval' / 'vqa.json'
+    for page in pages(family):  # of older code, which did not count
+        assert 'left out' not in page.split('Questions about pictures')[1]
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {'asked': 41, 'left_out': {'missing image': 1}, 'other': {}})
+    )
+    write_lines(folder / 'eval' / 'vqa.jsonl', [{'id': 'x', 'image': None, 'left_out': 'missing', 'kind': None}, *rows])
+    for page in pages(family):
+        assert 'Questions asked 41, answered 40, left out 1 (1 × missing image).' in page
+        assert '75.0% of all' in page
+
+
 @pytest.mark.parametrize(
     ('blank', 'shuffled', 'said'),
     [

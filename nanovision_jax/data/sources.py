@@ -157,12 +157,18 @@ class Conversations:
         self.rows()
         return int(self._numbers[i])
 
-    def __getitem__(self, i):
+    def told(self, i):
+        """Row i without its pictures, which may be missing."""
         row = self.rows()[self.number(i)]
-        messages, names = messages_of(row), names_of(row)
-        if names and self._store is None:
-            raise BadExample(f'missing image {names[0]!r}: no images.zip or images/ beside {self.path}')
-        return Example(str(row.get('id', i)), messages, [self._store.read(name) for name in names], names)
+        messages = messages_of(row)
+        return Example(str(row.get('id', i)), messages, [], names_of(row))
+
+    def __getitem__(self, i):
+        example = self.told(i)
+        if example.names and self._store is None:
+            raise BadExample(f'missing image {example.names[0]!r}: no images.zip or images/ beside {self.path}')
+        example.images = [self._store.read(name) for name in example.names]
+        return example
 
     def side(self, example):
         """'train' or 'validation', as conversation.side tells."""

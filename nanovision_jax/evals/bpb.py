@@ -29,9 +29,10 @@ def losses(graphdef, params, batch):
 
 
 def run(model_run, split='validation', data=None, limit=None):
-    """{task, n (tokens), bytes, loss (nats a token), bits_per_byte} of a run's held-out text, or of the file `data`.
+    """{task, n (tokens), bytes, loss (nats a token), bits_per_byte, …} of a run's held-out text, or of the file `data`.
 
-    limit: at most this many windows.
+    limit: at most this many windows. asked is n and left_out is empty: text that cannot be read is a UserError. `other`
+    counts the tokens that fill no window.
     """
     config = copy.deepcopy(model_run.config)
     tokenizer = model_run.tokenizer
@@ -57,5 +58,11 @@ def run(model_run, split='validation', data=None, limit=None):
         nats += float(np.asarray(losses(model_run.graphdef, model_run.params, batch))[:kept].sum())
         tokens += batch['targets'][:kept].size
         size += int(tokenizer.byte_lengths[batch['targets'][:kept]].sum())
-    result = {'task': 'bpb', 'n': tokens, 'bytes': size, 'loss': nats / tokens}
+    scored = rows.rows_per_epoch() * config.data.length
+    other = {
+        'token behind the last whole window': sum(max(0, len(shard) - 1) for shard in shards) - scored,
+        'token beyond the limit': scored - tokens,
+    }
+    result = {'task': 'bpb', 'n': tokens, 'bytes': size, 'loss': nats / tokens, 'asked': tokens, 'left_out': {}}
+    result['other'] = {what: count for what, count in other.items() if count}
     return result | {'bits_per_byte': nats / math.log(2) / size}, []

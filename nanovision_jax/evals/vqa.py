@@ -4,10 +4,14 @@ Every question is asked alone, with its picture. Then all are asked again with t
 of other questions: a model that answers as well without its picture does not look at it.
 
 A description is scored by its parts: the share of things named rightly, of all that are there or were named.
+
+A question that cannot be asked is left out, counted, and listed with its reason; more than 1% of these are an error.
 """
 
 import collections
 import dataclasses
+import itertools
+import math
 import re
 
 import numpy as np
@@ -16,9 +20,11 @@ from tqdm import tqdm
 from nanovision_jax import engine
 from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals import told_counts
 
 BATCH = 128
 GREY = 128
+TOO_LONG = 'longer than the context'  # a reason to leave a question out
 
 
 @dataclasses.dataclass
@@ -66,33 +72,92 @@ def interval(scores, groups, seed=0, resamples=1000):
     return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
+@dataclasses.dataclass
+class Questions:
+    """A split's questions about one picture: `found`, and `lost`, which cannot be asked, as rows of the .jsonl.
+
+    other: {what is no question about one picture: how many of these}.
+    """
+
+    found: list[Question]
+    lost: list[dict]
+    other: collections.Counter
+
+    def reasons(self):
+        """{reason: how many were lost for it}, the commonest first; names of pictures are left out of the reasons."""
+        reasons = (re.sub(r""" ['"].*['"]""", '', row['left_out']) for row in self.lost)
+        return dict(collections.Counter(reasons).most_common())
+
+
 def load_questions(config, split, data=None, image_store=None, limit=None):
-    """Every question of a split that has one picture. kind: the data's own, else the question's first three words."""
+    """The Questions of a split. kind: the data's own, else the question's first three words.
+
+    limit: at most this many are found. Raises UserError where there is no question, readable or not.
+    """
     if data:
         source = sources.Conversations(data, image_store or '')
     elif config.data.source == 'tiny_world':
         source = sources.TinyWorld(config.data.path, split, 'conversation')
     else:
         source = sources.open_source(config, split)
-    found, vision = [], config.model.vision
+    sided = hasattr(source, 'side') and not data
+    questions = Questions([], [], collections.Counter())
     for i in range(len(source)):
+        picture = reason = None
         try:
             example = source[i]
-            if len(example.images) != 1 or (hasattr(source, 'side') and not data and source.side(example) != split):
-                continue
-            picture = images.decode(example.images[0], vision)
-        except conversation.BadExample:
+        except conversation.BadExample as error:  # of conversations alone: other sources were checked as they were made
+            example, reason = told(source, i), str(error)
+        if sided and (source.likely_side(i) if reason else source.side(example)) != split:
             continue
-        for user, answer in zip(example.messages[::2], example.messages[1::2], strict=False):
+        if example is None:
+            unread = Question(str(source.number(i)), None, None, None, None, None)
+            questions.lost.append(row_of(unread, left_out=reason))
+            continue
+        asked = pairs(example.messages)
+        if len(example.names) != 1:
+            questions.other[f'question about {len(example.names) or "no"} pictures'] += len(asked)
+            continue
+        try:
+            picture = None if reason else images.decode(example.images[0], config.model.vision)
+        except conversation.BadExample as error:
+            reason = str(error)
+        for user, answer in asked:
             text = conversation.text_of(user)
             kind = answer.get('kind') or ' '.join(text.lower().split()[:3])
-            name = f'{example.id}-{len(found)}'
-            found.append(Question(name, example.names[0], picture, text, conversation.text_of(answer), kind))
-        if limit and len(found) >= limit:
+            name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
+            question = Question(name, example.names[0], picture, text, conversation.text_of(answer), kind)
+            if reason:
+                questions.lost.append(row_of(question, left_out=reason))
+            else:
+                questions.found.append(question)
+        if limit and len(questions.found) >= limit:
             break
-    if not found:
-        raise UserError(f'no question about a picture in the {split} split of {data or config.data.path}.')
-    return found[:limit]
+    if not questions.found and not questions.lost:
+        held = ''.join(f' It has {told_counts(questions.other)}.' if questions.other else '')
+        raise UserError(f'no question about one picture in the {split} split of {data or config.data.path}.{held}')
+    questions.found = questions.found[:limit]
+    return questions
+
+
+def told(source, i):
+    """A row that cannot be read, without its pictures; None where it is no conversation."""
+    try:
+        return source.told(i)
+    except conversation.BadExample:
+        return None
+
+
+def pairs(messages):
+    """Each question of a conversation with its answer."""
+    turns = [message for message in messages if message['role'] in ('user', 'assistant')]
+    return [(a, b) for a, b in itertools.pairwise(turns) if (a['role'], b['role']) == ('user', 'assistant')]
+
+
+def row_of(question, **found):
+    """The row of the .jsonl about a question: what is asked, and what was found."""
+    told = {'id': question.id, 'image': question.image, 'question': question.text, 'reference': question.reference}
+    return told | found | {'kind': question.kind}
 
 
 def prompt_ids(question, config, tokenizer):
@@ -115,22 +180,21 @@ def ask(runner, questions, ids, pictures, title):
     return answers
 
 
-def run(model_run, split='validation', data=None, images=None, limit=None):
+def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False):
     """(result, rows): the scores with their controls, and one object a question. Needs a vision run.
 
-    A question longer than the context is not asked; `too_long` counts these.
+    result: asked = n + the sum of left_out, {reason: count}. A question is left out if its picture cannot be read, or
+    if it is longer than the context. `other` counts what is no question about one picture, and so is not asked.
+    Raises UserError, before the model is asked, if over 1% are left out without allow_missing.
     """
     config, tokenizer = model_run.config, model_run.tokenizer
     if not config.stage.startswith('vision'):
         raise UserError(f'vqa takes a vision_pretrain or vision_instruct run: a {config.stage} run cannot answer it.')
-    questions = load_questions(config, split, data, images, limit)
+    loaded = load_questions(config, split, data, images, limit)
+    questions, ids = askable(loaded, config, tokenizer)
+    check_left_out(loaded, len(questions), allow_missing)
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
-    whole = [(q, prompt_ids(q, config, tokenizer)) for q in questions]
-    kept = [(q, ids) for q, ids in whole if len(ids) < config.model.positions]
-    if not kept:
-        raise UserError(f'every question is longer than the context of {config.model.positions} tokens.')
-    questions, ids = zip(*kept, strict=True)
     runner = model_run.engine
 
     def asked(pictures, title):
@@ -156,21 +220,43 @@ def run(model_run, split='validation', data=None, images=None, limit=None):
         'interval': interval(scores, [q.image for q in questions]),
         'by_kind': by_kind,
         'controls': {name: float(values.mean()) for name, values in controls.items()},
-        'too_long': len(whole) - len(kept),
+        'asked': len(questions) + len(loaded.lost),
+        'left_out': loaded.reasons(),
+        'other': dict(loaded.other),
+        'too_long': loaded.reasons().get(TOO_LONG, 0),
     }
     rows = [
-        {
-            'id': q.id,
-            'image': q.image,
-            'question': q.text,
-            'reference': q.reference,
-            'answer': a,
-            'correct': s,
-            'kind': q.kind,
-        }
-        for q, a, s in zip(questions, answers, scores.tolist(), strict=True)
+        row_of(q, answer=answer, correct=correct)
+        for q, answer, correct in zip(questions, answers, scores.tolist(), strict=True)
     ]
-    return result, rows
+    return result, rows + loaded.lost
+
+
+def askable(loaded, config, tokenizer):
+    """(the found Questions that can be asked, their ids); those that are no conversation or too long become lost."""
+    questions, ids = [], []
+    for question in loaded.found:
+        try:
+            prompt = prompt_ids(question, config, tokenizer)
+        except conversation.BadExample as error:
+            loaded.lost.append(row_of(question, left_out=str(error)))
+            continue
+        if len(prompt) >= config.model.positions:
+            loaded.lost.append(row_of(question, left_out=TOO_LONG))
+            continue
+        questions.append(question)
+        ids.append(prompt)
+    return questions, ids
+
+
+def check_left_out(loaded, answered, allow_missing):
+    """Raises UserError if more than 1% of the questions are lost (unless allow_missing), or all are."""
+    if (n := len(loaded.lost)) > (0 if not answered else math.inf if allow_missing else 0.01 * (n + answered)):
+        hint = 'mend the data, or say --allow-missing to score the others' if answered else 'there is none to score'
+        raise UserError(
+            f'{n} of {n + answered} questions cannot be asked, and at most 1% may be left out: '
+            f'{told_counts(loaded.reasons())}; {hint}.'
+        )
 
 
 def other_pictures(questions, seed=0):
