@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tiny
 from PIL import Image
 
 from nanovision_jax import errors, evaluate, inference
+from nanovision_jax.data import images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
 
@@ -56,8 +58,8 @@ def test_a_description_is_scored_by_its_parts(answer, expected):
     assert vqa.score('description', answer, 'a big red circle, a small blue star and a green cross') == expected
 
 
-def question(image, reference, kind='colour', picture=None):
-    return vqa.Question(f'{image}-{reference}', image, picture, 'what?', reference, kind)
+def question(image, reference, kind='colour', place=0):
+    return vqa.Question(f'{image}-{reference}', image, place, 'what?', reference, kind)
 
 
 def test_chance_is_the_commonest_answer():
@@ -79,13 +81,12 @@ def test_the_interval_is_that_of_the_mean_over_pictures():
 
 
 def test_other_pictures_are_never_the_own_one():
-    pictures = {f'{i}.png': np.full((2, 2, 3), i, np.uint8) for i in range(7)}
     for count in (2, 3, 7):
-        asked = [question(name, 'x', picture=pictures[name]) for name in list(pictures)[:count] * 3]
+        asked = [question(f'{i}.png', 'x', place=10 * i) for i in range(count)] * 3
         for seed in range(5):
-            given = [int(picture[0, 0, 0]) for picture in vqa.other_pictures(asked, seed)]
-            assert all(f'{i}.png' != q.image for i, q in zip(given, asked, strict=True))
-            assert sorted(given) == sorted(list(range(count)) * 3)  # each as often as before
+            given = vqa.other_places(asked, seed)
+            assert all(i != q.place for i, q in zip(given, asked, strict=True))
+            assert sorted(given) == sorted([10 * i for i in range(count)] * 3)  # each as often as before
             assert given[:count] == given[count : 2 * count]
 
 
@@ -193,7 +194,7 @@ def test_a_question_beyond_the_context_is_not_asked_but_counted(model_run, squar
 def many(folder, wrong, count=300, **more):
     """A LLaVA file of `count` questions, each about its own picture; `wrong`: {row: what happened to its picture}."""
     rows = []
-    (folder / 'many').mkdir()
+    (folder / 'many').mkdir(parents=True)
     for i in range(count):
         file, name = folder / 'many' / f'{i}.png', list(COLOURS)[i % 4]
         said = [{'from': 'human', 'value': 'What colour is it?'}, {'from': 'gpt', 'value': f'It is {name}.'}]
@@ -288,9 +289,40 @@ def test_a_missing_picture_counts_on_one_side_alone(llava_folder, tmp_path):
     )
     lost = {split: vqa.load_questions(cfg, split).lost for split in ('train', 'validation')}
     asked = sum(len(row['conversations']) // 2 for row in gone)
-    images = {split: {row['image'] for row in rows} for split, rows in lost.items()}
-    assert sum(map(len, lost.values())) == asked and not images['train'] & images['validation']
-    assert 0 < len(images['validation']) < 0.12 * 300
+    named = {split: {row['image'] for row in rows} for split, rows in lost.items()}
+    assert sum(map(len, lost.values())) == asked and not named['train'] & named['validation']
+    assert 0 < len(named['validation']) < 0.12 * 300
+
+
+def test_pictures_are_read_a_batch_at_a_time(model_run, tmp_path, monkeypatch):
+    model_run(looks=True)
+    monkeypatch.setattr(vqa, 'BATCH', 8)
+    decode, alive, most = images.decode, weakref.WeakSet(), []
+
+    class Picture(np.ndarray):  # an array that can be watched
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    def watched(data, vision):
+        picture = decode(data, vision).view(Picture)
+        alive.add(picture)
+        most.append(len(alive))
+        return picture
+
+    monkeypatch.setattr(images, 'decode', watched)
+    found = {}
+    for count in (40, 120):
+        found[count] = evaluate.evaluate(tmp_path / f'{count}', 'vqa', **many(tmp_path / f'{count}', {}, count))
+    assert len(most) >= 3 * 160 and max(most) <= 2 * 8
+    assert found[120]['accuracy'] == 1.0 and found[120]['controls']['blank'] == 0.0
+
+
+def test_a_picture_that_vanishes_is_said(model_run, tmp_path, monkeypatch):
+    model_run(looks=True)
+    files = many(tmp_path, {}, 8)
+    monkeypatch.setattr(vqa, 'check_left_out', lambda *_: (tmp_path / 'many/5.png').unlink())
+    with pytest.raises(UserError, match=r"cannot be read again: missing image '5\.png'\.$"):
+        evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
 
 
 def test_a_result_of_older_code_is_still_told():
@@ -331,7 +363,7 @@ def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_conf
     assert {split: len(names) for split, names in sides.items()} == {'train': 56, 'validation': 4}
     assert not sides['train'] & sides['validation']
     found = vqa.load_questions(tiny_config('vision_instruct'), 'heldout', limit=50).found
-    assert len(found) == 50 and {q.picture.shape for q in found} == {(60, 60, 3)}
+    assert len(found) == 50 and len({q.place for q in found}) == len({q.image for q in found}) < 24
     assert 'description' in {q.kind for q in found} and len({q.id for q in found}) == 50
 
 

@@ -9,7 +9,9 @@ A question that cannot be asked is left out, counted, and listed with its reason
 """
 
 import collections
+import collections.abc
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -29,11 +31,11 @@ TOO_LONG = 'longer than the context'  # a reason to leave a question out
 
 @dataclasses.dataclass
 class Question:
-    """A question, its picture as uint8 [size, size, 3], and the answer wanted."""
+    """A question, its picture's name and which row of the source holds it, and the answer wanted."""
 
     id: str
     image: str
-    picture: np.ndarray
+    place: int
     text: str
     reference: str
     kind: str
@@ -67,8 +69,10 @@ def interval(scores, groups, seed=0, resamples=1000):
     """The 95% bootstrap interval of the mean score, resampling pictures: questions on one picture go together."""
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, scores), np.bincount(group)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    rng, means = np.random.default_rng(seed), np.empty(resamples)
+    for i in range(resamples):  # one at a time: all at once would take 8 kB a picture
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
     return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
@@ -76,9 +80,10 @@ def interval(scores, groups, seed=0, resamples=1000):
 class Questions:
     """A split's questions about one picture: `found`, and `lost`, which cannot be asked, as rows of the .jsonl.
 
-    other: {what is no question about one picture: how many of these}.
+    other: {what is no question about one picture: how many of these}. source: where the pictures are.
     """
 
+    source: collections.abc.Sequence
     found: list[Question]
     lost: list[dict]
     other: collections.Counter
@@ -101,9 +106,9 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
     else:
         source = sources.open_source(config, split)
     sided = hasattr(source, 'side') and not data
-    questions = Questions([], [], collections.Counter())
+    questions = Questions(source, [], [], collections.Counter())
     for i in range(len(source)):
-        picture = reason = None
+        reason = None
         try:
             example = source[i]
         except conversation.BadExample as error:  # of conversations alone: other sources were checked as they were made
@@ -111,7 +116,7 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
         if sided and (source.likely_side(i) if reason else source.side(example)) != split:
             continue
         if example is None:
-            unread = Question(str(source.number(i)), None, None, None, None, None)
+            unread = Question(str(source.number(i)), None, i, None, None, None)
             questions.lost.append(row_of(unread, left_out=reason))
             continue
         asked = pairs(example.messages)
@@ -119,14 +124,15 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
             questions.other[f'question about {len(example.names) or "no"} pictures'] += len(asked)
             continue
         try:
-            picture = None if reason else images.decode(example.images[0], config.model.vision)
+            if not reason:
+                images.decode(example.images[0], config.model.vision)  # it is read again when it is asked about
         except conversation.BadExample as error:
             reason = str(error)
         for user, answer in asked:
             text = conversation.text_of(user)
             kind = answer.get('kind') or ' '.join(text.lower().split()[:3])
             name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
-            question = Question(name, example.names[0], picture, text, conversation.text_of(answer), kind)
+            question = Question(name, example.names[0], i, text, conversation.text_of(answer), kind)
             if reason:
                 questions.lost.append(row_of(question, left_out=reason))
             else:
@@ -167,45 +173,64 @@ def prompt_ids(question, config, tokenizer):
     return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True).ids
 
 
-def ask(runner, questions, ids, pictures, title):
-    """The answers to questions, each with the ids and the picture of the same index."""
+def ask(runner, questions, prompt, title):
+    """The answers to questions. prompt(i) is the engine's prompt of question i, made when its batch is asked."""
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, i))  # kinds have answers of like length
     answers = [''] * len(questions)
     for start in tqdm(range(0, len(order), BATCH), title, unit='batch'):
         chosen = order[start : start + BATCH]
-        prompts = [engine.Prompt(ids[i], [pictures[i]]) for i in chosen]
+        prompts = [prompt(i) for i in chosen]
         filled = prompts + prompts[-1:] * (BATCH - len(prompts))  # one shape, one compilation
         for i, answer in zip(chosen, runner.answer(filled, max_new_tokens=64), strict=False):
             answers[i] = answer
     return answers
 
 
+def reader(source, vision):
+    """A function place → the picture of that row, uint8 [size, size, 3]; it keeps the last BATCH pictures."""
+
+    @functools.lru_cache(BATCH)
+    def picture(place):
+        try:
+            return images.decode(source[place].images[0], vision)
+        except conversation.BadExample as error:
+            raise UserError(f'a picture that was read before cannot be read again: {error}.') from error
+
+    return picture
+
+
 def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False):
     """(result, rows): the scores with their controls, and one object a question. Needs a vision run.
+
+    Pictures are read as they are asked about: at most 2 × BATCH are in memory, and of all questions only their text.
 
     result: asked = n + the sum of left_out, {reason: count}. A question is left out if its picture cannot be read, or
     if it is longer than the context. `other` counts what is no question about one picture, and so is not asked.
     Raises UserError, before the model is asked, if over 1% are left out without allow_missing.
     """
-    config, tokenizer = model_run.config, model_run.tokenizer
+    config, tokenizer, vision = model_run.config, model_run.tokenizer, model_run.config.model.vision
     if not config.stage.startswith('vision'):
         raise UserError(f'vqa takes a vision_pretrain or vision_instruct run: a {config.stage} run cannot answer it.')
     loaded = load_questions(config, split, data, images, limit)
-    questions, ids = askable(loaded, config, tokenizer)
+    questions = askable(loaded, config, tokenizer)
     check_left_out(loaded, len(questions), allow_missing)
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
-    runner = model_run.engine
+    runner, picture = model_run.engine, reader(loaded.source, vision)
+    others = other_places(questions)
+    grey = np.full((vision.image_size, vision.image_size, 3), GREY, np.uint8)
 
-    def asked(pictures, title):
-        answers = ask(runner, questions, ids, pictures, title)
+    def asked(picture_of, title):
+        def prompt(i):
+            return engine.Prompt(prompt_ids(questions[i], config, tokenizer), [picture_of(i)])
+
+        answers = ask(runner, questions, prompt, title)
         return answers, np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
 
-    pictures = [q.picture for q in questions]
-    answers, scores = asked(pictures, 'vqa')
+    answers, scores = asked(lambda i: picture(questions[i].place), 'vqa')
     controls = {
-        'blank': asked([np.full_like(p, GREY) for p in pictures], 'vqa, blank pictures')[1],
-        'shuffled': asked(other_pictures(questions), 'vqa, shuffled pictures')[1],
+        'blank': asked(lambda _: grey, 'vqa, blank pictures')[1],
+        'shuffled': asked(lambda i: picture(others[i]), 'vqa, shuffled pictures')[1],
     }
     by_kind = {}
     for kind in sorted({q.kind for q in questions}):
@@ -233,20 +258,18 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
 
 
 def askable(loaded, config, tokenizer):
-    """(the found Questions that can be asked, their ids); those that are no conversation or too long become lost."""
-    questions, ids = [], []
+    """The found Questions that can be asked; those that are no conversation or too long become lost."""
+    questions = []
     for question in loaded.found:
         try:
-            prompt = prompt_ids(question, config, tokenizer)
+            reason = TOO_LONG if len(prompt_ids(question, config, tokenizer)) >= config.model.positions else None
         except conversation.BadExample as error:
-            loaded.lost.append(row_of(question, left_out=str(error)))
-            continue
-        if len(prompt) >= config.model.positions:
-            loaded.lost.append(row_of(question, left_out=TOO_LONG))
-            continue
-        questions.append(question)
-        ids.append(prompt)
-    return questions, ids
+            reason = str(error)
+        if reason:
+            loaded.lost.append(row_of(question, left_out=reason))
+        else:
+            questions.append(question)
+    return questions
 
 
 def check_left_out(loaded, answered, allow_missing):
@@ -259,9 +282,9 @@ def check_left_out(loaded, answered, allow_missing):
         )
 
 
-def other_pictures(questions, seed=0):
-    """For each question a picture that belongs to another one: the pictures in a random circle, one step on."""
-    by_name = {q.image: q.picture for q in questions}
+def other_places(questions, seed=0):
+    """For each question the place of a picture that belongs to another one: all in a random circle, one step on."""
+    by_name = {q.image: q.place for q in questions}
     names = sorted(by_name)
     order = np.random.default_rng(seed).permutation(len(names))
     after = {names[a]: names[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
