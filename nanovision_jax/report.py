@@ -121,11 +121,11 @@ def find_pictures(config, names):
             examples = (source[i] for i in range(len(source)))
             shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
             found = {name: data_uri(picture) for name, picture in shown if name in names}
-    elif pathlib.Path(data.path).is_file() and (path := sources.Conversations(data.path, data.images).image_path()):
-        store = images.ImageStore(path)
+    elif pathlib.Path(data.path).is_file():
+        pictures = sources.Conversations(data.path, data.images).pictures()
         for name in names:
             try:
-                found[name] = data_uri(store.read(name))
+                found[name] = data_uri(pictures.read(name))
             except BadExample:  # its caption is shown alone
                 continue
     return found

@@ -92,7 +92,7 @@ def test_a_question_stays_and_opens_the_answer(tokenizer, talk):
 
 Q, A = user('a'), assistant('b')
 BAD = {
-    "unknown speaker 'system'": ([{'role': 'system', 'content': 'x'}, Q, A], {}),
+    "unknown speaker 'narrator'": ([{'role': 'narrator', 'content': 'x'}, Q, A], {}),
     'unknown speaker None': ([{'content': 'x'}], {}),
     'user speaks out of turn': ([Q, Q, A], {}),
     'assistant speaks out of turn': ([A], {}),
@@ -226,7 +226,7 @@ def test_places_and_pictures_must_match(tokenizer):
 @pytest.mark.parametrize(
     'turn, reason',
     [
-        ({'from': 'system', 'value': 'x'}, "unknown speaker 'system'"),
+        ({'from': 'narrator', 'value': 'x'}, "unknown speaker 'narrator'"),
         ({'value': 'x'}, 'unknown speaker None'),
         ({'from': 'human'}, 'a turn without text'),
         ({'from': 'human', 'value': 3}, 'a turn without text'),

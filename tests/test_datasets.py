@@ -26,6 +26,7 @@ from published import (
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import sources
 from nanovision_jax.data.datasets import files
+from nanovision_jax.data.pictures import Pictures
 from nanovision_jax.errors import UserError
 
 
@@ -64,8 +65,8 @@ def test_llava_pretrain_with_all_its_damage(folder, stored):
         99: ('image does not decode', {}),  # its JPEG is cut off below
         200: ('empty answer', {'conversations': asked('<image>\nWhat?', ' ')}),
         333: (
-            "unknown speaker 'system'",
-            {'conversations': [{'from': 'system', 'value': 'x'}, *asked('<image>\nWhat?')]},
+            "unknown speaker 'narrator'",
+            {'conversations': [{'from': 'narrator', 'value': 'x'}, *asked('<image>\nWhat?')]},
         ),
         400: ('user speaks out of turn', {'conversations': [*asked('<image>\nA?')[:1], *asked('B?')]}),
         500: ('no answer', {'conversations': asked('<image>\nWhat?')[:1]}),
@@ -175,10 +176,10 @@ def test_the_150k_finds_cocos_pictures(folder, stored):
 
 def test_a_picture_outside_the_folder_is_not_read(folder, stored):
     (folder.parent / 'secret.jpg').write_bytes(stored[0])
-    read = files.picture_reader(folder)
-    for name in ('../secret.jpg', str(folder.parent / 'secret.jpg'), '', '..'):
-        with pytest.raises(sources.BadExample, match=r'leaves the folder|missing image'):
-            read(name)
+    found = Pictures(folder)
+    for name, told in {'../secret.jpg': 'leaves', str(folder.parent / 'secret.jpg'): 'leaves', '': 'missing'}.items():
+        with pytest.raises(sources.BadExample, match=told):
+            found.read(name)
 
 
 def test_what_the_hub_keeps_beside_files_is_not_read(tmp_path):
@@ -332,13 +333,15 @@ def test_chat_with_strings_and_parts(folder, stored):
     bad = {
         'a picture on the web': row([{'type': 'image_url', 'image_url': {'url': 'https://x.org/a.jpg'}}, text]),
         'a picture that is no base64': row([{'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,?'}}]),
-        'missing image': row([image, text]),
+        '1 image places for 0 images': row([image, text]),
+        'missing image': row([{'type': 'image', 'image': {'url': None}}, text]),
         '1 image places for 2 images': row([image, text], images=['a.jpg', 'a.jpg']),
-        'unknown speaker': {'messages': [{'role': 'tool', 'content': 'x'}]},
+        'unknown speaker': {'messages': [{'role': 'narrator', 'content': 'x'}]},
+        'a turn of tool: conversations with tools are not taken': {'messages': [{'role': 'tool', 'content': 'x'}]},
         'a turn without text': row([{'type': 'video'}]),
-        'a row without messages': {'text': 'x'},
+        'a row without conversations or messages': {'text': 'x'},
     }
-    filler = [row(f'question {i}') for i in range(700)]
+    filler = [row(f'question {i}') for i in range(900)]
     write_jsonl(folder / 'x.jsonl', [{'id': name} | row for name, row in good.items()] + list(bad.values()) + filler)
     made, found, _, _ = prepare('chat', folder)
     assert made['reasons'] == dict.fromkeys(sorted(bad), 1)

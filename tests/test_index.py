@@ -17,7 +17,7 @@ from nanovision_jax.errors import UserError
 GOOD = [{'from': 'human', 'value': '<image>\nwhat?'}, {'from': 'gpt', 'value': 'a cat'}]
 BAD = {
     'image does not decode': {'image': 'broken.jpg', 'conversations': GOOD},
-    "unknown speaker 'system'": {'image': 'a.jpg', 'conversations': [{'from': 'system', 'value': 'x'}, *GOOD]},
+    "unknown speaker 'narrator'": {'image': 'a.jpg', 'conversations': [{'from': 'narrator', 'value': 'x'}, *GOOD]},
     'no answer': {'image': 'a.jpg', 'conversations': GOOD[:1]},
     '3 images for 2 slots': {
         'images': ['a.jpg'] * 3,

@@ -70,7 +70,7 @@ def test_json_lines_may_hold_every_character(tmp_path):
 
 @pytest.mark.parametrize(
     'data',
-    [b'[{"id": 1}, {"id"', b'[{"id": 1} {"id": 2}]', b'[', b'[1,]', b'hello', b'{"a":\n 1}', b'["\xe9"]', b'\xff\xfe'],
+    [b'[{"id": 1}, {"id"', b'[{"id": 1} {"id": 2}]', b'[', b'[1,]', b'hello', b'{"a":\n 1}', b'["\xe9"]'],
     ids=repr,
 )
 def test_broken_json_is_one_sentence(tmp_path, data):
@@ -94,7 +94,10 @@ def test_a_missing_file_is_one_sentence(tmp_path, llava_folder):
         (['a list'], 'no JSON object'),
         ({'conversations': 'hello'}, 'no JSON objects'),
         ({'conversations': ['hello', 'you']}, 'no JSON objects'),
-        ({'conversations': [{'from': 'system', 'value': 'x'}]}, "unknown speaker 'system'"),
+        ({'conversations': [{'from': 'narrator', 'value': 'x'}]}, "unknown speaker 'narrator'"),
+        ({'conversations': [*turns('a'), {'from': 'system', 'value': 'x'}]}, 'system speaks out of turn'),
+        ({'conversations': [{'from': 'observation', 'value': '{}'}]}, 'a turn of observation'),
+        ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [{}]}]}, 'a turn of tool_calls'),
         ({'messages': [{'role': 'user'}]}, 'a turn without text'),
         ({'image': 'a.jpg', 'conversations': turns('<image>')}, 'missing image'),
         ({'image': 5, 'conversations': turns('<image>')}, "missing image '5'"),

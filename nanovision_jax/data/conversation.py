@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+# What data sets call who speaks, as our roles; and the roles of tools, which are refused by their name.
+SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}
+TOOLS = ('tool', 'tool_call', 'tool_response', 'function', 'function_call', 'observation')
+
 
 class BadExample(Exception):
     """An example that cannot be used; the message is the reason, as bad_rows.jsonl lists it."""
@@ -77,11 +81,18 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
 
 
 def check(messages):
-    """Raises BadExample for what is no list of messages. Whose turn it is, is encode's business."""
-    for message in messages:
+    """Raises BadExample for what is no list of messages; a system message may be the first.
+
+    Whose turn it is otherwise, is encode's business.
+    """
+    for number, message in enumerate(messages):
         role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
-        if role not in ('user', 'assistant'):
+        if role not in ('user', 'assistant', 'system'):
             raise BadExample(f'unknown speaker {role!r}')
+        if role == 'system' and number:
+            raise BadExample('system speaks out of turn')
+        if role == 'system' and isinstance(content, list) and any(map(is_image, content)):
+            raise BadExample('a picture in a system message')
         for part in content if isinstance(content, list) else [{'type': 'text', 'text': content}]:
             kind = part.get('type') if isinstance(part, dict) else None
             if kind != 'image' and not (kind == 'text' and isinstance(part.get('text'), str)):
@@ -104,19 +115,34 @@ def fit(encoded, length):
     return ids[: ends[whole - 1]], learned[: ends[whole - 1]], pictures[whole - 1]
 
 
+def is_image(part):
+    """Whether a part of a message is a picture's place: type image, or image_url."""
+    return isinstance(part, dict) and str(part.get('type')).startswith('image')
+
+
+def role_of(speaker):
+    """The role of a speaker. Raises BadExample for one that has none, and names those of tools."""
+    if speaker in TOOLS:
+        raise BadExample(f'a turn of {speaker}: conversations with tools are not taken')
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise BadExample(f'unknown speaker {speaker!r}')
+    return SPEAKERS[speaker]
+
+
 def from_llava(turns, pictures=True):
     """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages.
 
     An <image> in a question is a picture's place; in an answer, or without `pictures`, the string is left as it stands.
-    Raises BadExample for a speaker that is neither human nor gpt.
+    Raises BadExample for a speaker that is none of SPEAKERS.
     """
     messages = []
     for turn in turns:
         speaker, text = (turn.get('from'), turn.get('value')) if isinstance(turn, dict) else (None, '')
-        if speaker not in ('human', 'gpt', 'user', 'assistant') or not isinstance(text, str):
-            raise BadExample(f'unknown speaker {speaker!r}' if isinstance(text, str) else 'a turn without text')
-        message = {'role': 'user' if speaker in ('human', 'user') else 'assistant', 'content': text}
-        if 'kind' in turn:
+        role = role_of(speaker)
+        if not isinstance(text, str):
+            raise BadExample('a turn without text')
+        message = {'role': role, 'content': text}
+        if turn.get('kind') is not None:
             message['kind'] = turn['kind']
         if message['role'] == 'user' and pictures:
             message['content'] = place_images(text)

@@ -1,17 +1,43 @@
-"""Files of rows: a JSON list, or JSON lines, of any size."""
+"""Files of rows: a JSON list, JSON lines or parquet; and the forms of conversations that a row may have.
+
+Forms are ShareGPT's and LLaVA's `conversations: [{from, value}]`, and `messages: [{role, content}]` with strings, in
+which <image> is a picture's place where the row has `images` (LLaMA-Factory), or parts, which may carry their picture
+(transformers, OpenAI).
+"""
 
 import array
+import collections
 import json
 import os
 import pathlib
 import re
 import weakref
 
-from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.conversation import BadExample, check, from_llava, is_image, place_images, role_of
+from nanovision_jax.data.text import check_text
 from nanovision_jax.errors import UserError
 
 _SPACE = re.compile(r'[ \t\r\n]*')
 _WINDOW = 1 << 20
+MAX_TABLE = 512 << 20  # bytes of a parquet file that is kept in memory
+# Forms that are not taken, by the columns that tell them.
+OTHER_FORMS = {
+    "Alpaca's instruction, input and output": ('instruction', 'output'),
+    'prompt and completion': ('prompt', 'completion'),
+    'preferences, chosen and rejected': ('chosen', 'rejected'),
+}
+FORMS = 'conversations: [{from, value}] (ShareGPT, LLaVA) and messages: [{role, content}] (OpenAI, LLaMA-Factory)'
+
+
+def open_rows(path):
+    """The rows of a file by number, in threads: of parquet, JSON or JSON lines.
+
+    Raises UserError where it is none of these, and where the first row tells of a form that is not taken.
+    """
+    rows = ParquetFile(path) if pathlib.Path(path).suffix == '.parquet' else RowFile(path)
+    if len(rows):
+        check_form(rows[0], path)
+    return rows
 
 
 class RowFile:
@@ -34,13 +60,37 @@ class RowFile:
             self._starts.append(start)
             self._stops.append(stop)
         if self._starts:
-            try:
-                json.loads(self._bytes(0))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f'{path} is neither a JSON list nor JSON lines: {error}.') from error
+            self._check_first()
+
+    def _check_first(self):
+        told = f'{self.path} is neither a JSON list nor JSON lines'
+        try:
+            row = json.loads(self._bytes(0))
+        except (ValueError, RecursionError) as error:
+            row = self._object()
+            if row is None:
+                raise UserError(f'{told}: {error}.') from error
+            if not _list_of_rows(row):
+                how = 'write each row on a line of its own'
+                raise UserError(f'{told}, but a JSON object of several lines: {how}.') from error
+        else:
+            row = row if len(self) == 1 else None
+        if name := _list_of_rows(row):
+            raise UserError(f'{told}, but a JSON object with the rows under {name!r}: write that list alone to a file.')
+
+    def _object(self):
+        """The whole file, if it is one JSON object. None for anything else."""
+        if self._size > 1 << 28:
+            return None
+        try:
+            whole = json.loads(os.pread(self._file, self._size, 0))
+        except (ValueError, RecursionError):
+            return None
+        return whole if isinstance(whole, dict) else None
 
     def _places(self):
         head = os.pread(self._file, 4096, 0)
+        check_text(head, self.path)
         mark = 3 if head.startswith(b'\xef\xbb\xbf') else 0
         start = len(head) - len(head[mark:].lstrip())
         return self._of_list(start + 1) if head[start : start + 1] == b'[' else self._of_lines(mark)
@@ -103,3 +153,138 @@ class RowFile:
                 yield self[i]
             except BadExample:
                 yield None
+
+
+def _list_of_rows(row):
+    """Under which name a JSON object holds a list of objects, if it is no row itself. None for none."""
+    if not isinstance(row, dict) or {'conversations', 'messages'} & row.keys():
+        return None
+    lists = (key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict))
+    return next(lists, None)
+
+
+class ParquetFile:
+    """The rows of a parquet file, held in memory as columns. Raises UserError beyond MAX_TABLE bytes."""
+
+    def __init__(self, path):
+        opened = open_parquet(path)
+        groups = (opened.metadata.row_group(group) for group in range(opened.num_row_groups))
+        if (size := sum(group.total_byte_size for group in groups)) > MAX_TABLE:
+            raise UserError(
+                f'{path} unpacks to {size >> 20:,} MiB, of which {MAX_TABLE >> 20} are held in memory: run python -m '
+                f'nanovision_jax.prepare chat --from={path}, and train with data.source=chat.'
+            )
+        try:
+            self._table = opened.read(use_threads=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path} is damaged: {str(error).splitlines()[0]}.') from error
+
+    def __len__(self):
+        return len(self._table)
+
+    def __getitem__(self, i):
+        return self._table.slice(i, 1).to_pylist()[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def open_parquet(file):
+    """A pyarrow ParquetFile. Raises UserError for what is none."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f'{file} is no parquet file that can be read: {str(error).splitlines()[0]}.') from error
+
+
+def check_form(row, path):
+    """Raises UserError where a file's first row is of a form that is known, and not taken."""
+    if isinstance(row, dict) and not {'conversations', 'messages'} & row.keys():
+        for form, columns in OTHER_FORMS.items():
+            if set(columns) <= row.keys():
+                raise UserError(f'the rows of {path} are in the form of {form}: the forms taken are {FORMS}.')
+
+
+def read_row(row):
+    """(messages, references) of a row: conversation.py's messages, and what the row says of each picture, in order.
+
+    A reference is a name, an address, bytes or {bytes, path}: see pictures.fetch. A part that carries none, and an
+    <image> in a question, take the next of the row's `image` or `images`. Raises BadExample where there is no
+    conversation.
+    """
+    if not isinstance(row, dict):
+        raise BadExample('a row that is no JSON object')
+    if not {'conversations', 'messages'} & row.keys():
+        raise BadExample('a row without conversations or messages')
+    turns = row.get('conversations') or row.get('messages') or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadExample('turns that are no JSON objects')
+    waiting = collections.deque(pictures_of(row))
+    messages, references, several = [], [], bool(waiting)
+    for turn in turns:
+        message = from_llava([turn])[0] if turn.get('from') is not None else _message(turn, several)
+        content = message['content']
+        for part in filter(is_image, content if isinstance(content, list) else ()):
+            reference = _carried(part)
+            if reference is None and waiting:
+                reference = waiting.popleft()
+            if reference is not None:  # else there are fewer pictures than places, as encode says
+                references.append(reference)
+        if isinstance(content, list):
+            message['content'] = [_plain(part) for part in content]
+        messages.append(message)
+    system = row.get('system')  # beside ShareGPT's turns
+    if isinstance(system, str) and system.strip() and messages and messages[0]['role'] != 'system':
+        messages.insert(0, {'role': 'system', 'content': system})
+    check(messages)
+    return messages, [*references, *waiting]
+
+
+def pictures_of(row):
+    """What a row's `image` or `images` says, as a list; NaN, which pandas writes, and '' are no picture."""
+    for key in ('image', 'images'):
+        value = row.get(key) if isinstance(row, dict) else None
+        values = value if isinstance(value, list) else [value]
+        if found := [one for one in values if not _is_nothing(one)]:
+            return found
+    return []
+
+
+def has_pictures(row):
+    """Whether a row has pictures, as far as it can be read."""
+    try:
+        return bool(pictures_of(row) or read_row(row)[1])
+    except BadExample:
+        return False
+
+
+def _is_nothing(value):
+    return value is None or value == '' or value != value
+
+
+def _message(turn, places):
+    """A message of ours; `places`: an <image> in a question is a picture's place."""
+    role, content = role_of(turn.get('role')), turn.get('content')
+    if turn.get('tool_calls'):
+        raise BadExample('a turn of tool_calls: conversations with tools are not taken')
+    if isinstance(content, str) and role == 'user' and places:
+        content = place_images(content)
+    message = {'role': role, 'content': content}
+    return message if turn.get('kind') is None else message | {'kind': turn['kind']}
+
+
+def _carried(part):
+    """The picture that a part carries: OpenAI's image_url, or the keys of transformers. None for none."""
+    found = next((part[key] for key in ('image_url', 'image', 'url', 'path') if not _is_nothing(part.get(key))), None)
+    return found.get('url') or found if isinstance(found, dict) else found
+
+
+def _plain(part):
+    """A part with our keys only: parquet gives every part the keys of all."""
+    if is_image(part):
+        return {'type': 'image'}
+    if isinstance(part, str):
+        return {'type': 'text', 'text': part}
+    return {'type': part.get('type'), 'text': part.get('text')} if isinstance(part, dict) else {}

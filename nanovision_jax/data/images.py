@@ -71,6 +71,23 @@ class ImageStore:
         except (OSError, ValueError):
             return name, None, None  # missing: another stamp once it is there
 
+    def has(self, name):
+        """Whether there is a file of that name."""
+        if not self.path.is_dir():
+            with self._lock:
+                return name in self._opened().NameToInfo and not name.endswith('/')
+        try:
+            return not self.leaves(name) and (self.path / name).is_file()  # a pipe would be waited for
+        except (OSError, ValueError):
+            return False
+
+    def leaves(self, name):
+        """Whether a name, or a link of that name, leads out of the folder."""
+        try:
+            return not (self.path / name).resolve().is_relative_to(self.path.resolve())
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle
+            return False
+
     def read(self, name):
         """The bytes of one picture. Raises BadExample if there is none of that name, or one beyond MAX_BYTES."""
         if self.path.is_dir():
@@ -91,15 +108,14 @@ class ImageStore:
 
     def _read_file(self, name):
         try:
-            file = (self.path / name).resolve()
-            if not file.is_relative_to(self.path.resolve()):
+            if self.leaves(name):
                 raise BadExample(f'image name {name!r} leaves the folder')
-            if not file.is_file():  # a pipe would be waited for
+            if not self.has(name):
                 raise BadExample(f'missing image {name!r}')
-            with open(file, 'rb') as opened:
+            with open(self.path / name, 'rb') as opened:
                 _check_size(name, os.fstat(opened.fileno()).st_size)
                 return opened.read(MAX_BYTES)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        except (OSError, ValueError) as error:
             raise BadExample(f'missing image {name!r}') from error
 
 

@@ -111,17 +111,18 @@ def _tokenizer_texts(config):
         yield from text.read_texts(config, 'train')
     else:
         own = pathlib.Path(data.path)
-        beside = sorted(f for f in own.parent.glob('*.json*') if f != own and not f.name.endswith('bad_rows.jsonl'))
+        found = [file for ending in ('json*', 'parquet') for file in own.parent.glob(f'*.{ending}')]
+        beside = sorted(f for f in found if f != own and not f.name.endswith('bad_rows.jsonl'))
         for file in [own, *beside]:
             try:
-                rows = formats.RowFile(file)
+                rows = formats.open_rows(file)
             except UserError:
                 if file == own:
                     raise
                 continue  # something else that lies there
             for row in rows:
                 with contextlib.suppress(conversation.BadExample):  # the index counts and lists these
-                    yield from map(conversation.text_of, sources.messages_of(row))
+                    yield from map(conversation.text_of, formats.read_row(row)[0])
 
 
 def open_rows(config, tokenizer, split='train'):

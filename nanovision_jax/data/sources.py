@@ -1,4 +1,4 @@
-"""Where examples come from: the built-in tiny_world, prepared sets, and conversations in LLaVA's JSON or JSON lines.
+"""Where examples come from: the built-in tiny_world, prepared sets, and files of conversations.
 
 A source is a sequence: len(source), source[i] → Example. It opens its files when first used, so that a data worker
 gets only paths. Reading is thread-safe.
@@ -14,10 +14,10 @@ import threading
 
 import numpy as np
 
-from nanovision_jax.data import mixture
-from nanovision_jax.data.conversation import BadExample, check, from_llava, side, text_of
-from nanovision_jax.data.formats import RowFile
+from nanovision_jax.data import formats, mixture
+from nanovision_jax.data.conversation import BadExample, side, text_of
 from nanovision_jax.data.images import ImageStore
+from nanovision_jax.data.pictures import Pictures, fetch, name_of
 from nanovision_jax.errors import UserError
 
 PREPARED_VERSION = '1.0.0'  # of what conversations_builder.py writes; a folder's name
@@ -99,17 +99,18 @@ def open_tiny_world(folder, kind, split):
 
 
 class Conversations:
-    """LLaVA's JSON list, or JSON lines with `conversations` or `messages`; pictures in a zip or a folder.
+    """A file of conversations (JSON, JSON lines or parquet; formats.py tells the forms), and the pictures they name.
 
-    The 5% whose picture (or, without one, whose first question) hashes low are the validation split: the same picture
-    is on the same side in every file and stage. `side(example)` tells it; all rows are here, whatever the split.
+    Pictures are in the zip or folder `images`, or where pictures.py looks for them around the file. The 5% whose
+    picture (or, without one, whose first question) hashes low are the validation split: the same picture is on the same
+    side in every file and stage. `side(example)` tells it; all rows are here, whatever the split.
     """
 
     def __init__(self, path, images='', text_only=False):
         self.path, self.images, self.text_only = str(path), str(images), text_only
-        self._lock, self._rows, self._store, self._key = threading.Lock(), None, None, None
+        self._lock, self._rows, self._pictures, self._key = threading.Lock(), None, None, None
         if not pathlib.Path(path).is_file():
-            raise UserError(f'no conversations at {path}: data.path is a LLaVA JSON file or JSON lines.')
+            raise UserError(f'no conversations at {path}: data.path is a JSON, JSON lines or parquet file.')
         if images:
             ImageStore(images)  # a wrong path is answered now, not as so many missing pictures
 
@@ -122,29 +123,27 @@ class Conversations:
         if self._key is None:
             with open(self.path, 'rb') as file:
                 digest = hashlib.file_digest(file, 'sha256').hexdigest()
-            names = (name for row in self.rows() for name in names_of(row))
-            pictures = self._store.stamp(names) if self._store else ''
-            self._key = f'conversations {digest} {pictures} {self.text_only}'
+            stamp = self.pictures().stamp(name for row in self.rows() for name in _names(row))
+            self._key = f'conversations {digest} {stamp} {self.text_only}'
         return self._key
 
-    def image_path(self):
-        """The zip or folder of pictures: as configured, or found beside the file; None where there is none."""
-        folder = pathlib.Path(self.path).parent
-        for path in [self.images] if self.images else [folder / 'images.zip', folder / 'images']:
-            if pathlib.Path(path).exists():
-                return pathlib.Path(path)
-        return None
+    def pictures(self):
+        """Where the names of pictures are looked up."""
+        with self._lock:
+            if self._pictures is None:
+                self._pictures = Pictures(self.images or pathlib.Path(self.path).parent)
+        return self._pictures
 
     def rows(self):
         """The rows of the file, read when they are asked for. Row i here is number(i) of them."""
         with self._lock:
             if self._rows is None:
-                rows = RowFile(self.path)
+                rows = formats.open_rows(self.path)
                 if self.text_only:
-                    self._numbers = np.array([n for n, row in enumerate(rows) if not names_of(row)], np.int64)
+                    kept = (n for n, row in enumerate(rows) if not formats.has_pictures(row))
+                    self._numbers = np.fromiter(kept, np.int64)
                 else:
                     self._numbers = np.arange(len(rows))
-                self._store = ImageStore(path) if (path := self.image_path()) else None
                 self._rows = rows
         return self._rows
 
@@ -157,17 +156,20 @@ class Conversations:
         self.rows()
         return int(self._numbers[i])
 
+    def _told(self, i):
+        number = self.number(i)
+        row = self.rows()[number]
+        messages, references = formats.read_row(row)
+        names = [name_of(reference, f'{number}-{k}') for k, reference in enumerate(references)]
+        return Example(str(row.get('id', i)), messages, [], names), references
+
     def told(self, i):
         """Row i without its pictures, which may be missing."""
-        row = self.rows()[self.number(i)]
-        messages = messages_of(row)
-        return Example(str(row.get('id', i)), messages, [], names_of(row))
+        return self._told(i)[0]
 
     def __getitem__(self, i):
-        example = self.told(i)
-        if example.names and self._store is None:
-            raise BadExample(f'missing image {example.names[0]!r}: no images.zip or images/ beside {self.path}')
-        example.images = [self._store.read(name) for name in example.names]
+        example, references = self._told(i)
+        example.images = [fetch(reference, self.pictures()) for reference in references]
         return example
 
     def side(self, example):
@@ -177,28 +179,19 @@ class Conversations:
     def likely_side(self, i):
         """The side of a row that cannot be read, for counting: by its content, as its picture is not there to ask."""
         try:
-            row = json.dumps(self.rows()[self.number(i)], sort_keys=True)
+            row = repr(self.rows()[self.number(i)])
         except BadExample:
             row = str(i)
         return side([{'role': 'user', 'content': row}], [])
 
 
-def messages_of(row):
-    """The messages of one JSON object. Raises BadExample where they are none."""
-    if not isinstance(row, dict):
-        raise BadExample('a row that is no JSON object')
-    turns = row.get('conversations') or row.get('messages') or []
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadExample('turns that are no JSON objects')
-    messages = from_llava(turns) if turns and 'from' in turns[0] else turns
-    check(messages)
-    return messages
-
-
-def names_of(row):
-    """The pictures that a row names, in order."""
-    names = row.get('image') or row.get('images') or [] if isinstance(row, dict) else []
-    return [str(name) for name in (names if isinstance(names, list) else [names])]
+def _names(row):
+    """The pictures that a row names, of those that are looked up."""
+    try:
+        references = formats.read_row(row)[1]
+    except BadExample:
+        references = ()
+    return [name for reference in references if (name := name_of(reference, None))]
 
 
 class Prepared:

@@ -10,6 +10,7 @@ from nanovision_jax.data.folders import data_files
 from nanovision_jax.data.mixture import parse_source
 from nanovision_jax.errors import UserError
 
+_HOW = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'
 HELD_OUT = 0.05  # the end of every text file is kept out of training
 LLM_C = 20240520  # the first int32 of an llm.c shard: 256 of them, the third the number of tokens, come before them
 
@@ -37,21 +38,25 @@ def read_text(file):
 
 def decode(data, file):
     """The bytes of a file as text, in UTF-8. Raises UserError that says which byte is not, and how to convert it."""
+    check_text(data[:4096], file)
     mark = b'\xef\xbb\xbf' if data.startswith(b'\xef\xbb\xbf') else b''
-    how = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'
-    if data.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\0' in data[:4096]:
-        at = 0 if data[0] in (0xFE, 0xFF) else data.index(b'\0')
-        raise UserError(
-            f'{file} is not UTF-8 text: byte {at + 1} is 0x{data[at]:02x}, as in UTF-16 or in a file that is no text; '
-            f'if it is text, {how.format("UTF-16")}.'
-        )
     try:
         return data[len(mark) :].decode('utf-8')
     except UnicodeDecodeError as error:
         raise UserError(
             f'{file} is not UTF-8 text: byte {len(mark) + error.start + 1} is 0x{error.object[error.start]:02x}; '
-            f'if it is text, {how.format("ISO-8859-1")}, or whatever it is in.'
+            f'if it is text, {_HOW.format("ISO-8859-1")}, or whatever it is in.'
         ) from error
+
+
+def check_text(head, file):
+    """Raises UserError where a file's first bytes are those of UTF-16, or of no text at all."""
+    if head.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\0' in head:
+        at = 0 if head[0] in (0xFE, 0xFF) else head.index(b'\0')
+        raise UserError(
+            f'{file} is not UTF-8 text: byte {at + 1} is 0x{head[at]:02x}, as in UTF-16 or in a file that is no text; '
+            f'if it is text, {_HOW.format("UTF-16")}.'
+        )
 
 
 def read_texts(config, split):

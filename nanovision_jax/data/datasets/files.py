@@ -1,15 +1,10 @@
-"""Published files, read as they are: JSON, JSON lines and parquet row by row, pictures by name out of zip files."""
+"""Published files, found and read as they are: JSON, JSON lines and parquet, row by row."""
 
-import collections
 import pathlib
 
-from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.folders import data_files
-from nanovision_jax.data.formats import RowFile
-from nanovision_jax.data.images import ImageStore
+from nanovision_jax.data.formats import RowFile, open_parquet
 from nanovision_jax.errors import UserError
-
-ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif')  # what a picture may be called, whatever the row calls it
 
 
 def find(folder, patterns, together=False):
@@ -56,59 +51,3 @@ def _parquet_rows(file, columns):
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f'{file} is damaged: {str(error).splitlines()[0]}.') from error
-
-
-def open_parquet(file):
-    """A pyarrow ParquetFile. Raises UserError for what is none."""
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f'{file} is no parquet file that can be read: {str(error).splitlines()[0]}.') from error
-
-
-def picture_reader(folder):
-    """A function that gives the bytes of a picture by the name a row has for it; it raises BadExample for none.
-
-    The folder is as downloaded: pictures lie in it under their names (below images/ or COCO's folder too), or in the
-    zip files in it or one folder down, which are not unpacked. A name that ends in .jpg finds the same picture as .gif
-    or .png, and the other way round: the format is in the bytes, the ending only in the name (OCR-VQA).
-    """
-    folder = pathlib.Path(folder)
-    folder = folder.parent if folder.is_file() else folder
-    loose = [
-        ImageStore(folder / sub) for sub in ('', 'images', 'train2017', 'coco/train2017') if (folder / sub).is_dir()
-    ]
-    zips, members = [], collections.defaultdict(list)  # stem → [(parts of its path, zip, member)]
-    for file in sorted([*folder.glob('*.zip'), *folder.glob('*/*.zip')]):
-        zips.append(ImageStore(file))
-        inside = file.relative_to(folder).with_suffix('').parts
-        for member in zips[-1].names():
-            path = pathlib.PurePosixPath(member)
-            if path.suffix.lower() in ENDINGS:
-                members[path.stem].append(((*inside, *path.parts[:-1]), zips[-1], member))
-
-    def read(name):
-        path = pathlib.PurePosixPath(name)
-        # GQA and Visual Genome have pictures of the same name: every folder that the row names must be on the way.
-        fitting = [found for found in members.get(path.stem, ()) if _within(path.parts[:-1], found[0])]
-        if fitting:
-            _, store, member = min(fitting, key=lambda found: (not found[2].endswith(name), len(found[0]), found[2]))
-            return store.read(member)
-        for ending in (path.suffix, *ENDINGS) if path.name else ():
-            for store in loose:
-                try:
-                    return store.read(str(path.with_suffix(ending)))
-                except BadExample as error:
-                    if 'missing' not in str(error):
-                        raise
-        raise BadExample(f'missing image {name!r}')
-
-    return read
-
-
-def _within(wanted, parts):
-    """Whether `wanted` is in `parts`, in order, with others between."""
-    parts = iter(parts)
-    return all(part in parts for part in wanted)

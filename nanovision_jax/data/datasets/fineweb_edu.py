@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.data.datasets import files
+from nanovision_jax.data.formats import open_parquet
 from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.text import open_shard, shard_files
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
@@ -84,7 +85,7 @@ def _tasks(parquet_files):
     """Runs of row groups with at least DOCUMENTS documents each: [(file, row group), …]."""
     groups, documents = [], 0
     for file in parquet_files:
-        parquet = files.open_parquet(file)
+        parquet = open_parquet(file)
         if 'text' not in parquet.schema_arrow.names:
             raise UserError(f'{file} has no column text: {", ".join(parquet.schema_arrow.names)}.')
         for group in range(parquet.num_row_groups):
@@ -104,7 +105,7 @@ def write_shards(task):
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     tokens, counts = {'train': [], 'val': []}, collections.Counter()
     for file, group in groups:
-        texts = files.open_parquet(file).read_row_group(group, ['text'])['text'].to_pylist()
+        texts = open_parquet(file).read_row_group(group, ['text'])['text'].to_pylist()
         sides = {'train': [], 'val': []}
         for text in texts:
             if text and text.strip():

@@ -1,8 +1,10 @@
 """LLaVA's captions for stage 3: LLaVA-CC3M-Pretrain-595K (v1) and LLaVA-Pretrain, 558K of LAION, CC and SBU (1.5)."""
 
+import pathlib
+
 from nanovision_jax.data.datasets.conversations_builder import ConversationsBuilder
-from nanovision_jax.data.datasets.files import picture_reader
-from nanovision_jax.data.sources import messages_of, names_of
+from nanovision_jax.data.formats import check_form, read_row
+from nanovision_jax.data.pictures import Pictures, fetch
 
 
 class LlavaPretrain(ConversationsBuilder):
@@ -11,11 +13,16 @@ class LlavaPretrain(ConversationsBuilder):
     PATTERNS = ('chat.json', 'blip_laion_cc_sbu_558k.json')
 
     def rows(self):
-        """Every object of the list."""
-        self.picture = picture_reader(self.source)
-        return super().rows()
+        """Every row of the files, whose first ones tell whether their form is taken."""
+        source, seen = pathlib.Path(self.source), None
+        self.pictures = Pictures(source if source.is_dir() else source.parent)
+        for key, row in super().rows():
+            if (file := key.rpartition(':')[0]) != seen:
+                seen = file
+                check_form(row, f'{self.source}, {file},')
+            yield key, row
 
     def example(self, row):
-        """The conversation, its <image>s as places, and the pictures that it names."""
-        messages = messages_of(row)
-        return messages, [self.picture(name) for name in names_of(row)]
+        """The conversation, and the pictures in the order of their places."""
+        messages, references = read_row(row)
+        return messages, [fetch(reference, self.pictures) for reference in references]

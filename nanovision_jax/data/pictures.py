@@ -1,0 +1,141 @@
+"""Finding the picture that a row means: bytes, a data: URI, or a name in the folders and zip files around the rows."""
+
+import base64
+import binascii
+import collections
+import hashlib
+import pathlib
+import threading
+import unicodedata
+
+from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.images import MAX_BYTES, ImageStore
+
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # whatever the row calls it
+
+
+class Pictures:
+    """The pictures in a zip file, or in a folder as it was downloaded, by the names that rows have for them.
+
+    In a folder they lie under their names, below images/ or COCO's folder too, or in zip files in it or one folder
+    down, which are not unpacked. A name may have images/ before it, backslashes, or letters in another Unicode form.
+    One that ends in .jpg finds the same picture as .gif or .png, and the other way round: the format is in the bytes,
+    the ending only in the name (OCR-VQA). Safe in threads; files are opened when a picture is first asked for.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self._lock, self._members = threading.Lock(), None
+        if not self.path.is_dir():
+            self._zips, self._loose = [((), ImageStore(self.path))], []
+            return
+        files = sorted([*self.path.glob('*.zip'), *self.path.glob('*/*.zip')])
+        files.sort(key=lambda file: file.name != 'images.zip')
+        self._zips = [(file.relative_to(self.path).with_suffix('').parts, ImageStore(file)) for file in files]
+        folders = [self.path / name for name in ('', 'images', 'train2017', 'coco/train2017')]
+        self._loose = [ImageStore(folder) for folder in folders if folder.is_dir()]
+
+    def read(self, name):
+        """The bytes of a picture by its name. Raises BadExample for none."""
+        store, name = self._find(name)
+        return store.read(name)
+
+    def stamp(self, names):
+        """What the pictures of these names depend on, as a digest, wherever they lie: they are not read."""
+        digest = hashlib.sha256(repr([(inside, store.stamp(())) for inside, store in self._zips]).encode())
+        for name in names if self._loose else ():
+            try:
+                store, inner = self._find(name)
+            except BadExample:  # another stamp once it is there
+                store = None
+            if store in self._loose:
+                place = store.path.relative_to(self.path).as_posix()
+                digest.update(repr((name, place, store.stamp([inner]))).encode())
+            else:
+                digest.update(repr((name, store is None)).encode())
+        return digest.hexdigest()
+
+    def _find(self, name):
+        """(the store, the picture's name in it)."""
+        if found := self._first(_spellings(name), [store for _, store in self._zips] + self._loose):
+            return found
+        # GQA and Visual Genome have pictures of the same name: every folder that the row names must be on the way.
+        path = pathlib.PurePosixPath(_composed(name.replace('\\', '/')))
+        fitting = [found for found in self._by_stem().get(path.stem, ()) if _within(path.parts[:-1], found[0])]
+        if fitting:
+            return min(fitting, key=lambda found: (not found[2].endswith(name), len(found[0]), found[2]))[1:]
+        endings = ENDINGS if path.name else ()
+        others = [str(pathlib.PurePosixPath(n).with_suffix(e)) for e in endings for n in _spellings(name)]
+        if found := self._first(others, self._loose):
+            return found
+        if any(store.leaves(name) for store in self._loose):
+            raise BadExample(f'image name {name!r} leaves the folder')
+        raise BadExample(f'missing image {name!r}')
+
+    @staticmethod
+    def _first(names, stores):
+        return next(((store, name) for store in stores for name in names if store.has(name)), None)
+
+    def _by_stem(self):
+        """{stem: [(parts of its path, zip, member)]} of the pictures in zip files, made when it is first needed."""
+        with self._lock:
+            if self._members is None:
+                members = collections.defaultdict(list)
+                for inside, store in self._zips:
+                    for member in store.names():
+                        path = pathlib.PurePosixPath(_composed(member.replace('\\', '/')))
+                        if path.suffix.lower() in ENDINGS:
+                            members[path.stem].append(((*inside, *path.parts[:-1]), store, member))
+                self._members = dict(members)
+        return self._members
+
+
+def fetch(reference, pictures):
+    """The encoded picture that a row's reference means; `pictures`: where names are looked up. Raises BadExample.
+
+    A reference is bytes, {bytes, path} as parquet holds pictures, a data: URI, a file: URI or a name. The web is never
+    asked.
+    """
+    if isinstance(reference, dict):
+        reference = reference.get('bytes') or reference.get('path')
+    if isinstance(reference, bytes):
+        return reference
+    if not isinstance(reference, str | int):
+        raise BadExample('missing image')
+    reference = str(reference)
+    if reference.startswith('data:'):
+        if len(reference) > 4 * MAX_BYTES // 3 + 100:
+            raise BadExample(f'a picture of more than {MAX_BYTES >> 20} MiB')
+        try:
+            return base64.b64decode(reference.partition(',')[2], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadExample('a picture that is no base64') from error
+    reference = reference.removeprefix('file://')
+    if '://' in reference:
+        raise BadExample(f'a picture on the web {reference!r}')
+    return pictures.read(reference)
+
+
+def name_of(reference, otherwise):
+    """What a picture is called: its reference where that is a name, else `otherwise`."""
+    named = isinstance(reference, str | int) and not str(reference).startswith('data:')
+    return str(reference) if named else otherwise
+
+
+def _composed(name):
+    return unicodedata.normalize('NFC', name)
+
+
+def _spellings(name):
+    """The names under which a picture may lie, the row's own first."""
+    slashed = name.replace('\\', '/').removeprefix('./')
+    names = (name, slashed, slashed.removeprefix('images/'))
+    return list(
+        dict.fromkeys(unicodedata.normalize(form, n) if form else n for form in ('', 'NFC', 'NFD') for n in names)
+    )
+
+
+def _within(wanted, parts):
+    """Whether `wanted` is in `parts`, in order, with others between."""
+    parts = iter(parts)
+    return all(part in parts for part in wanted)

@@ -1,0 +1,260 @@
+"""The forms of conversations that people have: read alike from JSON, JSON lines and parquet, prepared or not."""
+
+import base64
+import json
+import unicodedata
+
+import pyarrow
+import pytest
+from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
+
+from nanovision_jax import prepare as verb
+from nanovision_jax.data import formats, sources
+from nanovision_jax.data.conversation import BadExample, check, side
+from nanovision_jax.data.pictures import Pictures
+from nanovision_jax.errors import UserError
+
+STORED = pictures(8)
+URI = 'data:image/jpeg;base64,' + base64.b64encode(STORED[0]).decode()
+IMAGE_PART, ASK = {'type': 'image'}, {'type': 'text', 'text': 'what?'}
+ANSWER = {'role': 'assistant', 'content': 'a cat'}
+
+
+def message(content, role='user'):
+    return {'role': role, 'content': content}
+
+
+def turns(question, **more):
+    return [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'a cat', **more}]
+
+
+# name: (row, content of the first question, numbers of its pictures). a.jpg is picture 0, b.jpg picture 1.
+FORMS = {
+    'llava': ({'image': 'a.jpg', 'conversations': turns('<image>\nwhat?')}, [IMAGE_PART, '\nwhat?'], [0]),
+    'sharegpt': (
+        {'conversations': [{'from': 'user', 'value': 'what?'}, {'from': 'assistant', 'value': 'a cat'}]},
+        'what?',
+        [],
+    ),
+    'roles in conversations': ({'conversations': [message('what?'), ANSWER]}, 'what?', []),
+    'llama factory': ({'messages': [message('<image>what?'), ANSWER], 'images': ['a.jpg']}, [IMAGE_PART, 'what?'], [0]),
+    'no picture': ({'messages': [message('what is <image>?'), ANSWER]}, 'what is <image>?', []),
+    'nan': ({'image': float('nan'), 'images': [None, ''], 'messages': [message('what?'), ANSWER]}, 'what?', []),
+    'transformers': (
+        {'messages': [message([{'type': 'image', 'image': 'b.jpg'}, ASK]), ANSWER]},
+        [IMAGE_PART, 'what?'],
+        [1],
+    ),
+    'url': ({'messages': [message([{'type': 'image', 'url': 'a.jpg'}, ASK]), ANSWER]}, [IMAGE_PART, 'what?'], [0]),
+    'path': ({'messages': [message([ASK, {'type': 'image', 'path': 'a.jpg'}]), ANSWER]}, ['what?', IMAGE_PART], [0]),
+    'openai': (
+        {'messages': [message([{'type': 'image_url', 'image_url': {'url': URI}}, ASK]), ANSWER]},
+        [IMAGE_PART, 'what?'],
+        [0],
+    ),
+    'bare url': (
+        {'messages': [message([{'type': 'image_url', 'image_url': URI}, ASK]), ANSWER]},
+        [IMAGE_PART, 'what?'],
+        [0],
+    ),
+    'both': (
+        {
+            'messages': [message([IMAGE_PART, {'type': 'image', 'image': 'b.jpg'}, IMAGE_PART]), ANSWER],
+            'images': [URI, 'b.jpg'],
+        },
+        [IMAGE_PART] * 3,
+        [0, 1, 1],
+    ),
+    'folder': ({'image': 'images/a.jpg', 'conversations': turns('<image>')}, [IMAGE_PART], [0]),
+    'dot': ({'image': './images\\a.jpg', 'conversations': turns('<image>')}, [IMAGE_PART], [0]),
+    'ending': ({'image': 'a.gif', 'conversations': turns('<image>')}, [IMAGE_PART], [0]),
+    'composed': (
+        {'image': unicodedata.normalize('NFC', 'é.jpg'), 'conversations': turns('<image>')},
+        [IMAGE_PART],
+        [2],
+    ),
+    'decomposed': (
+        {'image': unicodedata.normalize('NFD', 'é.jpg'), 'conversations': turns('<image>')},
+        [IMAGE_PART],
+        [2],
+    ),
+}
+
+
+def parts(content):
+    if isinstance(content, str):
+        return content
+    return [{'type': 'text', 'text': part} if isinstance(part, str) else part for part in content]
+
+
+@pytest.fixture(params=['folder', 'zip', 'beside', 'zip within'])
+def place(tmp_path, request):
+    """A folder with the pictures in one of the places where they may lie."""
+    named = {'a.jpg': STORED[0], 'b.jpg': STORED[1], unicodedata.normalize('NFD', 'é.jpg'): STORED[2]}
+    if 'zip' in request.param:
+        within = 'images/' if 'within' in request.param else ''
+        write_zip(tmp_path / 'images.zip', {within + name: data for name, data in named.items()})
+        return tmp_path
+    folder = tmp_path / ('images' if request.param == 'folder' else '')
+    folder.mkdir(exist_ok=True)
+    for name, data in named.items():
+        (folder / name).write_bytes(data)
+    return tmp_path
+
+
+def test_every_form_is_read_alike(place):
+    rows = [{'id': name, **row} for name, (row, _, _) in FORMS.items()]
+    (place / 'x.json').write_text(json.dumps(rows))
+    write_jsonl(place / 'y.jsonl', rows)
+    for source in (sources.Conversations(place / 'x.json'), sources.Conversations(place / 'y.jsonl')):
+        for i, (name, (_, content, numbers)) in enumerate(FORMS.items()):
+            example = source[i]
+            assert example.id == name and example.messages == [message(parts(content)), ANSWER], name
+            assert example.images == [STORED[n] for n in numbers], name
+            assert len(set(zip(example.names, example.images, strict=True))) == len(set(example.names)), name
+
+
+def test_prepare_reads_what_conversations_read(place):
+    filler = [{'messages': [message(f'q {i}'), ANSWER]} for i in range(100)]
+    write_jsonl(place / 'y.jsonl', [{'id': name, **row} for name, (row, _, _) in FORMS.items()] + filler)
+    made = verb.prepare('chat', str(place / 'y.jsonl'), str(place / 'out'))
+    assert made['bad'] == 0
+    read = {}
+    for split in ('train', 'validation'):
+        prepared = sources.Prepared(place / 'out', 'chat', split)
+        read |= {example.id: example for example in (prepared[i] for i in range(len(prepared)))}
+    source = sources.Conversations(place / 'y.jsonl')
+    for example in (source[i] for i in range(len(FORMS))):
+        assert (read[example.id].messages, read[example.id].images) == (example.messages, example.images)
+
+
+def test_parquet_is_data_too(tmp_path):
+    part = pyarrow.struct({'type': pyarrow.string(), 'text': pyarrow.string()})
+    turn = pyarrow.struct({'role': pyarrow.string(), 'content': pyarrow.list_(part)})
+    schema = {'messages': pyarrow.list_(turn), 'images': pyarrow.list_(IMAGE)}
+    answer = {'role': 'assistant', 'content': [{'type': 'text', 'text': 'a cat'}]}
+    rows = [
+        {'messages': [message([IMAGE_PART, ASK]), answer], 'images': [{'bytes': data, 'path': 'one.jpg'}]}
+        for data in STORED
+    ]
+    rows.append({'messages': [message([ASK]), answer], 'images': None})
+    write_parquet(tmp_path / 'x.parquet', rows, schema, rows_a_group=3)
+    source = sources.Conversations(tmp_path / 'x.parquet')
+    assert len(source) == 9
+    for i, data in enumerate(STORED):
+        assert source[i].images == [data] and source[i].messages[0] == message([IMAGE_PART, ASK])
+    assert len({name for i in range(8) for name in source[i].names}) == 8  # vqa tells pictures apart by name
+    only = sources.Conversations(tmp_path / 'x.parquet', text_only=True)
+    assert [only.number(i) for i in range(len(only))] == [8] and only[0].messages[0] == message([ASK])
+
+
+def test_a_parquet_file_beyond_memory_is_for_prepare(tmp_path, monkeypatch):
+    write_parquet(tmp_path / 'x.parquet', [{'a': 'b' * 999}] * 9, {'a': pyarrow.string()})
+    monkeypatch.setattr(formats, 'MAX_TABLE', 10)
+    with pytest.raises(UserError, match=r'of which 0 are held in memory: run .*prepare chat --from=.*x\.parquet'):
+        len(sources.Conversations(tmp_path / 'x.parquet'))
+
+
+def test_a_kind_is_kept(tmp_path):
+    rows = [
+        {'conversations': turns('what?', kind='colour')},
+        {'messages': [message('what?'), ANSWER | {'kind': 'colour'}]},
+    ]
+    for row in rows:
+        assert formats.read_row(row)[0] == [message('what?'), ANSWER | {'kind': 'colour'}]
+
+
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'conversations': [{'from': 'system', 'value': 'Be brief.'}, *turns('what?')]},
+        {'conversations': turns('what?'), 'system': 'Be brief.'},
+        {'messages': [message('Be brief.', 'system'), message('what?'), ANSWER]},
+        {'messages': [message([{'type': 'text', 'text': 'Be brief.'}], 'system'), message('what?'), ANSWER]},
+    ],
+)
+def test_a_system_message_is_passed_on(row):
+    messages, _ = formats.read_row(row)
+    assert [one['role'] for one in messages] == ['system', 'user', 'assistant']
+    assert messages[0]['content'] in ('Be brief.', [{'type': 'text', 'text': 'Be brief.'}])
+
+
+def test_a_system_message_has_its_place_and_no_picture():
+    for messages in ([message('a'), message('b', 'system')], [message('a', 'system'), message('b', 'system')]):
+        with pytest.raises(BadExample, match='system speaks out of turn'):
+            check(messages)
+    with pytest.raises(BadExample, match='a picture in a system message'):
+        check([message([IMAGE_PART], 'system')])
+
+
+def test_the_first_question_decides_the_side_whatever_the_system_message():
+    sides = []
+    for head in ([], [message('Be brief.', 'system')], [message('Be kind.', 'system')]):
+        sides.append([side([*head, message(f'question {i}'), ANSWER], []) for i in range(200)])
+    assert sides[0] == sides[1] == sides[2] and set(sides[0]) == {'train', 'validation'}
+
+
+@pytest.mark.parametrize('role', ['tool', 'function', 'observation', 'function_call'])
+def test_tools_are_refused_by_name(role):
+    for row in ({'messages': [message('x', role)]}, {'conversations': [{'from': role, 'value': 'x'}]}):
+        with pytest.raises(BadExample, match=f'a turn of {role}: conversations with tools are not taken'):
+            formats.read_row(row)
+
+
+TALK = [{'conversations': turns('what?')}] * 3
+
+
+@pytest.mark.parametrize(
+    'data, told',
+    {
+        json.dumps(
+            [{'instruction': 'a', 'input': '', 'output': 'b'}]
+        ): 'in the form of Alpaca.* the forms taken are con',
+        json.dumps({'instruction': 'a', 'output': 'b'}) + '\n{}': 'in the form of Alpaca',
+        json.dumps([{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}]): 'in the form of preferences',
+        json.dumps({'data': TALK}): "a JSON object with the rows under 'data': write that list alone to a file",
+        json.dumps({'version': '1', 'data': TALK}, indent=1): "a JSON object with the rows under 'data'",
+        json.dumps(TALK[0], indent=1): 'a JSON object of several lines: write each row on a line of its own',
+        ''.join(json.dumps(row) + '\n' for row in TALK).encode('utf-16'): 'is not UTF-8 text: .* iconv -f UTF-16',
+        json.dumps(TALK).encode('utf-16-le'): 'is not UTF-8 text: .* iconv -f UTF-16',
+    }.items(),
+)
+def test_another_form_is_named_at_once(tmp_path, data, told):
+    (tmp_path / 'x.json').write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError, match=told) as caught:
+        len(sources.Conversations(tmp_path / 'x.json'))
+    assert '\n' not in str(caught.value)
+    with pytest.raises(UserError, match=told):
+        verb.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
+
+
+def test_a_link_to_pictures_elsewhere_is_followed_where_it_is_the_folder(tmp_path):
+    (tmp_path / 'far').mkdir()
+    (tmp_path / 'far/a.jpg').write_bytes(STORED[0])
+    (tmp_path / 'near').mkdir()
+    (tmp_path / 'near/images').symlink_to(tmp_path / 'far')
+    for name in ('a.jpg', 'images/a.jpg'):
+        assert Pictures(tmp_path / 'near').read(name) == STORED[0]
+    (tmp_path / 'secret.jpg').write_bytes(STORED[0])
+    with pytest.raises(BadExample, match='leaves the folder'):
+        Pictures(tmp_path / 'near').read('../secret.jpg')
+
+
+def test_the_picture_of_the_named_zip_comes_first(tmp_path):
+    write_zip(tmp_path / 'backup.zip', {'a.jpg': STORED[1], 'deep/c.jpg': STORED[3]})
+    write_zip(tmp_path / 'images.zip', {'a.jpg': STORED[0]})
+    assert Pictures(tmp_path).read('a.jpg') == STORED[0] and Pictures(tmp_path).read('c.jpg') == STORED[3]
+    assert Pictures(tmp_path / 'backup.zip').read('images/a.jpg') == STORED[1]
+
+
+def test_the_stamp_tells_which_pictures_are_there(tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(STORED[0])
+    stamps = [Pictures(tmp_path).stamp(['a.jpg', 'c.jpg'])]
+    (tmp_path / 'unrelated.jpg').write_bytes(STORED[0])
+    assert Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']) == stamps[0]
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/c.png').write_bytes(STORED[2])
+    stamps.append(Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    write_zip(tmp_path / 'images.zip', {'c.jpg': STORED[3]})
+    stamps.append(Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    assert len(set(stamps)) == 3
