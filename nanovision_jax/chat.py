@@ -3,7 +3,8 @@
     python -m nanovision_jax.chat --run=runs/tiny/vision_instruct --image=photo.png
     python -m nanovision_jax.chat --run=runs/tiny/vision_instruct --image=photo.png --prompt='What is this?'
 
---prompt answers once and exits. A pretrain run continues text. In a conversation:
+--prompt answers once and exits; --system=TEXT stands before the conversation. A pretrain run continues text. In a
+conversation:
   /image FILE   shows a picture with the next question
   /new          forgets the conversation and its pictures
   /quit         leaves (so does the end of input)
@@ -42,9 +43,9 @@ def question(text, pictures):
     return {'role': 'user', 'content': [{'type': 'image'}] * pictures + [{'type': 'text', 'text': text}]}
 
 
-def converse(model, pictures, options):
-    """The conversation: reads lines until the end of input or /quit."""
-    messages, shown = [], list(pictures)
+def converse(model, system, pictures, options):
+    """The conversation: reads lines until the end of input or /quit. `system`: the messages that it begins with."""
+    messages, shown = list(system), list(pictures)
     waiting = len(shown)  # pictures that go with the next question
     while True:
         try:
@@ -54,7 +55,7 @@ def converse(model, pictures, options):
         if line == '/quit':
             return
         if line == '/new':
-            messages, shown, waiting = [], [], 0
+            messages, shown, waiting = list(system), [], 0
         elif line.split()[:1] == ['/image']:
             try:
                 picture = open_picture(line.removeprefix('/image').strip())
@@ -82,6 +83,7 @@ def main(argv):
     parser.add_argument('--run', required=True, help='a run folder')
     parser.add_argument('--image', action='append', default=[], help='a picture to talk about; may be given again')
     parser.add_argument('--prompt', help='answer this and exit')
+    parser.add_argument('--system', help='a system message, which stands before every conversation')
     parser.add_argument('--temperature', type=float, default=0.0, help='0 (default) takes the likeliest token')
     parser.add_argument('--top-k', type=int, default=0, help='sample among the k likeliest tokens; 0 (default): all')
     parser.add_argument('--top-p', type=float, default=1.0, help='sample among the likeliest tokens of this mass')
@@ -98,6 +100,9 @@ def main(argv):
         raise UserError(f'{args.run} is a clip run: it compares pictures with captions, and does not answer.')
     if pictures:
         model.check_sees()
+    system = [] if args.system is None else [{'role': 'system', 'content': args.system}]
+    if system and model.config.stage == 'pretrain':
+        raise UserError(f'{args.run} is a pretrain run: it continues text, and takes no --system.')
     if model.config.stage == 'pretrain':
         print('(a pretrain run has not learned to answer: it continues your text)', file=sys.stderr)
         reader = [args.prompt] if args.prompt is not None else sys.stdin
@@ -105,10 +110,10 @@ def main(argv):
             print(line.rstrip('\n'), end='', flush=True)
             say(model.continue_text(line.rstrip('\n'), **options))
     elif args.prompt is not None:
-        say(model.chat([question(args.prompt, len(pictures))], images=pictures, stream=True, **options))
+        say(model.chat([*system, question(args.prompt, len(pictures))], images=pictures, stream=True, **options))
     else:
         print('(/image FILE shows a picture, /new starts over, /quit leaves)', file=sys.stderr)
-        converse(model, pictures, options)
+        converse(model, system, pictures, options)
 
 
 if __name__ == '__main__':

@@ -92,6 +92,20 @@ def test_a_conversation_keeps_its_turns_and_pictures(talk, asked, folder):
     assert first[2] == {'temperature': 0.5, 'top_k': 3, 'top_p': 1.0, 'seed': 0, 'max_new_tokens': 256}
 
 
+def test_a_system_message_stands_before_every_conversation(talk, asked, folder):
+    argv, system = [f'--run={folder}/vision_instruct', '--system=Be brief.'], {'role': 'system', 'content': 'Be brief.'}
+    talk(argv, 'a?', 'b?', '/new', 'c?')
+    talk([*argv, '--prompt=d?'])
+    assert [messages for messages, *_ in asked] == [
+        [system, user('a?')],
+        [system, user('a?'), assistant('one'), user('b?')],
+        [system, user('c?')],
+        [system, user('d?')],
+    ]
+    with pytest.raises(UserError, match='is a pretrain run: it continues text, and takes no --system'):
+        talk([f'--run={folder}/pretrain', '--system=Be brief.', '--prompt=x'])
+
+
 def test_a_mistake_in_a_conversation_is_said_and_taken_back(talk, asked, folder):
     asked.answers = iter((UserError('the prompt is too long.'), ' \n', 'two'))
     said = talk(
