@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import pathlib
 import random
 import threading
 import zipfile
@@ -74,8 +75,20 @@ def test_over_one_percent_is_refused_with_the_reasons(made, tokenizer):
     rows = good(94) + [BAD['no answer']] * 3 + [BAD["missing image 'none.jpg'"]] * 2 + [BAD['image does not decode']]
     with pytest.raises(UserError) as caught:
         build(made(rows), tokenizer)
-    reasons = "3 × no answer; 2 × missing image 'none.jpg'; 1 × image does not decode."
-    assert str(caught.value).startswith('6 of 100 examples') and str(caught.value).endswith(reasons)
+    told = str(caught.value)
+    assert told.startswith('6 of 100 examples')
+    assert '(at most 1% may be): 3 × no answer; 2 × missing image; 1 × image does not decode. ' in told
+    listed = pathlib.Path(told.rpartition('decode. ')[2].removesuffix(' lists them.'))
+    assert [json.loads(line)['row'] for line in listed.read_text().splitlines()] == list(range(94, 100))
+    assert listed.parent == made(rows).family / 'data' and '\n' not in told
+
+
+def test_reasons_of_one_kind_are_counted_together(made, tokenizer):
+    missing = [{'image': f'no\'{i}".jpg', 'conversations': GOOD} for i in range(7)]
+    with pytest.raises(UserError, match=r'7 of 7 examples .*: 7 × missing image\. '):
+        build(made(missing), tokenizer)
+    found = build(made([*good(700), *missing]), tokenizer)
+    assert found.reasons == {'missing image': len(found.left_out)} and len(found.bad) == 7
 
 
 def test_a_bad_row_of_a_text_stage_has_its_number_in_the_file(made, tokenizer):

@@ -24,6 +24,11 @@ class BadExample(Exception):
     """An example that cannot be used; the message is the reason, as bad_rows.jsonl lists it."""
 
 
+def kind_of(reason):
+    """A reason without the names it quotes, so that reasons of one kind are counted together."""
+    return re.sub(r""" ['"].*['"]""", '', reason)
+
+
 class Encoded(NamedTuple):
     """A conversation as tokens: what encode() makes, and fit() cuts."""
 

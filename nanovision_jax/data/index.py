@@ -41,8 +41,8 @@ class Index:
 
     @property
     def reasons(self):
-        """{reason: how many of the split were left out for it}, the commonest first."""
-        return dict(collections.Counter(row['reason'] for row in self.left_out).most_common())
+        """{kind of reason: how many of the split were left out for it}, the commonest first."""
+        return dict(_count(self.left_out).most_common())
 
 
 def encode_example(example, config, tokenizer):
@@ -82,9 +82,10 @@ def build_index(source, config, tokenizer, split):
     listed = _list_of_bad(file)
     place = ' '.join([getattr(source, 'name', ''), data.path]).strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int((lengths >= 0).sum())):
-        reasons = collections.Counter(row['reason'] for row in _read(listed)).most_common(3)
-        told = '; '.join(f'{count} × {reason}' for reason, count in reasons)
-        raise UserError(f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}.')
+        told = '; '.join(f'{n} × {reason}' for reason, n in _count(_read(listed)).most_common(3))
+        raise UserError(
+            f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}. {listed} lists them.'
+        )
     bad = list(_read(listed))
     on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
@@ -166,6 +167,10 @@ def _scan(source, config, tokenizer, file):
 def _list_of_bad(file):
     """Where the bad rows of an index are listed, one {row, reason} a line."""
     return file.with_name(f'{file.stem}.bad_rows.jsonl')
+
+
+def _count(bad):
+    return collections.Counter(conversation.kind_of(row['reason']) for row in bad)
 
 
 def _read(listed):

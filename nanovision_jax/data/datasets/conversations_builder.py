@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import tempfile
 import types
 
@@ -93,7 +92,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             for key, record, side, characters, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:
-                    reasons[re.sub(r""" ['"].*['"]""", '', reason)] += 1
+                    reasons[conversation.kind_of(reason)] += 1
                     listed.write(json.dumps({'row': key, 'reason': reason}) + '\n')
                     continue
                 counts.update({side: 1, 'pictures': len(record['images']), 'characters': characters})
