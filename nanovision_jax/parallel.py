@@ -39,9 +39,10 @@ RULES = (
 )
 
 
-def make_mesh(sizes, devices=None):
+def make_mesh(sizes, devices=None, rows=None):
     """A (data, fsdp, tensor) mesh over all devices. `sizes` is a config.Mesh; -1 takes what the others leave.
 
+    rows: how many go through at once. data=-1 takes as many devices as divide them, and says which it leaves idle.
     Raises UserError if the product does not use every device.
     """
     devices = devices or jax.devices()
@@ -49,6 +50,16 @@ def make_mesh(sizes, devices=None):
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise UserError(f'mesh {dict(zip(AXES, shape, strict=True))}: axes are 1 or more, and one of them may be -1.')
     known = int(np.prod([n for n in shape if n != -1]))
+    if sizes.data == -1 and rows and known <= len(devices):
+        copies = len(devices) // known
+        halves = (n for n in range(copies, 0, -1) if copies % n == 0)  # a TPU's slice cannot be any number of chips
+        dividing = next((n for n in halves if rows % (n * sizes.fsdp) == 0), copies)
+        if dividing < copies:
+            print(
+                f'using {dividing * known} of {len(devices)} devices: {rows} rows do not divide by '
+                f'{copies * sizes.fsdp}; another data.batch_size would use them all'
+            )
+            devices = devices[: dividing * known]
     shape = [len(devices) // known if n == -1 else n for n in shape]
     if int(np.prod(shape)) != len(devices):
         raise UserError(

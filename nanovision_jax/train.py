@@ -207,7 +207,7 @@ def train(config, resume=False, anew=False):
     if config.steps and start >= config.steps:
         print(f'{folder} is finished: {start} of {config.steps} steps')
         return folder
-    mesh = parallel.make_mesh(config.mesh)
+    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
     with jax.set_mesh(mesh), StopOnSignal() as stop:
         return _train(config, folder, start, mesh, stop)
 

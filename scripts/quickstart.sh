@@ -46,14 +46,15 @@ if [ -z "$data" ]; then
 else
   captions=(--config.data.source=conversations --config.data.path="$data/pretrain.json")
   answers=(--config.data.source=conversations --config.data.path="$data/instruct.json")
-  # Photographs want smaller patches than drawings, a deeper tower and a longer look at each.
+  # Photographs want smaller patches than drawings, a deeper tower and a longer look at each. What clip is told, the
+  # vision stages take over from it.
   vision=(--config.model.vision.image_size=64 --config.model.vision.patch_size=16 --config.model.vision.layers=4)
   # pretrain goes first here, so that the tokenizer is trained on the text.
   train pretrain --config.data.source=text --config.data.path="$text"
   train clip "${captions[@]}" "${vision[@]}" --config.data.augment=true --config.steps=2500
   train sft "${answers[@]}"
-  train vision_pretrain "${captions[@]}" "${vision[@]}"
-  train vision_instruct "${answers[@]}" "${vision[@]}" --config.steps=700
+  train vision_pretrain "${captions[@]}"
+  train vision_instruct "${answers[@]}" --config.steps=700
 fi
 
 evaluate pretrain bpb validation

@@ -44,7 +44,7 @@ def test_it_goes_on_with_the_same_rows(run, tmp_path, monkeypatch):
     config.mesh.data = 1
     with monkeypatch.context() as patch:
         one = train.parallel.make_mesh(config.mesh, train.jax.devices()[:1])
-        patch.setattr(train.parallel, 'make_mesh', lambda _: one)
+        patch.setattr(train.parallel, 'make_mesh', lambda *_, **__: one)
         train.train(config)
     lines = meter.read_metrics(run / 'metrics.jsonl')
     found = {str(line['step']): line['loss'] for line in lines if 'loss' in line and line['step'] > 2}
@@ -65,5 +65,5 @@ def test_it_does_not_go_on_over_another_tower(run, tmp_path, monkeypatch):
     config = runconfig.read(run)
     with monkeypatch.context() as patch, pytest.raises(train.UserError, match='another frozen_before'):
         one = train.parallel.make_mesh(config.mesh, train.jax.devices()[:1])
-        patch.setattr(train.parallel, 'make_mesh', lambda _: one)
+        patch.setattr(train.parallel, 'make_mesh', lambda *_, **__: one)
         train.train(config)

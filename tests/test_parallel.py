@@ -57,6 +57,25 @@ def test_axes_are_numbers_and_at_most_one_is_open(sizes):
 
 
 @pytest.mark.parametrize(
+    ('rows', 'sizes', 'shape'),
+    [
+        (36, (-1, 1, 1), (4, 1, 1)),
+        (36, (-1, 2, 1), (2, 2, 1)),
+        (36, (-1, 1, 2), (4, 1, 2)),
+        (40, (-1, 1, 1), (8, 1, 1)),
+        (7, (-1, 1, 1), (1, 1, 1)),
+        (9, (-1, 2, 1), (4, 2, 1)),
+    ],
+)
+def test_as_many_devices_are_used_as_divide_the_rows(rows, sizes, shape, capsys):
+    """Where none does, all are taken, and check_divides() says so."""
+    mesh = parallel.make_mesh(configs.Mesh(*sizes), rows=rows)
+    assert tuple(mesh.shape.values()) == shape
+    used = int(np.prod(shape))
+    assert capsys.readouterr().out.startswith(f'using {used} of 8 devices: {rows} rows' if used < 8 else '')
+
+
+@pytest.mark.parametrize(
     ('field', 'value', 'sizes', 'axis'),
     [
         ('model.heads', 6, (1, 2, 4), 'tensor'),

@@ -46,6 +46,17 @@ def recipe(stage):
     return cfg
 
 
+@pytest.mark.parametrize('devices', [1, 2, 4, 8])
+@pytest.mark.parametrize('size', ['tiny', 'd2', 'd20'])
+@pytest.mark.parametrize('stage', configs.STAGES)
+def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
+    cfg = parse(stage, size=size)
+    rows = cfg.data.batch_size // cfg.optim.accumulate
+    mesh = parallel.make_mesh(cfg.mesh, jax.devices()[:devices], rows)
+    parallel.check_divides(cfg, mesh, TOKENIZER.size)
+    assert mesh.size == (4 if rows == 36 and devices == 8 else devices)
+
+
 def abstract(cfg, optimizer, mesh):
     """(graphdef, state, shardings, batch) as shapes with shardings; nothing is allocated."""
     graphdef, params = models.abstract(cfg, TOKENIZER.size, TOKENIZER.image)
