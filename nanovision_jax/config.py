@@ -120,6 +120,9 @@ class Data:
     images: str = option('', 'the zip or folder of pictures; default: images.zip or images/ beside path')
     mixture: str = option('', 'prepared sets by share, instead of source: llava_instruct:0.9,magpie:0.1')
     tokenizer: str = option('train', 'train (one of its own, on this data), a folder, or a hub id')
+    template: str = option(
+        'auto', 'auto keeps the chat template that a published tokenizer comes with; own takes ours', ('auto', 'own')
+    )
     vocab_size: int = option(1024, 'of a trained tokenizer, special tokens included', above=0)
     batch_size: int = option(32, 'rows a step, over all devices', above=0)
     length: int = option(1024, 'tokens a row', above=0)

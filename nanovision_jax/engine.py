@@ -51,6 +51,8 @@ def chat_prompt(config, tokenizer, messages, pictures=()):
 
 def place_images(messages, count):
     """Messages with an image part for each of `count` pictures: those without one go before the first question."""
+    if messages and messages[0]['role'] == 'system':
+        return [messages[0], *place_images(messages[1:], count)]
     parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
     missing = count - len(parts)
     if missing <= 0 or not messages:

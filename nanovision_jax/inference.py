@@ -53,8 +53,9 @@ class Run:
         """The answer to a conversation, or with stream=True an iterator of its pieces.
 
         messages: [{'role': 'user' | 'assistant', 'content': text or parts}], ending with a question, or just that
-        question's text. images: PIL pictures, in the order of the image parts; pictures for which no message has a
-        part go before the first question. Options: temperature, top_k, top_p, max_new_tokens, seed.
+        question's text; the first may have the role 'system'. images: PIL pictures, in the order of the image parts;
+        pictures for which no message has a part go before the first question.
+        Options: temperature, top_k, top_p, max_new_tokens, seed.
         """
         if self.config.stage == 'pretrain':
             raise UserError('a pretrain run has not learned to answer: continue_text() continues text.')

@@ -11,7 +11,6 @@ import jax
 
 from nanovision_jax.checkpoint import former_tree_digest, tree_digest
 from nanovision_jax.data.sources import provenance
-from nanovision_jax.data.tokenizer import TEMPLATE_DIGEST
 from nanovision_jax.errors import UserError
 from nanovision_jax.runconfig import hub_id
 from nanovision_jax.runfolder import locate, portable, read_json, write_whole
@@ -35,7 +34,8 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
         'sessions': [],
     }
     if start and file.exists():
-        record = _going_on(config, read_json(file), record, frozen)
+        former = {'template': tokenizer.template.former}
+        record = _going_on(config, read_json(file), record, frozen, former)
     devices = jax.devices()
     if record['sessions'] and (before := record['sessions'][-1].get('dtype', dtype)) != dtype:
         print(f'compute was in {before} in the last session, and is in {dtype} now (dtype={config.dtype})')
@@ -53,13 +53,16 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
     return record['frozen_before']
 
 
-def _going_on(config, before, now, frozen):
-    """lineage.json of a run that goes on, after what must not have changed was compared."""
+def _going_on(config, before, now, frozen, former):
+    """lineage.json of a run that goes on, after what must not have changed was compared.
+
+    former: {name: other digests that mean the same}.
+    """
     digests = {name: tree_digest(part) for name, part in frozen.items()}
     if not all(digest.startswith('2:') for digest in before['frozen_before'].values()):  # of an older run
         digests = {name: former_tree_digest(part) for name, part in frozen.items()}
     for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
-        if (digests if name == 'frozen_before' else now[name]) != before[name]:
+        if before[name] not in (digests if name == 'frozen_before' else now[name], *former.get(name, ())):
             raise UserError(
                 f'{config.run_dir} was trained with another {name} than it would go on with (lineage.json): '
                 'say --anew to start again.'
@@ -72,7 +75,7 @@ def _going_on(config, before, now, frozen):
         )
     for parent in before['parents']:
         parent['run'] = portable(locate(config.run_dir, parent['run']), config.run_dir)
-    return before | {'frozen_before': now['frozen_before'], 'rows': now['rows'], 'data': now['data']}
+    return before | {name: now[name] for name in ('template', 'frozen_before', 'rows', 'data')}
 
 
 def _parent(config, source):
@@ -102,7 +105,7 @@ def _record(config, tokenizer):
     return {
         'stage': config.stage,
         'tokenizer': tokenizer.digest,
-        'template': TEMPLATE_DIGEST,
+        'template': tokenizer.template.digest,
         'preprocessing': hashlib.sha256(json.dumps(preprocessing).encode()).hexdigest(),
         'data': provenance(config.data) | places,
     }

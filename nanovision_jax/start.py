@@ -72,7 +72,7 @@ class Run:
         if self.part == 'vision':
             return {name: configs.get(theirs, name) for name in names}
         names += [*TEXT, 'model.contrastive'] if theirs.stage == 'clip' else [*DECODER, 'model.decoder']
-        return {name: configs.get(theirs, name) for name in [*names, 'data.tokenizer']}
+        return {name: configs.get(theirs, name) for name in [*names, 'data.tokenizer', 'data.template']}
 
     def prove(self):
         """Finds the newest checkpoint whose parameters are whole. Raises UserError where there is none."""

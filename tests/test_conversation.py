@@ -92,6 +92,10 @@ def test_a_question_stays_and_opens_the_answer(tokenizer, talk):
 
 Q, A = user('a'), assistant('b')
 BAD = {
+    'system speaks out of turn': ([Q, A, {'role': 'system', 'content': 'x'}, Q, A], {}),
+    'a picture in a system message': ([{'role': 'system', 'content': [PICTURE]}, Q, A], {'images': 1}),
+    'the role tool belongs to tools, which are not supported': ([Q, {'role': 'tool', 'content': 'x'}, A], {}),
+    'the role ipython belongs to tools, which are not supported': ([Q, {'role': 'ipython', 'content': 'x'}, A], {}),
     "unknown speaker 'narrator'": ([{'role': 'narrator', 'content': 'x'}, Q, A], {}),
     'unknown speaker None': ([{'content': 'x'}], {}),
     'user speaks out of turn': ([Q, Q, A], {}),

@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import foreign
 import jax
 import micro
 import numpy as np
 import pytest
+import transformers
 from conftest import sentence
 from golden import KINDS, config_of, params_of
 from PIL import Image
@@ -28,7 +30,7 @@ from nanovision_jax import (
 )
 from nanovision_jax import config as configs
 from nanovision_jax.data import conversation
-from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 
 
@@ -164,6 +166,44 @@ def test_nothing_local_is_exported(runs, tmp_path, capsys):
         assert b'home-of-somebody' not in file.read_bytes(), file
     kept = json.loads((tmp_path / 'out' / 'nanovision_jax.json').read_text())['config']
     assert (kept['data']['path'], kept['init_from'], kept['run_dir']) == ('mine.json', 'other', 'sft')
+
+
+def test_a_published_template_goes_out_and_comes_back(tokenizer_folder, tmp_path, capsys):
+    """A ChatML decoder becomes a run with its own turns; so it goes out, and comes back with and without our file."""
+    import_tokenizer(str(foreign.make('smollm2', tmp_path / 'theirs', tokenizer_folder)), tmp_path / 'ours')
+    cfg, tokenizer = config_of('llama', tmp_path / 'runs' / 'sft'), Tokenizer(tmp_path / 'ours')
+    write(cfg, tokenizer)
+    run = nanovision_jax.load(cfg.run_dir)
+    assert run.tokenizer.template == tokenizer.template and run.tokenizer.template.default_system
+    assert json.loads((tmp_path / 'runs/sft/lineage.json').read_text())['template'] == tokenizer.template.digest
+    out = tmp_path / 'out'
+    say(['--to=hf', f'--run={cfg.run_dir}', f'--output={out}'], capsys)
+    settings = json.loads((out / 'generation_config.json').read_text())
+    assert settings['eos_token_id'] == list(tokenizer.stops) and settings['eos_token_id'][0] == tokenizer.end
+    asked = [{'role': 'user', 'content': 'the cat?'}]
+    prompt = engine.chat_prompt(run.config, run.tokenizer, asked).ids.tolist()
+    fast = transformers.AutoTokenizer.from_pretrained(out)
+    assert fast.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == prompt
+    assert (fast.eos_token, fast.pad_token) == ('<|im_end|>', '<|endoftext|>')
+    for number, mine in enumerate(('nanovision_jax.json', None)):
+        if not mine:
+            (out / 'nanovision_jax.json').unlink()
+        say(['--from=hf', f'--input={out}', f'--output={tmp_path / f"back{number}" / "sft"}'], capsys)
+        back = nanovision_jax.load(tmp_path / f'back{number}' / 'sft')
+        assert back.tokenizer.template == tokenizer.template
+        assert engine.chat_prompt(back.config, back.tokenizer, asked).ids.tolist() == prompt
+
+
+def test_the_jinja_that_goes_out_is_written_from_the_data(runs, tmp_path, capsys):
+    """Also where a run's tokenizer folder holds another one: of older code, or of somebody else."""
+    run = tmp_path / 'run'
+    shutil.copytree(runs('gpt'), run)
+    (run / 'tokenizer' / 'chat_template.jinja').write_text('{{ messages[0].content }}')
+    say(['--to=hf', f'--run={run}', f'--output={tmp_path / "out"}'], capsys)
+    assert '{%- generation -%}' in (tmp_path / 'out' / 'chat_template.jinja').read_text()
+    (tmp_path / 'out' / 'chat_template.jinja').write_text('{{ messages[0].content }}')
+    say(['--from=hf', f'--input={tmp_path / "out"}', f'--output={tmp_path / "back" / "sft"}'], capsys)
+    assert '{%- generation -%}' in (tmp_path / 'back/sft/tokenizer/chat_template.jinja').read_text()
 
 
 def test_bfloat16_halves_the_file(runs, tmp_path, capsys):

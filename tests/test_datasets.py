@@ -337,7 +337,7 @@ def test_chat_with_strings_and_parts(folder, stored):
         'missing image': row([{'type': 'image', 'image': {'url': None}}, text]),
         '1 image places for 2 images': row([image, text], images=['a.jpg', 'a.jpg']),
         'unknown speaker': {'messages': [{'role': 'narrator', 'content': 'x'}]},
-        'a turn of tool: conversations with tools are not taken': {'messages': [{'role': 'tool', 'content': 'x'}]},
+        'the role tool belongs to tools, which are not supported': {'messages': [{'role': 'tool', 'content': 'x'}]},
         'a turn without text': row([{'type': 'video'}]),
         'a row without conversations or messages': {'text': 'x'},
     }

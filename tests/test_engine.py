@@ -234,7 +234,8 @@ def test_what_cannot_be_answered_is_said(tokenizer):
         ([question, answer], []),
         ([question, question], []),
         ([answer], []),
-        ([{'role': 'system', 'content': 'x'}, question], []),
+        ([{'role': 'system', 'content': 'x'}], []),
+        ([{'role': 'tool', 'content': 'x'}, question], []),
         ([{'role': 'user', 'content': [{'type': 'image'}] * 2}], [picture]),
         ([{'role': 'user'}], []),
     ):

@@ -197,7 +197,7 @@ def test_the_first_question_decides_the_side_whatever_the_system_message():
 @pytest.mark.parametrize('role', ['tool', 'function', 'observation', 'function_call'])
 def test_tools_are_refused_by_name(role):
     for row in ({'messages': [message('x', role)]}, {'conversations': [{'from': role, 'value': 'x'}]}):
-        with pytest.raises(BadExample, match=f'a turn of {role}: conversations with tools are not taken'):
+        with pytest.raises(BadExample, match=f'the role {role} belongs to tools, which are not supported'):
             formats.read_row(row)
 
 

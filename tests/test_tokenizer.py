@@ -103,14 +103,14 @@ def test_no_text_becomes_a_special_token(tokenizer, texts):
 
 
 def test_escaping_leaves_the_rest_alone():
-    assert escape('  a <|b|> c < | d  ') == 'a <|b|> c < | d'
+    assert escape('  a <|b|> c < | d  ') == '  a <|b|> c < | d  '
     assert escape('<|user|>') == '<\u200b|user|>'
     assert escape(escape('<|us<|user|>er|>')) == escape('<|us<|user|>er|>') == '<|us<\u200b|user|>er|>'
 
 
 def test_decoding_gives_the_text_back(tokenizer, texts):
     for text in texts:
-        assert tokenizer.decode(tokenizer.encode(text)) == escape(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == escape(text).strip()
 
 
 def test_byte_lengths_add_up(tokenizer, texts):
@@ -118,7 +118,7 @@ def test_byte_lengths_add_up(tokenizer, texts):
     assert not tokenizer.byte_lengths[list(tokenizer.special)].any()
     for text in texts:
         ids = list(tokenizer.encode(text))
-        assert tokenizer.byte_lengths[ids].sum() == len(escape(text).encode())
+        assert tokenizer.byte_lengths[ids].sum() == len(escape(text).strip().encode())
 
 
 def test_documents_are_led_by_end_of_text(tokenizer):
@@ -191,8 +191,8 @@ def test_no_special_string_is_spread_over_two_parts(tokenizer, template):
 
 
 def test_the_template_refuses_an_unknown_speaker(template):
-    with pytest.raises(Exception, match='unknown speaker: system'):
-        template([{'role': 'system', 'content': 'obey'}])
+    with pytest.raises(Exception, match='unknown speaker: narrator'):
+        template([{'role': 'narrator', 'content': 'obey'}])
 
 
 # Tokenizers from elsewhere -------------------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ def test_an_imported_tokenizer_keeps_its_ids(gpt2_folder, tokenizer, texts, tmp_
     for text in texts:
         assert not set(mine.encode(text)) & set(mine.special)
         assert [i + 5 for i in mine.encode(text)] == list(tokenizer.encode(text))  # ours begins with the five
-        assert mine.decode(mine.encode(text)) == escape(text)
-        assert mine.byte_lengths[list(mine.encode(text))].sum() == len(escape(text).encode())
+        assert mine.decode(mine.encode(text)) == escape(text).strip()
+        assert mine.byte_lengths[list(mine.encode(text))].sum() == len(escape(text).strip().encode())
 
 
 def test_the_template_of_an_imported_tokenizer_gives_our_ids(gpt2_folder, tmp_path):
@@ -251,7 +251,7 @@ def test_no_text_becomes_a_special_token_of_an_imported_tokenizer(family, tokeni
         hostile = f'a{token}system {token[0]}{token}{token[1:]}{token}'
         assert raw.encode(hostile, add_special_tokens=False).ids.count(raw.token_to_id(token)) >= 3  # what must not be
         assert not set(mine.encode(hostile)) & set(mine.special)
-        assert mine.decode(mine.encode(hostile)) == mine.escape(hostile)
+        assert mine.decode(mine.encode(hostile)) == mine.escape(hostile).strip()
     for _ in range(50):
         said = [rng.choice(['\n', '', sentence(rng)]).join(rng.choices([*mine.controls, 'x'], k=4)) for _ in range(4)]
         messages = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(said)]

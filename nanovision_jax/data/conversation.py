@@ -1,7 +1,7 @@
 """Conversations become tokens here, and nowhere else.
 
 A message is {'role': 'user' | 'assistant', 'content': text or parts}, a part {'type': 'text', 'text': …} or
-{'type': 'image'}. Written out:
+{'type': 'image'}; the first one may have the role 'system'. Written out in our own template (templates.py has others):
 
     <|endoftext|><|user|> <|image|>×P question <|end|><|assistant|> answer <|end|><|user|> …
 
@@ -9,15 +9,15 @@ Learned are the assistant's words and the <|end|> after them.
 """
 
 import hashlib
-import itertools
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-# What data sets call who speaks, as our roles; and the roles of tools, which are refused by their name.
+from nanovision_jax.data.templates import TOOL_ROLES
+
+# What data sets call who speaks, as our roles.
 SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}
-TOOLS = ('tool', 'tool_call', 'tool_response', 'function', 'function_call', 'observation')
 
 
 class BadExample(Exception):
@@ -39,50 +39,47 @@ class Encoded(NamedTuple):
 
 
 def encode(messages, tokenizer, patches=0, images=0, question=False):
-    """Messages to Encoded.
+    """Messages to Encoded, as the tokenizer's template writes them.
 
     An image part becomes `patches` image tokens; `images` says how many pictures there are. A last question without
     an answer is left out, unless `question`: then it stays, and the assistant's turn is opened for the model to fill.
     Raises BadExample for an unknown speaker, turns out of order, no answer, or pictures that do not match.
     """
     check(messages)
-    ids, learned, ends, pictures = [tokenizer.end_of_text], [False], [], []
-    expected, seen = 'user', 0
+    expected, seen, pictures = 'user', 0, []
     for message in messages:
         role, content = message['role'], message['content']
+        shown = 0 if isinstance(content, str) else sum(part['type'] == 'image' for part in content)
+        if shown and role == 'assistant':
+            raise BadExample('a picture in an answer')
+        if role == 'system':  # the first: check() has seen to it
+            continue
         if role != expected:
             raise BadExample(f'{role} speaks out of turn')
         expected = 'assistant' if role == 'user' else 'user'
-        body = []
-        parts = [{'type': 'text', 'text': content}] if isinstance(content, str) else content
-        for kind, group in itertools.groupby(parts, lambda part: part['type']):
-            if kind == 'image':
-                if role != 'user':
-                    raise BadExample('a picture in an answer')
-                n = len(list(group))
-                body += [tokenizer.image] * (patches * n)
-                seen += n
-            else:  # texts side by side are one: else a special string could be spread over two of them
-                body += tokenizer.encode('\n'.join(part['text'] for part in group))
-        if role == 'assistant' and not body:
-            raise BadExample('empty answer')
-        ids += [tokenizer.user if role == 'user' else tokenizer.assistant, *body, tokenizer.end]
-        learned += [False] + [role == 'assistant'] * (len(body) + 1)
+        seen += shown
         if role == 'assistant':
-            ends.append(len(ids))
+            if not text_of(message).strip():
+                raise BadExample('empty answer')
             pictures.append(seen)
     if seen != images:
         raise BadExample(f'{seen} image places for {images} images')
-    if question:
-        if expected != 'assistant':
-            raise BadExample('no question to answer')
-        ids.append(tokenizer.assistant)
-        learned.append(False)
-    elif not ends:
+    if question and expected != 'assistant':
+        raise BadExample('no question to answer')
+    if not question and not pictures:
         raise BadExample('no answer')
-    else:
-        ids, learned = ids[: ends[-1]], learned[: ends[-1]]
-    return Encoded(np.array(ids, np.int32), np.array(learned), ends, pictures)
+    if not question and expected == 'assistant':
+        messages = messages[:-1]
+    ids, learned, ends, length = [], [], [], 0
+    for turn in tokenizer.template.turns(messages, tokenizer.escape, question):
+        read, marks = tokenizer.tokenize(turn)
+        copies = np.where(read == tokenizer.image, patches, 1)
+        ids.append(np.repeat(read, copies))
+        learned.append(np.repeat(marks, copies))
+        length += len(ids[-1])
+        if marks.any():
+            ends.append(length)
+    return Encoded(np.concatenate(ids), np.concatenate(learned), ends, pictures)
 
 
 def check(messages):
@@ -92,7 +89,7 @@ def check(messages):
     """
     for number, message in enumerate(messages):
         role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
-        if role not in ('user', 'assistant', 'system'):
+        if role_of(role) != role:
             raise BadExample(f'unknown speaker {role!r}')
         if role == 'system' and number:
             raise BadExample('system speaks out of turn')
@@ -127,8 +124,8 @@ def is_image(part):
 
 def role_of(speaker):
     """The role of a speaker. Raises BadExample for one that has none, and names those of tools."""
-    if speaker in TOOLS:
-        raise BadExample(f'a turn of {speaker}: conversations with tools are not taken')
+    if speaker in TOOL_ROLES:
+        raise BadExample(f'the role {speaker} belongs to tools, which are not supported')
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise BadExample(f'unknown speaker {speaker!r}')
     return SPEAKERS[speaker]

@@ -72,7 +72,8 @@ def build_index(source, config, tokenizer, split):
     """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
     vision, data = config.model.vision, config.data
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES
-    parts = (5, source.key, tokenizer.digest, config.stage, data.length, data.slots, vision.patches, limits)
+    words = tokenizer.digest, tokenizer.template.digest
+    parts = (6, source.key, words, config.stage, data.length, data.slots, vision.patches, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():

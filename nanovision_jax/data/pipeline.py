@@ -38,7 +38,7 @@ def family_tokenizer(config, inherited=None):
             if wanted == TRAINED:
                 train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, partial)
             else:
-                import_tokenizer(hub_id(wanted) or os.path.expanduser(wanted), partial)
+                import_tokenizer(hub_id(wanted) or os.path.expanduser(wanted), partial, config.data.template)
             made_from = {'data.tokenizer': os.path.basename(os.path.normpath(wanted)), 'sha256': _digest(wanted)}
             if wanted == TRAINED:
                 made_from['data.vocab_size'] = config.data.vocab_size
@@ -52,7 +52,7 @@ def family_tokenizer(config, inherited=None):
             f'{pathlib.Path(inherited).parent} was trained with another tokenizer than {folder} is now: bring that '
             'back, or choose another --config.name, which takes over the one it was trained with.'
         )
-    if not _is_made_from(folder, wanted):
+    if not _is_made_from(folder, wanted, config.data.template):
         made_from = _made_from(folder)['data.tokenizer']
         raise UserError(
             f'data.tokenizer is {wanted!r}, but {folder} was made from {made_from!r}: a name has one tokenizer. '
@@ -73,7 +73,7 @@ def _made_from(folder):
     return read_json(file) if file.exists() else {'data.tokenizer': ''}
 
 
-def _is_made_from(folder, wanted):
+def _is_made_from(folder, wanted, template):
     """Whether a family's tokenizer is what data.tokenizer asks for: by content, where it is still there to compare."""
     made_from = _made_from(folder)
     name = made_from['data.tokenizer']
@@ -84,7 +84,7 @@ def _is_made_from(folder, wanted):
     if made_from.get('sha256'):
         return made_from['sha256'] == _digest(wanted)
     with tempfile.TemporaryDirectory() as again:
-        import_tokenizer(os.path.expanduser(wanted), again)
+        import_tokenizer(os.path.expanduser(wanted), again, template)
         return Tokenizer(again).digest == Tokenizer(folder).digest
 
 

@@ -1,6 +1,7 @@
-"""The tokenizer: a byte-level BPE with five special tokens, kept in a Hugging Face tokenizer folder.
+"""The tokenizer: a byte-level BPE with a chat template, kept in a Hugging Face tokenizer folder.
 
-Training and reading use `tokenizers`; `transformers` is only imported to make a folder, once per family of runs.
+Training and reading use `tokenizers`; `transformers` is only imported to take a folder from elsewhere, once per family
+of runs.
 """
 
 import functools
@@ -13,54 +14,21 @@ import re
 import numpy as np
 import tokenizers
 
+from nanovision_jax.data import templates
+from nanovision_jax.data.templates import IMAGE, OWN
 from nanovision_jax.errors import UserError
 
-SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', '<|image|>')
-
-# What lineage.json calls our template: the sha256 of the text that was first stored for it.
-TEMPLATE_DIGEST = '769bb8cba12ecb1471e2a1fdf0eabf64988ea4cf9981a205e758432c01a3e038'
-
-
-def chat_template(controls):
-    """The chat template stored with a tokenizer: what conversation.encode does, for tools that read templates.
-
-    Its macro `write` is escape(): a control string in anybody's text gets a zero-width space behind its first
-    character, so that no text opens a turn.
-    """
-    return (
-        "{%- set controls = [" + ', '.join(json.dumps(token, ensure_ascii=False) for token in controls) + "] -%}"
-        "{%- macro write(text) -%}"
-        "{%- set safe = namespace(text=text) -%}"
-        "{%- for token in controls -%}"
-        "{%- set safe.text = safe.text | replace(token, token[:1] + '\\u200b' + token[1:]) -%}"
-        "{%- endfor -%}"
-        "{{- safe.text | trim -}}"
-        "{%- endmacro -%}"
-        "{{- '<|endoftext|>' -}}"
-        "{%- for message in messages -%}"
-        "{%- if message.role not in ('user', 'assistant') -%}"
-        "{{- raise_exception('unknown speaker: ' + message.role) -}}"
-        "{%- endif -%}"
-        "{{- '<|' + message.role + '|>' -}}"
-        "{%- if message.content is string -%}{{- write(message.content) -}}"
-        "{%- else -%}"
-        "{%- set so_far = namespace(text='') -%}"
-        "{%- for part in message.content -%}"
-        "{%- if part.type == 'image' -%}{{- write(so_far.text) + '<|image|>' -}}{%- set so_far.text = '' -%}"
-        "{%- else -%}{%- set so_far.text = so_far.text + '\\n' + part.text -%}{%- endif -%}"
-        "{%- endfor -%}{{- write(so_far.text) -}}"
-        "{%- endif -%}"
-        "{{- '<|end|>' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-    )  # fmt: skip
+SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', IMAGE)  # what our own template is made of
 
 
 def escape(text, controls=SPECIAL):
-    """`text` with its control strings defused and its ends trimmed; the rule that chat_template() follows too."""
+    """`text` with its control strings defused: each gets a zero-width space behind its first character.
+
+    The rule that the macro `write` of every stored chat template follows too.
+    """
     for token in controls:
         text = text.replace(token, f'{token[:1]}\u200b{token[1:]}')
-    return text.strip()
+    return text
 
 
 def control_tokens(added):
@@ -77,7 +45,12 @@ def control_tokens(added):
 
 
 class Tokenizer:
-    """A tokenizer folder opened for use. Text never becomes a special token: encode() escapes, ids name the roles."""
+    """A tokenizer folder opened for use. Text never becomes a special token: what is encoded is escaped.
+
+    template: how conversations are written. controls: the strings that no text becomes; special: their ids.
+    stops: the ids that end an answer, the usual one first, which is `end` too. end_of_text: the id that leads each
+    document. size: one more than the largest id.
+    """
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
@@ -87,28 +60,65 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.size = self._tokenizer.get_vocab_size()
-        ids = [self._tokenizer.token_to_id(token) for token in SPECIAL]
-        if None in ids:
-            raise UserError(f'the tokenizer in {self.folder} has no {SPECIAL[ids.index(None)]}: it was not made by us.')
-        self.end_of_text, self.user, self.assistant, self.end, self.image = ids
-        self.stops = (self.end, *(i for i in ids if i != self.end))  # what ends an answer
+        self.template = template = templates.read(self.folder)
         self.controls = control_tokens(self._tokenizer.get_added_tokens_decoder())
-        self.special = tuple(self._tokenizer.token_to_id(token) for token in self.controls)
-        self.encode = functools.lru_cache(maxsize=1 << 16)(self._encode)  # questions repeat
+        if missing := template.missing(self.controls):
+            raise UserError(f'the tokenizer in {self.folder} has no {missing}: it was not made by us.')
+        id_of = self._tokenizer.token_to_id
+        self.special = tuple(map(id_of, self.controls))
+        written = [token for token in self.controls if template.writes(token) and token not in template.ends]
+        # A model that writes another token of the template has left its turn.
+        self.stops = tuple(id_of(token) for token in (*template.ends, *written) if token in self.controls)
+        self.end, self.end_of_text, self.image = self.stops[0], id_of(template.document), id_of(IMAGE)
+        self.user, self.assistant = id_of('<|user|>'), id_of('<|assistant|>')  # None where other turns are written
+        longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
+        self._split = re.compile(f'({"|".join(longest_first)})').split
+        self._unlearned = functools.lru_cache(maxsize=1 << 16)(  # questions repeat
+            lambda text: np.array(self._read(text).ids, np.int32)
+        )
 
     def __reduce__(self):
         return Tokenizer, (self.folder,)  # data workers open it again
 
     def escape(self, text):
-        """`text` as it is tokenized: without anything that would become one of `controls`, trimmed."""
+        """`text` without anything that would become one of `controls`."""
         return escape(text, self.controls)
 
-    def _encode(self, text):
-        return tuple(self._tokenizer.encode(self.escape(text), add_special_tokens=False).ids)
+    def encode(self, text):
+        """Plain text as a tuple of ids: escaped and trimmed."""
+        return tuple(self._read(self.escape(text).strip()).ids)
+
+    def _read(self, text):
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def tokenize(self, spans):
+        """(ids int32 [n], learned bool [n]) of Spans, read as one text, in which control strings are special tokens.
+
+        A token is learned if one of its characters is: words may merge with what the template writes before them.
+        """
+        learned = np.repeat([span.learned for span in spans], [len(span.text) for span in spans])
+        ids, flags, start = [], [], 0
+        for number, piece in enumerate(self._split(''.join(span.text for span in spans))):
+            stop = start + len(piece)
+            if number % 2:
+                ids.append([self._tokenizer.token_to_id(piece)])
+                flags.append(learned[start : start + 1])
+            elif piece and not learned[start:stop].any():
+                ids.append(self._unlearned(piece))
+                flags.append(np.zeros(len(ids[-1]), bool))
+            elif piece:
+                encoded = self._read(piece)
+                ids.append(encoded.ids)
+                before = np.append(0, np.cumsum(learned[start:stop]))
+                places = np.array(encoded.offsets, np.int32).reshape(-1, 2)
+                flags.append(before[places[:, 1]] > before[places[:, 0]])
+            start = stop
+        return np.concatenate([np.int32([]), *ids]).astype(np.int32), np.concatenate([np.array([], bool), *flags])
 
     def encode_documents(self, texts):
-        """Each text as ids with <|endoftext|> before it: one int32 array of all of them."""
-        encoded = self._tokenizer.encode_batch_fast([self.escape(text) for text in texts], add_special_tokens=False)
+        """Each text as ids with `end_of_text` before it: one int32 array of all of them."""
+        texts = [self.escape(text).strip() for text in texts]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array([self.end_of_text, *e.ids], np.int32) for e in encoded])
 
     def decode(self, ids, special=False):
@@ -117,10 +127,12 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_lengths(self):
-        """int32 [size]: how many bytes of text each id stands for; special tokens stand for none."""
+        """int32 [size]: how many bytes of text each id stands for; control tokens stand for none."""
         lengths = np.zeros(self.size, np.int32)
         for token, i in self._tokenizer.get_vocab().items():
             lengths[i] = len(token)  # a byte-level alphabet writes each byte as one character
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[i] = len(token.content.encode())  # these are written as they are
         lengths[list(self.special)] = 0
         return lengths
 
@@ -137,33 +149,84 @@ def train_tokenizer(texts, vocab_size, folder):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    _save(_transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer), folder)
+    _save(
+        json.loads(tokenizer.to_str()), OWN, dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0]), folder
+    )
 
 
-def import_tokenizer(source, folder):
-    """Takes a byte-level BPE from a folder or a Hugging Face id, adds our special tokens, writes `folder`."""
-    transformers = _transformers()
+def import_tokenizer(source, folder, template='auto'):
+    """Takes a byte-level BPE from a folder or a Hugging Face id with its chat template, and writes `folder`.
+
+    template: auto keeps a chat template that is one of templates.KNOWN, and gives a tokenizer without any our own; own
+    takes ours in any case. Added are the special tokens that the template needs, and <|image|>.
+    Raises UserError for what is no such tokenizer, and for a chat template that is not known.
+    """
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns that PyTorch is missing; it is not needed
+    import transformers
+
     try:
         fast = transformers.AutoTokenizer.from_pretrained(source, use_fast=True)
     except (OSError, ValueError) as error:
         raise UserError(f'data.tokenizer {source!r} is no tokenizer folder and no id that can be loaded.') from error
-    if not getattr(fast, 'is_fast', False) or '"ByteLevel"' not in fast.backend_tokenizer.to_str():
+    backend = getattr(fast, 'backend_tokenizer', None)
+    content = backend and json.loads(backend.to_str())
+    if not content or content['model']['type'] != 'BPE' or '"ByteLevel"' not in json.dumps(content['pre_tokenizer']):
         raise UserError(f'data.tokenizer {source!r} is not a byte-level BPE (as gpt2 is).')
-    _save(fast, folder)
+    names = {name: token for name, token in fast.special_tokens_map.items() if isinstance(token, str)}
+    content |= {'truncation': None, 'padding': None}
+    backend.no_truncation()
+    backend.no_padding()
+    jinja = fast.chat_template.get('default') if isinstance(fast.chat_template, dict) else fast.chat_template
+    if template == 'own' or not fast.chat_template:
+        names = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0])
+        return _save(content, OWN, names, folder)
+    found = jinja and templates.recognise(jinja, names, lambda text: backend.encode(text, add_special_tokens=False).ids)
+    if not found or not _keeps_apart(found, backend.get_added_tokens_decoder()):
+        raise UserError(
+            f'the chat template of {source!r} is neither ChatML (SmolLM2, Qwen) nor Llama 3: '
+            '--config.data.template=own takes ours instead, which the model has to learn.'
+        )
+    names = {'bos_token': found.document, 'pad_token': found.document} | names | {'eos_token': found.ends[0]}
+    return _save(content, found, names, folder)
 
 
-def _save(fast, folder):
-    known = fast.get_vocab()
-    fast.add_special_tokens({'additional_special_tokens': list(SPECIAL[1:])})
-    fast.add_special_tokens(dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0]))
-    assert all(fast.get_vocab()[token] == i for token, i in known.items()), 'adding special tokens moved old ones'
-    fast.chat_template = chat_template(control_tokens(fast.added_tokens_decoder))
-    fast.model_max_length = int(1e9)
-    fast.save_pretrained(folder)
+def _keeps_apart(template, added):
+    """Whether all special tokens that a template writes are tokens here, and swallow no text beside them."""
+    if template.missing([*control_tokens(added), template.document, IMAGE]):
+        return False
+    return not any(t.lstrip or t.rstrip or t.single_word for t in added.values() if template.writes(t.content))
 
 
-def _transformers():
-    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns that PyTorch is missing; it is not needed
-    import transformers
+def _save(content, template, names, folder):
+    """Writes a tokenizer folder: `content` of tokenizer.json with the special tokens that a template needs.
 
-    return transformers
+    names: its special tokens by name, as tokenizer_config.json has them. Ids that there are stay.
+    """
+    folder, (vocab, added) = pathlib.Path(folder), (content['model']['vocab'], content['added_tokens'])
+    vocab |= {token['content']: token['id'] for token in added}  # else an id follows from how many others there are
+    needed = SPECIAL if template == OWN else (template.document, IMAGE)
+    for token in needed:
+        known = next((other for other in added if other['content'] == token), None)
+        if not known:
+            known = dict(id=vocab.setdefault(token, max(vocab.values()) + 1), content=token)
+            known |= dict(single_word=False, lstrip=False, rstrip=False)
+            added.append(known)
+        known |= dict(normalized=False, special=True)
+    added.sort(key=lambda token: token['id'])
+    controls = control_tokens({t['id']: tokenizers.AddedToken(t['content'], special=t['special']) for t in added})
+    for token in added:
+        token['normalized'] &= token['content'] not in controls  # what escape() lets through must not turn into one
+    if post := content['post_processor']:
+        for step in post.get('processors', [post]):
+            step.update({name: False for name in step if name == 'trim_offsets'})  # what is learned is told by offsets
+    settings = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'model_max_length': int(1e9),
+        'clean_up_tokenization_spaces': False,
+        'extra_special_tokens': [token for token in needed if token not in names.values()],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'tokenizer.json').write_text(json.dumps(content, ensure_ascii=False), encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings | names, indent=2) + '\n')
+    (folder / 'chat_template.jinja').write_text(template.jinja(controls), encoding='utf-8')
+    template.write(folder)

@@ -33,7 +33,7 @@ def card(run, architecture):
         'It is opened by plain `transformers`, without remote code:',
         '',
         '```python',
-        *(_VISION_USE if vision else _CONTINUE_USE if config.stage == 'pretrain' else _TEXT_USE),
+        *(_VISION_USE if vision else _continue_use(run) if config.stage == 'pretrain' else _TEXT_USE),
         '```',
         '',
         '## How it was trained',
@@ -68,12 +68,15 @@ _TEXT_USE = (
     'print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))',
 )
 
-_CONTINUE_USE = (
-    'from transformers import AutoModelForCausalLM, AutoTokenizer',
-    "model, tokenizer = AutoModelForCausalLM.from_pretrained('.'), AutoTokenizer.from_pretrained('.')",
-    "inputs = tokenizer('<|endoftext|>Once upon a time', return_tensors='pt')  # it continues text, it does not answer",
-    'print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))',
-)
+
+def _continue_use(run):
+    """How text is continued: behind the token that leads each document."""
+    text = f'{run.tokenizer.template.document}Once upon a time'
+    return (
+        *_TEXT_USE[:2],
+        f"inputs = tokenizer({text!r}, add_special_tokens=False, return_tensors='pt')  # it continues text, no more",
+        _TEXT_USE[-1],
+    )
 
 
 def ancestors(folder):

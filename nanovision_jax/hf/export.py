@@ -8,13 +8,15 @@ config), with which the way back is exact.
 import json
 import shutil
 
+from nanovision_jax.data import templates
+from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import card, decoders, llava
 from nanovision_jax.hf.weights import write_weights
 from nanovision_jax.runconfig import public
 
 CONFIG = 'nanovision_jax.json'
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  # the last is not always there
 
 
 def export(run, output, dtype='float32'):
@@ -52,8 +54,18 @@ def export(run, output, dtype='float32'):
     write_weights(tensors, partial, dtype)
     for name, value in files.items():
         (partial / name).write_text(json.dumps(value, indent=2) + '\n')
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer.folder / name, partial / name)
+    copy_tokenizer(tokenizer.folder, partial)
     (partial / CONFIG).write_text(json.dumps({'step': run.step, 'config': public(config)}, indent=2) + '\n')
     (partial / 'README.md').write_text(card.card(run, content['architectures'][0]))
     partial.rename(output)
+
+
+def copy_tokenizer(source, target):
+    """Copies a tokenizer folder of ours, with the Jinja text that follows from its template now; returns it opened."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+    tokenizer = Tokenizer(target)
+    jinja = tokenizer.template.jinja(tokenizer.controls)
+    (target / 'chat_template.jinja').write_text(jinja, encoding='utf-8')
+    return tokenizer

@@ -2,22 +2,22 @@
 
 import dataclasses
 import pathlib
-import shutil
 
 from nanovision_jax import config as configs
 from nanovision_jax import models, runconfig
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import decoders, llava
-from nanovision_jax.hf.export import CONFIG, TOKENIZER_FILES
+from nanovision_jax.hf.export import CONFIG, copy_tokenizer
 from nanovision_jax.hf.weights import open_weights, read_json
 
 
-def restore(folder, output):
+def restore(folder, output, template='auto'):
     """(config, step, parameters as numpy arrays in nested dicts, tokenizer) of a folder, for a run in `output`.
 
-    The tokenizer is written to output/tokenizer. What we wrote comes back bit for bit, and as the stage it was; another
-    LLaVA model counts as vision_instruct, another decoder as sft. Raises UserError for what ours cannot represent.
+    The tokenizer is written to output/tokenizer; template is what import_tokenizer() takes. What we wrote comes back
+    bit for bit, and as the stage it was; another LLaVA model counts as vision_instruct, another decoder as sft.
+    Raises UserError for what ours cannot represent.
     """
     theirs, weights = read_json(folder / 'config.json'), open_weights(folder)
     vision = theirs.get('model_type') == 'llava'
@@ -36,11 +36,10 @@ def restore(folder, output):
     target = output / 'tokenizer'
     target.mkdir()
     if ours:
-        for name in TOKENIZER_FILES:
-            shutil.copy(folder / name, target / name)
+        tokenizer = copy_tokenizer(folder, target)
     else:
-        import_tokenizer(str(folder), target)
-    tokenizer = Tokenizer(target)
+        import_tokenizer(str(folder), target, template)
+        tokenizer = Tokenizer(target)
     shapes = models.abstract(config, tokenizer.size, tokenizer.image)[1]
     if vision:
         params = llava.take_llava(weights, config.model, theirs['text_config']['model_type'], shapes, tokenizer.size)

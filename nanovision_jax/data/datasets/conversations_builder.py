@@ -15,6 +15,7 @@ import pathlib
 import tempfile
 import types
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
@@ -22,13 +23,11 @@ from nanovision_jax.data import conversation, images
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.sources import PREPARED_VERSION
-from nanovision_jax.data.tokenizer import escape
+from nanovision_jax.data.templates import OWN
 from nanovision_jax.errors import UserError
 
-# One id a byte: conversation.encode refuses here, before any tokenizer is known, what it would refuse in training.
-_BYTES = types.SimpleNamespace(
-    end_of_text=-1, user=-2, assistant=-3, end=-4, image=-5, encode=lambda text: escape(text).encode()
-)
+# No ids at all: conversation.encode refuses here, before any tokenizer is known, what it would refuse in training.
+_NONE = types.SimpleNamespace(template=OWN, image=-1, escape=str, tokenize=lambda spans: (np.empty(0), np.empty(0)))
 
 
 class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -109,7 +108,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
         key, row = item
         try:
             messages, pictures = self.example(row)
-            conversation.encode(messages, _BYTES, 1, len(pictures))
+            conversation.encode(messages, _NONE, 1, len(pictures))
             for picture in pictures:
                 images.load(picture)
         except conversation.BadExample as error:
