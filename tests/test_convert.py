@@ -102,6 +102,41 @@ def test_transformers_generates_what_our_engine_does(kind, runs, tmp_path, capsy
     assert len(set(ids.tolist())) > 8
 
 
+@pytest.mark.parametrize('kind', ['gpt', 'llama', 'qwen2', 'qwen3, siglip'])
+def test_a_batch_answers_as_its_prompts_do_alone(kind, runs, tmp_path, capsys):
+    """Through plain transformers, from a run whose tokenizer folder is as older code wrote it."""
+    torch = pytest.importorskip('torch')
+    run, folder = tmp_path / 'run', tmp_path / 'out'
+    shutil.copytree(runs(kind), run)
+    file = run / 'tokenizer' / 'tokenizer_config.json'
+    assert json.loads(file.read_text())['padding_side'] == 'left'
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != 'padding_side'}))
+    say(['--to=hf', f'--run={run}', f'--output={folder}'], capsys)
+    vision = KINDS[kind][0].startswith('vision')
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    kind_of = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+    model, reader = auto.from_pretrained(folder), kind_of.from_pretrained(folder)
+    asked = ['a cat', 'the dog sees a red house under the tree , the bird sees 42 ?']
+    content = [[{'type': 'image'}, {'type': 'text', 'text': text}] if vision else text for text in asked]
+    said = [
+        reader.apply_chat_template([{'role': 'user', 'content': c}], add_generation_prompt=True, tokenize=False)
+        for c in content
+    ]
+
+    def answers(chosen):
+        shown = {'images': [picture(i) for i in chosen]} if vision else {}
+        inputs = reader(
+            text=[said[i] for i in chosen], padding=True, add_special_tokens=False, return_tensors='pt', **shown
+        )
+        inputs.pop('token_type_ids', None)
+        options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        with torch.no_grad():
+            return model.generate(**inputs, **options)[:, inputs['input_ids'].shape[1] :].tolist()
+
+    alone = [answers([0])[0], answers([1])[0]]
+    assert answers([0, 1]) == alone and alone[0] != alone[1]
+
+
 def greedy(run, prompt, n):
     """The n likeliest tokens after a prompt, none of which may end it, by our prefill and cached decoding."""
     params, graphdef, tokenizer = run.params, run.graphdef, run.tokenizer

@@ -221,6 +221,7 @@ def _save(content, template, names, folder):
             step.update({name: False for name in step if name == 'trim_offsets'})  # what is learned is told by offsets
     settings = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
+        'padding_side': 'left',
         'model_max_length': int(1e9),
         'clean_up_tokenization_spaces': False,
         'extra_special_tokens': [token for token in needed if token not in names.values()],

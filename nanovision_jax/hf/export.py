@@ -61,10 +61,16 @@ def export(run, output, dtype='float32'):
 
 
 def copy_tokenizer(source, target):
-    """Copies a tokenizer folder of ours, with the Jinja text that follows from its template now; returns it opened."""
+    """Copies a tokenizer folder of ours, whatever its age, and returns it opened.
+
+    The Jinja text is the one that follows from its template now; a batch is padded on the left, where its rows begin:
+    generate() would go on behind padding on the right.
+    """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
+    settings = json.loads((target / 'tokenizer_config.json').read_text()) | {'padding_side': 'left'}
+    (target / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2) + '\n')
     tokenizer = Tokenizer(target)
     jinja = tokenizer.template.jinja(tokenizer.controls)
     (target / 'chat_template.jinja').write_text(jinja, encoding='utf-8')
