@@ -31,7 +31,10 @@ TOO_LONG = 'longer than the context'  # a reason to leave a question out
 
 @dataclasses.dataclass
 class Question:
-    """A question, its picture's name and which row of the source holds it, and the answer wanted."""
+    """A question, its picture's name and which row of the source holds it, and the answer wanted.
+
+    system: the system messages of its conversation, which stand before the question.
+    """
 
     id: str
     image: str
@@ -39,6 +42,7 @@ class Question:
     text: str
     reference: str
     kind: str
+    system: list[dict] = dataclasses.field(default_factory=list)
 
 
 def normalise(answer):
@@ -128,11 +132,12 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
                 images.decode(example.images[0], config.model.vision)  # it is read again when it is asked about
         except conversation.BadExample as error:
             reason = str(error)
+        system = [message for message in example.messages if message['role'] == 'system']
         for user, answer in asked:
             text = conversation.text_of(user)
             kind = answer.get('kind') or ' '.join(text.lower().split()[:3])
             name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
-            question = Question(name, example.names[0], i, text, conversation.text_of(answer), kind)
+            question = Question(name, example.names[0], i, text, conversation.text_of(answer), kind, system)
             if reason:
                 questions.lost.append(row_of(question, left_out=reason))
             else:
@@ -167,9 +172,9 @@ def row_of(question, **found):
 
 
 def prompt_ids(question, config, tokenizer):
-    """A question asked alone, behind its picture, as token ids."""
+    """A question asked alone, behind its picture and what the system says, as token ids."""
     content = [{'type': 'image'}, {'type': 'text', 'text': question.text}]
-    messages = [{'role': 'user', 'content': content}]
+    messages = [*question.system, {'role': 'user', 'content': content}]
     return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True).ids
 
 
