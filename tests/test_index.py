@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import is_held_out, jpeg, parse, sentence
 
-from nanovision_jax.data import index, sources
+from nanovision_jax.data import index, pipeline, sources
 from nanovision_jax.errors import UserError
 
 GOOD = [{'from': 'human', 'value': '<image>\nwhat?'}, {'from': 'gpt', 'value': 'a cat'}]
+MORE = [{'from': 'human', 'value': 'and?'}, {'from': 'gpt', 'value': 'a dog'}]
 BAD = {
     'image does not decode': {'image': 'broken.jpg', 'conversations': GOOD},
     "unknown speaker 'narrator'": {'image': 'a.jpg', 'conversations': [{'from': 'narrator', 'value': 'x'}, *GOOD]},
@@ -120,7 +121,7 @@ def test_the_two_sides_share_nothing_and_leave_nothing(llava_folder, tokenizer, 
     assert len(validation) == 4
 
 
-def test_long_conversations_are_cut_and_longer_ones_are_bad(made, tokenizer):
+def test_long_conversations_are_cut_and_longer_ones_left_out(made, tokenizer):
     rng = random.Random(0)
     said = [{'from': ('human', 'gpt')[i % 2], 'value': sentence(rng, 5, 9)} for i in range(60)]
     said[0]['value'] = '<image>' + said[0]['value']
@@ -128,7 +129,7 @@ def test_long_conversations_are_cut_and_longer_ones_are_bad(made, tokenizer):
     rows = [*good(200), {'image': 'a.jpg', 'conversations': said}, {'image': 'a.jpg', 'conversations': endless}]
     found = build(made(rows, 'data.length=128'), tokenizer)
     assert 64 < found.lengths[-1] <= 128 and len(found.rows) == 201
-    assert found.bad[0]['row'] == 201 and 'the first answer ends' in found.bad[0]['reason']
+    assert (found.asked, found.dropped, found.shortened, found.cut, found.bad) == (202, 1, 1, 0, [])
 
 
 def test_captions_for_clip(made, tokenizer):
@@ -173,6 +174,72 @@ def test_what_each_split_lost_is_counted(made, tokenizer):
     assert sum(reasons.get('image does not decode', 0) for reasons in everywhere) == 10
     assert any('no answer' in reasons for reasons in everywhere)
     assert sum(map(sum, (reasons.values() for reasons in everywhere))) == len(train.bad) == 73
+
+
+# Too long ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(made):
+    """(a function: how many of 100 rows are long, overrides → config; the long row, and one whose question is long)."""
+    answer = {'image': 'a.jpg', 'conversations': [GOOD[0], {'from': 'gpt', 'value': 'cat dog ' * 300}, *MORE]}
+    question = {'image': 'a.jpg', 'conversations': [{'from': 'human', 'value': '<image>' + 'cat ' * 600}, GOOD[1]]}
+
+    def write(n, *overrides, row=answer):
+        return made([*good(100 - n), *[row] * n], 'data.length=64', *overrides)
+
+    return write, answer, question
+
+
+@pytest.mark.parametrize('n, how', [(5, ''), (5, 'drop'), (60, 'drop')])
+def test_too_long_rows_are_dropped_and_counted(long, tokenizer, n, how):
+    found = build(long[0](n, f'data.too_long={how}'), tokenizer)
+    assert (found.asked, len(found.rows), found.dropped, found.bad) == (100, 100 - n, n, [])
+    assert found.told(64) == [
+        f'{n} of 100 conversations ({n}.0%) have a first answer beyond data.length=64 and are left out'
+    ]
+
+
+@pytest.mark.parametrize(
+    'n, how, told', [(6, '', 'up to 5% are left out by themselves'), (1, 'refuse', 'none may have')]
+)
+def test_more_too_long_rows_than_allowed_are_refused(long, tokenizer, n, how, told):
+    with pytest.raises(UserError) as caught:
+        build(long[0](n, f'data.too_long={how}'), tokenizer)
+    assert str(caught.value).startswith(f'{n} of 100 examples of ') and f'data.length=64 ({told})' in str(caught.value)
+    assert str(caught.value).endswith('data.too_long=drop or data.too_long=cut.')
+
+
+def test_a_too_long_answer_is_cut_to_its_beginning(long, tokenizer):
+    write, answer, question = long
+    config = write(20, 'data.too_long=cut')
+    found = build(config, tokenizer)
+    assert (found.asked, len(found.rows), found.cut, found.dropped, found.shortened) == (100, 100, 20, 0, 0)
+    assert found.lengths[-1] == 64 and found.pictures[-1] == 1
+    ids, learned, pictures = index.encode_example(sources.open_source(config, 'train')[99], config, tokenizer)
+    whole = list(tokenizer.encode(answer['conversations'][1]['value']))
+    said = ids[learned].tolist()
+    assert len(said) > 20 and said == whole[: len(said)] and tokenizer.end not in said and learned[-1]
+    assert len(pictures) == 1 and (ids == tokenizer.image).sum() == config.model.vision.patches
+    found = build(write(20, 'data.too_long=cut', row=question), tokenizer)  # of the answer, nothing fits
+    assert (len(found.rows), found.cut, found.dropped) == (80, 0, 20)
+
+
+def test_what_became_of_long_conversations_is_printed_once(long, tokenizer, capsys):
+    config = long[0](20, 'data.too_long=cut')
+    rows, _ = pipeline.open_rows(config, tokenizer)
+    told = '20 of 100 conversations (20.0%) have a first answer beyond data.length=64 and learn its beginning\n'
+    assert capsys.readouterr().out == told
+    assert max(row['segments'].max() for row in (rows[i] for i in range(rows.rows_per_epoch()))) >= 1
+    cut = rows.identity()
+    config.data.too_long = 'drop'
+    other = pipeline.open_rows(config, tokenizer)[0].identity()
+    assert cut['packing'] != other['packing'] and cut['data'] == other['data']
+
+
+def test_a_wrong_word_for_too_long_is_one_sentence(made):
+    with pytest.raises(UserError, match=r"data\.too_long is 'cat'. Did you mean 'cut'"):
+        made(good(1), 'data.too_long=cat')
 
 
 # Made once -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,10 @@ class BadExample(Exception):
     """An example that cannot be used; the message is the reason, as bad_rows.jsonl lists it."""
 
 
+class TooLong(BadExample):
+    """A conversation of which not even the first answer fits into a row: data.too_long says what becomes of it."""
+
+
 def kind_of(reason):
     """A reason without the names it quotes, so that reasons of one kind are counted together."""
     return re.sub(r""" ['"].*['"]""", '', reason)
@@ -103,18 +107,21 @@ def check(messages):
                 raise BadExample('text that is not Unicode')
 
 
-def fit(encoded, length):
+def fit(encoded, length, cut=False):
     """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
 
     Returns (ids, learned, how many pictures are left): the pictures behind the cut go with it.
     A row of T tokens holds T inputs and the T ids that follow them: an example of T + 1 ids.
-    Raises BadExample if not even the first answer fits.
+    If not even the first answer fits, its beginning is kept, without its end, where `cut` allows it and the row holds
+    any of it. Raises TooLong else.
     """
     ids, learned, ends, pictures = encoded
     whole = sum(end <= length + 1 for end in ends)
-    if not whole:
-        raise BadExample(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
-    return ids[: ends[whole - 1]], learned[: ends[whole - 1]], pictures[whole - 1]
+    if whole:
+        return ids[: ends[whole - 1]], learned[: ends[whole - 1]], pictures[whole - 1]
+    if cut and learned[: length + 1].any():  # so the question is whole, with all its pictures
+        return ids[: length + 1], learned[: length + 1], pictures[0]
+    raise TooLong(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
 
 
 def is_image(part):

@@ -2,7 +2,7 @@
 
 Rows are planned from these lengths, so that what a row holds never depends on how it is read. The pass decodes every
 picture once, unless the source says that this was done; its result is kept in the family's data folder. In memory it
-holds nine bytes an example, and of the examples themselves only those that are looked at.
+holds ten bytes an example, and of the examples themselves only those that are looked at.
 """
 
 import array
@@ -22,6 +22,7 @@ from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 
 BLOCK = 64  # examples a thread takes at once
+WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so that it fits into a row
 
 
 @dataclasses.dataclass
@@ -29,7 +30,9 @@ class Index:
     """One split of a source, as a stage sees it.
 
     `rows`, `lengths`, `pictures`: int32 arrays over the usable examples of the split; `asked`: how many examples it
-    has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of all splits of the source.
+    has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of all splits of the source; `dropped`:
+    how many have a first answer too long for a row, and are left out for it; `cut`: how many such answers are cut;
+    `shortened`: how many conversations end earlier, with their last answer that fits.
     """
 
     rows: np.ndarray
@@ -38,6 +41,22 @@ class Index:
     bad: list[dict]
     asked: int
     left_out: list[dict]
+    dropped: int = 0
+    cut: int = 0
+    shortened: int = 0
+
+    def told(self, length):
+        """What became of conversations that are longer than a row of `length` tokens, as lines of text."""
+        what = {
+            f'a first answer beyond data.length={length} and are left out': self.dropped,
+            f'a first answer beyond data.length={length} and learn its beginning': self.cut,
+            f'more turns than data.length={length} holds and end with the last answer that fits': self.shortened,
+        }
+        return [
+            f'{count:,} of {self.asked:,} conversations ({count / self.asked:.1%}) have {text}'
+            for text, count in what.items()
+            if count
+        ]
 
     @property
     def reasons(self):
@@ -50,6 +69,11 @@ def encode_example(example, config, tokenizer):
 
     A conversation is cut to fit a row; `pictures` are the first ones of example.images, which its ids have places for.
     """
+    return _encode(example, config, tokenizer)[:3]
+
+
+def _encode(example, config, tokenizer):
+    """(ids, learned, pictures, what was done to make it fit: WHOLE, SHORTENED or CUT)."""
     data = config.data
     vision = config.stage.startswith('vision')
     if config.stage == 'clip':
@@ -59,41 +83,62 @@ def encode_example(example, config, tokenizer):
             raise conversation.BadExample('no caption')
         words = tokenizer.encode(example.caption)[: data.length - 2]
         ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
-        return ids, np.ones(len(ids), bool), example.images
+        return ids, np.ones(len(ids), bool), example.images, WHOLE
     slots, patches = data.slots if vision else 0, config.model.vision.patches
     encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
-    ids, learned, kept = conversation.fit(encoded, data.length)
+    ids, learned, kept = conversation.fit(encoded, data.length, cut=data.too_long == 'cut')
     if kept > slots:
         raise conversation.BadExample(f'{kept} images for {slots} slots')
-    return ids, learned, example.images[:kept]
+    done = CUT if len(ids) < encoded.ends[0] else SHORTENED if len(ids) < len(encoded.ids) else WHOLE
+    return ids, learned, example.images[:kept], done
 
 
 def build_index(source, config, tokenizer, split):
-    """The Index of one split of a source. Raises UserError if over 1% of the examples are bad, or none is left."""
+    """The Index of one split of a source.
+
+    Raises UserError if over 1% of the examples are bad, if more have a first answer beyond data.length than
+    data.too_long allows, or if none is left.
+    """
     vision, data = config.model.vision, config.data
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES
     words = tokenizer.digest, tokenizer.template.digest
-    parts = (6, source.key, words, config.stage, data.length, data.slots, vision.patches, limits)
+    shape = data.length, data.slots, vision.patches, data.too_long == 'cut'
+    parts = (7, source.key, words, config.stage, shape, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
         _scan(source, config, tokenizer, file)
     with np.load(file) as saved:
-        lengths, pictures, sides = saved['lengths'], saved['pictures'], saved['sides']
+        lengths, pictures, sides, fits = (saved[name] for name in ('lengths', 'pictures', 'sides', 'fits'))
     listed = _list_of_bad(file)
     place = ' '.join([getattr(source, 'name', ''), data.path]).strip()
-    if (count := int((lengths == 0).sum())) > 0.01 * (asked := int((lengths >= 0).sum())):
+    if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
         told = '; '.join(f'{n} × {reason}' for reason, n in _count(_read(listed)).most_common(3))
         raise UserError(
             f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}. {listed} lists them.'
         )
     bad = list(_read(listed))
+    _check_dropped(int((fits == DROPPED).sum()), asked, data, place)
     on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
         raise UserError(f'no {split} example in {place} for stage {config.stage}.')
     left_out = [row for row, here in zip(bad, on_side[lengths == 0], strict=True) if here]
-    return Index(rows, lengths[rows], pictures[rows], bad, len(rows) + len(left_out), left_out)
+    dropped, cut, shortened = (int((fits[on_side] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
+    asked = len(rows) + len(left_out) + dropped
+    return Index(rows, lengths[rows], pictures[rows], bad, asked, left_out, dropped, cut, shortened)
+
+
+def _check_dropped(dropped, asked, data, place):
+    """Raises UserError if more examples are too long than data.too_long allows."""
+    most = {'': 0.05, 'refuse': 0}.get(data.too_long, 1)
+    if dropped > most * asked:
+        allowed = 'none may have' if most == 0 else f'up to {most:.0%} are left out by themselves'
+        raise UserError(
+            f'{dropped} of {asked} examples of {place} ({dropped / asked:.1%}) have a first answer that does not fit '
+            f'into data.length={data.length} ({allowed}): raise data.length, or say what becomes of them, with '
+            'data.too_long=drop or data.too_long=cut.'
+        )
 
 
 def join(indices, sizes):
@@ -106,6 +151,7 @@ def join(indices, sizes):
         [row for index in indices for row in index.bad],
         sum(index.asked for index in indices),
         [row for index in indices for row in index.left_out],
+        *(sum(getattr(index, name) for index in indices) for name in ('dropped', 'cut', 'shortened')),
     )
 
 
@@ -120,20 +166,22 @@ def _scan(source, config, tokenizer, file):
         try:
             example = source[i]
             if getattr(source, 'text_only', False) and example.images:
-                return -1, 0, False, None  # not for this stage, and not bad
-            ids, _, pictures = encode_example(example, config, tokenizer)
+                return -1, 0, False, WHOLE, None  # not for this stage, and not bad
+            ids, _, pictures, done = _encode(example, config, tokenizer)
             for data in () if getattr(source, 'decoded', False) else pictures:
                 images.load(data)
+        except conversation.TooLong:
+            return -1, 0, is_held_out(i, example), DROPPED, None
         except conversation.BadExample as error:
             row = {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
-            return 0, 0, is_held_out(i, example), row
+            return 0, 0, is_held_out(i, example), WHOLE, row
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
-        return len(ids) - 1, len(pictures), is_held_out(i, example), None
+        return len(ids) - 1, len(pictures), is_held_out(i, example), done, None
 
     def look_at(block):
         return [look(i) for i in block]
 
-    lengths, pictures, sides = array.array('i'), array.array('i'), bytearray()
+    lengths, pictures, sides, fits = array.array('i'), array.array('i'), bytearray(), bytearray()
     workers, total = os.cpu_count(), len(source)
     blocks = (range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +193,11 @@ def _scan(source, config, tokenizer, file):
             tqdm(total=total, desc='reading', leave=False, mininterval=1) as bar,
         ):
             for block in ordered_map(pool, look_at, blocks, 2 * workers):
-                for length, count, held_out, bad in block:
+                for length, count, held_out, done, bad in block:
                     lengths.append(length)
                     pictures.append(count)
                     sides.append(held_out)
+                    fits.append(done)
                     if bad:
                         bad_rows.write(json.dumps(bad) + '\n')
                 bar.update(len(block))
@@ -157,6 +206,7 @@ def _scan(source, config, tokenizer, file):
             lengths=np.frombuffer(lengths, np.int32),
             pictures=np.frombuffer(pictures, np.int32),
             sides=np.frombuffer(sides, bool),
+            fits=np.frombuffer(fits, np.uint8),
         )
         listed.rename(_list_of_bad(file))
         partial.rename(file)

@@ -199,6 +199,7 @@ class PackedRows:
     def identity(self):
         """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
         packing = f'rows of {self.config.data.length} tokens, {OPEN_ROWS} open'
+        packing += ', long first answers are cut' * (self.config.data.too_long == 'cut')
         if self.slots:
             packing += f', {self.slots} slots, {self.config.model.vision.patches} tokens a picture'
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}

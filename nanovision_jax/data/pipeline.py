@@ -145,6 +145,8 @@ def open_rows(config, tokenizer, split='train'):
     else:
         index = build_index(source, config, tokenizer, split)
         shuffled = packing.Shuffled(len(index.rows), config.seed, shuffle)
+    if shuffle:
+        print(''.join(f'{line}\n' for line in index.told(config.data.length)), end='')
     kind = packing.PairRows if config.stage == 'clip' else packing.PackedRows
     return kind(source, index, config, tokenizer, shuffled), index.bad
 
