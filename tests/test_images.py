@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import transformers
-from PIL import Image
+from PIL import Image, features
 
 from nanovision_jax.config import Vision
 from nanovision_jax.data import images
@@ -123,6 +123,74 @@ def test_a_turned_jpeg_is_upright():
     assert pixels(encoded(noise(20, 12), 'JPEG', exif=exif)).shape == (20, 12, 3)
 
 
+@pytest.mark.parametrize('orientation', TURNED)
+def test_a_tiff_is_turned_once(orientation):
+    image = noise(20, 12)
+    upright = pixels(encoded(image, 'TIFF', tiffinfo={274: orientation}))
+    assert (upright == TURNED[orientation](np.asarray(image))).all()
+
+
+def with_entry(tag, kind, count, value):
+    """EXIF that says 6 (turn right) and holds one entry more, as bytes."""
+    entries = struct.pack('<HHII', 0x0112, 3, 1, 6) + struct.pack('<HHI', tag, kind, count) + value
+    return b'Exif\0\0II*\0\x08\0\0\0\x02\0' + entries + bytes(4)
+
+
+ODD = {
+    'a text where a number belongs': with_entry(0x0103, 2, 4, b'abc\0'),
+    'bytes where a rational belongs': with_entry(0x011A, 7, 4, b'abcd'),
+    'a float where a short belongs': with_entry(0x0101, 11, 1, struct.pack('<f', 1e30)),
+    'negative where a long belongs': with_entry(0x0100, 9, 1, struct.pack('<i', -5)),
+}
+
+
+@pytest.mark.filterwarnings('ignore')  # Pillow's, about broken EXIF
+@pytest.mark.parametrize('name', ODD)
+def test_odd_exif_entries_harm_no_picture(name):
+    """Pixels and orientation are there; what else the camera wrote is nobody's business."""
+    image = noise(20, 12)
+    found = pixels(encoded(image, 'PNG', exif=ODD[name]))
+    assert (found == TURNED[6](np.asarray(image))).all()
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_exif_that_cannot_be_read_leaves_the_picture_as_it_lies():
+    image = noise(20, 12)
+    for exif in (b'Exif\0\0II*\0\xff\xff\xff\xff', b'Exif\0\0nothing', b'Exif\0\0II*\0\x08\0\0\0\xff\xff'):
+        assert (pixels(encoded(image, 'PNG', exif=exif)) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize('place', ['before', 'behind'])
+@pytest.mark.parametrize('kind', ['zTXt', 'iTXt', 'tEXt'])
+def test_a_png_with_much_text_is_whole(kind, place):
+    """2 MB of text beside the pixels, as drawing programs write their history."""
+    data = encoded(noise(20, 12))
+    text = b'a' * (2 << 20)
+    body = {
+        'zTXt': b'history\0\0' + zlib.compress(text),
+        'iTXt': b'history\0\1\0\0\0' + zlib.compress(text),
+        'tEXt': b'history\0' + text,
+    }[kind]
+    chunk = kind.encode() + body
+    chunk = struct.pack('>I', len(body)) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    at = 33 if place == 'before' else len(data) - 12
+    assert (pixels(data[:at] + chunk + data[at:]) == np.asarray(noise(20, 12))).all()
+
+
+@pytest.mark.parametrize('form', ['GIF', 'BMP', 'TIFF', 'AVIF'])
+def test_more_formats_are_read(form):
+    if form not in images.FORMATS:
+        pytest.skip('this Pillow cannot')
+    image = noise(200, 120)
+    difference = np.abs(pixels(encoded(image, form)).astype(int) - np.asarray(image))
+    assert difference.mean() < {'GIF': 12, 'AVIF': 12}.get(form, 0.001)
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(BadExample, match='floating-point'):
+        images.load(encoded(Image.fromarray(np.ones((5, 5), np.float32)), 'TIFF'))
+
+
 def test_palette_grey_and_black_and_white():
     image = noise(20, 12)
     palette = image.convert('P', palette=Image.Palette.ADAPTIVE, colors=16)
@@ -160,11 +228,12 @@ def test_transparency_is_over_white():
     assert pixels(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
 
 
-@pytest.mark.parametrize('form', ['PNG', 'WEBP'])
+@pytest.mark.parametrize('form', ['PNG', 'WEBP', 'GIF', 'TIFF'])
 def test_the_first_frame_of_an_animation(form):
     frames = [Image.new('RGB', (16, 16), colour) for colour in ('red', 'lime', 'blue')]
     options = {'lossless': True} if form == 'WEBP' else {}
-    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=100, **options)
+    options |= {} if form == 'TIFF' else {'duration': 100}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
     assert (pixels(data) == (255, 0, 0)).all()
 
@@ -172,10 +241,23 @@ def test_the_first_frame_of_an_animation(form):
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('form', ['BMP', 'TIFF', 'GIF', 'PPM', 'ICO'])
-def test_other_formats_are_refused(form):
-    with pytest.raises(BadExample, match='does not decode'):
-        images.load(encoded(noise(32, 32), form))
+SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+OTHERS = {
+    'PPM': encoded(noise(32, 32), 'PPM'),
+    'ICO': encoded(noise(32, 32), 'ICO'),
+    'JPEG 2000': encoded(noise(32, 32), 'JPEG2000') if features.check('jpg_2000') else b'\xff\x4f\xff\x51',
+    'PDF': encoded(noise(32, 32), 'PDF'),
+    'SVG': SVG,
+    'HEIC': b'\0\0\0\x18ftypheic\0\0\0\0',
+    'MP4': b'\0\0\0\x18ftypisom\0\0\0\0',
+    'PSD': b'8BPS\0\1',
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_formats_are_named(name):
+    with pytest.raises(BadExample, match=f'^a picture in {name}, which is not read$'):
+        images.load(OTHERS[name])
 
 
 @pytest.mark.parametrize('data', [b'', b'\xff\xd8\xff', b'<html></html>', b'\x89PNG\r\n\x1a\n', bytes(1000)])
@@ -184,7 +266,7 @@ def test_what_is_no_picture_is_refused(data):
         images.load(data)
 
 
-@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('form', [form for form in images.FORMATS if form != 'GIF'])
 def test_a_truncated_picture_is_refused(form):
     data = encoded(noise(64, 48), form)
     for kept in (0.3, 0.5, 0.9):
@@ -192,21 +274,47 @@ def test_a_truncated_picture_is_refused(form):
             images.load(data[: int(kept * len(data))])
 
 
-@pytest.mark.filterwarnings('ignore::UserWarning')  # Pillow's, about broken EXIF
-@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP'])
-def test_broken_bytes_are_a_bad_example_and_not_a_crash(form):
-    rng, exif = np.random.default_rng(0), Image.Exif()
+def odd_exif():
+    """EXIF with entries whose values are of no type that they may have; upright when turned by 6."""
+    exif = Image.Exif()
     exif[0x0112] = 6
-    data, refused = encoded(noise(20, 12), form, exif=exif), 0
-    for _ in range(300):
+    return exif.tobytes() + b'\xff' * 40
+
+
+@pytest.mark.filterwarnings('ignore')  # Pillow's, about broken EXIF and TIFF tags
+@pytest.mark.parametrize('form', images.FORMATS)
+def test_broken_bytes_are_a_bad_example_and_not_a_crash(form):
+    """Bits flipped in the head, where the structure is, and anywhere; pieces cut out, doubled and cut off."""
+    rng, refused = np.random.default_rng(0), 0
+    options = {} if form in ('GIF', 'BMP') else {'exif': odd_exif()}
+    if form == 'TIFF':
+        options = {'compression': 'tiff_lzw', 'tiffinfo': {270: 'x' * 50, 274: 6}}
+    data = encoded(noise(20, 12), form, **options)
+    for n in range(400):
         broken = bytearray(data)
-        for place in rng.integers(0, len(data), 3):
+        for place in rng.integers(0, min(len(data), 200) if n % 2 else len(data), 3):
             broken[place] = rng.integers(256)
+        start, stop = sorted(rng.integers(0, len(data), 2))
+        broken = {0: broken[:start] + broken[stop:], 1: broken[:stop] + broken[start:]}.get(n % 8, broken)
         try:
             assert images.load(bytes(broken)).mode == 'RGB'
         except BadExample:
             refused += 1
     assert refused > 30
+
+
+def test_only_what_a_file_leads_to_is_a_bad_example(monkeypatch):
+    data = encoded(noise(20, 12))
+    for error in (MemoryError, KeyboardInterrupt):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, '_load', lambda data, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(error):
+                images.load(data)
+    for error in (struct.error, KeyError, ZeroDivisionError, RecursionError, OverflowError):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, '_load', lambda data, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(BadExample, match='image does not decode'):
+                images.load(data)
 
 
 def png_header(width, height):

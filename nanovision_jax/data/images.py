@@ -10,12 +10,35 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 
-FORMATS = ('JPEG', 'PNG', 'WEBP')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', *(('AVIF',) if features.check('avif') else ()))
+# What else may be called a picture, by its first bytes.
+_OTHERS = {
+    b'8BPS': 'PSD',
+    b'\0\0\1\0': 'ICO',
+    b'\0\0\0\x0cjP  ': 'JPEG 2000',
+    b'\xff\x4f\xff\x51': 'JPEG 2000',
+    b'\0\0\0\x0cJXL ': 'JPEG XL',
+    b'\xff\x0a': 'JPEG XL',
+    b'%PDF': 'PDF',
+    b'%!PS': 'PostScript',
+    b'v/1\1': 'OpenEXR',
+    **dict.fromkeys((b'P1\n', b'P2\n', b'P3\n', b'P4\n', b'P5\n', b'P6\n', b'P7\n'), 'PPM'),
+}
+_PNG = b'\x89PNG\r\n\x1a\n'
+_TURNS = {  # EXIF's orientation: what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Refused from the header: a small file can unpack to gigabytes, and a long one grow to them when its short side is
 # resized or its long side is padded to a square.
 MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 50_000_000, 16_000, 100
@@ -125,32 +148,83 @@ def _check_size(name, size):
 
 
 def decode(data, vision):
-    """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample for what is no whole JPEG, PNG or WEBP."""
+    """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample as load() does."""
     return prepare(load(data), vision)
 
 
 def load(data):
-    """Encoded bytes to an upright RGB picture; the first frame of an animation, transparency over white."""
+    """Encoded bytes to an upright RGB picture; the first frame of an animation, transparency over white.
+
+    Raises BadExample, and nothing else, for what is no whole picture in FORMATS, whatever the bytes are.
+    """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        short, long = sorted(image.size)
-        if short * long > MAX_PIXELS or long > min(MAX_SIDE, short * MAX_ASPECT):
-            raise BadExample(f'image of {image.width} × {image.height} pixels')
-        image.load()
-        return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        try:
+            return _load(data)
+        except ValueError:  # too much text beside the pixels, say, which is of no use here
+            if not data.startswith(_PNG):
+                raise
+            return _load(_without_text(data))
+    except (BadExample, MemoryError):
+        raise
+    except Exception as error:  # Pillow has no one error for hostile files: struct.error, KeyError, TypeError, …
+        if name := _other_format(data):
+            raise BadExample(f'a picture in {name}, which is not read') from error
         raise BadExample('image does not decode') from error
+
+
+def _load(data):
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    short, long = sorted(image.size)
+    if short * long > MAX_PIXELS or long > min(MAX_SIDE, short * MAX_ASPECT):
+        raise BadExample(f'image of {image.width} × {image.height} pixels')
+    image.load()
+    if image.mode == 'F':
+        raise BadExample('image of floating-point pixels')  # whose black and white nothing tells
+    return to_rgb(image)
+
+
+def _without_text(data):
+    """A PNG without the chunks that hold text."""
+    kept, at = [_PNG], len(_PNG)
+    while at < len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] not in (b'tEXt', b'zTXt', b'iTXt'):
+            kept.append(data[at:stop])
+        at = stop
+    return b''.join(kept)
+
+
+def _other_format(data):
+    """The name of a format that is not read, if the first bytes tell one."""
+    if data[4:8] == b'ftyp':
+        brands = {b'avif': 'AVIF', b'avis': 'AVIF', b'heic': 'HEIC', b'heix': 'HEIC', b'mif1': 'HEIC', b'msf1': 'HEIC'}
+        name = brands.get(data[8:12], 'MP4')
+        return None if name in FORMATS else name
+    if b'<svg' in data[:2048].lower():
+        return 'SVG'
+    return next((name for start, name in _OTHERS.items() if data.startswith(start)), None)
 
 
 def to_rgb(image):
     """Any PIL picture as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith('I'):  # 16-bit grey: convert('RGB') would clip it to white
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
+
+
+def _upright(image):
+    # Not ImageOps.exif_transpose: it writes all of the EXIF anew, and fails at any entry that is odd.
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:  # broken EXIF: the picture is shown as it lies, as viewers do
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def prepare(image, vision):

@@ -100,7 +100,7 @@ def build_index(source, config, tokenizer, split):
     data.too_long allows, or if none is left.
     """
     vision, data = config.model.vision, config.data
-    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES
+    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES, images.FORMATS
     words = tokenizer.digest, tokenizer.template.digest
     shape = data.length, data.slots, vision.patches, data.too_long == 'cut'
     parts = (7, source.key, words, config.stage, shape, limits)
