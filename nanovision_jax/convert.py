@@ -15,7 +15,7 @@ import contextlib
 import pathlib
 import shutil
 
-from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.errors import Parser, UserError, check_writable, run
 
 FORMATS = ('hf', 'nanogptvision')
 
@@ -129,6 +129,7 @@ def main(argv):
         useless += ('tokenizer',)
     if given := [name for name in useless if getattr(args, name)]:
         raise UserError(f'--{given[0]} does not go with --{"to" if args.to else "from"}={args.to or args.source}.')
+    check_writable(args.output)
     if args.to:
         to_hf(args.run, args.output, args.dtype or 'float32', args.push)
     elif args.source == 'hf':

@@ -13,7 +13,7 @@ import json
 import pathlib
 
 from nanovision_jax import evals
-from nanovision_jax.errors import Parser, UserError, nearest, run
+from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
 
 TASKS = ('bpb', 'vqa')
 SPLITS = ('train', 'validation', 'heldout')
@@ -30,12 +30,18 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
         raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
     if limit is not None and limit < 1:
         raise UserError(f'--limit takes a number above 0, not {limit}.')
+    if images and not data:
+        raise UserError('--images is where the pictures of --data are: it takes --data too.')
+    if task != 'vqa' and (images or allow_missing):
+        raise UserError(f'{"--images" if images else "--allow-missing"} is for vqa: {task} reads text alone.')
+    folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
+    if output or folder.parent.is_dir():  # else there is no run, which is said below
+        check_writable(folder)
     from nanovision_jax.inference import load
 
     module = importlib.import_module(f'nanovision_jax.evals.{task}')
     options = {'images': images, 'allow_missing': allow_missing} if task == 'vqa' else {}
     result, rows = module.run(load(run_dir), split=split, data=data, limit=limit, **options)
-    folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
     folder.mkdir(parents=True, exist_ok=True)
     name = task if split == 'validation' else f'{task}-{split}'
     if rows:

@@ -20,7 +20,7 @@ import pathlib
 import shutil
 
 from nanovision_jax.data.mixture import PREPARED
-from nanovision_jax.errors import Parser, UserError, nearest, run
+from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
 
 # Where each set is published, which of its files are needed, and what else must be placed beside them.
 ORIGINS = {
@@ -63,6 +63,7 @@ def prepare(name, source='', output='data', **options):
         return made
     if source and not pathlib.Path(source).exists():
         raise UserError(f'no folder {source}: say with --from where the files of {name} are.')
+    check_writable(home)
     patterns = (options['files'],) if options.get('files') else ()
     made_from = asked
     if not source:

@@ -25,7 +25,7 @@ from nanovision_jax import config as configs
 from nanovision_jax import evals, report_page, runconfig, runfolder, start
 from nanovision_jax.data import images, mixture, sources
 from nanovision_jax.data.conversation import BadExample
-from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.errors import Parser, UserError, check_writable, run
 
 
 @dataclasses.dataclass
@@ -346,7 +346,9 @@ def train_command(run_):
 def report(family):
     """Writes report.html and report.md into a family folder, and returns the path of the first."""
     family = pathlib.Path(family)
-    blocks = list(tell(family, open_runs(family)))
+    runs = open_runs(family)
+    check_writable(family)
+    blocks = list(tell(family, runs))
     (family / 'report.md').write_text('\n\n'.join(map(report_page.markdown_block, blocks)) + '\n', encoding='utf-8')
     page = family / 'report.html'
     page.write_text(report_page.html_page(family.resolve().name, blocks), encoding='utf-8')

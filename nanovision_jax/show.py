@@ -9,7 +9,7 @@ import itertools
 import sys
 
 from nanovision_jax import commandline, start
-from nanovision_jax.errors import UserError, run
+from nanovision_jax.errors import Parser, UserError, run
 
 GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
 
@@ -39,10 +39,12 @@ def render(row, tokenizer, colour=True):
 
 def main(argv):
     """The command: see the module's docstring."""
-    count = next((arg.partition('=')[2] for arg in argv if arg.startswith('--rows=')), '2')
-    if not count.isdigit() or int(count) < 1:
-        raise UserError(f'--rows takes a number above 0, not {count!r}.')
-    config, _ = commandline.parse([arg for arg in argv if not arg.startswith('--rows=')], __doc__)
+    parser = Parser(add_help=False)
+    parser.add_argument('--rows', type=int, default=2)
+    options, rest = parser.parse_known_args(argv)
+    if options.rows < 1:
+        raise UserError(f'--rows takes a number above 0, not {options.rows}.')
+    config, _ = commandline.parse(rest, __doc__)
 
     from nanovision_jax.data import pipeline
 
@@ -54,7 +56,7 @@ def main(argv):
         print(f'{name:10} {value.dtype!s:8} {list(value.shape)}')
     if bad:
         print(f'{len(bad)} bad examples left out, the first: {bad[0]}')
-    for i in range(min(int(count), config.data.batch_size)):
+    for i in range(min(options.rows, config.data.batch_size)):
         row = {name: value[i] for name, value in batch.items()}
         print(f'\nrow {i}')
         if config.stage == 'clip':

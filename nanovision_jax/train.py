@@ -44,7 +44,7 @@ from nanovision_jax import (
 )
 from nanovision_jax import start as starts
 from nanovision_jax.data import conversation, images, pipeline
-from nanovision_jax.errors import UserError, run
+from nanovision_jax.errors import UserError, check_writable, run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The state and the step
@@ -207,6 +207,7 @@ def train(config, resume=False, anew=False):
     if config.steps and start >= config.steps:
         print(f'{folder} is finished: {start} of {config.steps} steps')
         return folder
+    check_writable(folder)
     mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
     with jax.set_mesh(mesh), StopOnSignal() as stop:
         return _train(config, folder, start, mesh, stop)

@@ -350,13 +350,18 @@ def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, monkeypat
     assert asked == [[system, told]] * 2
 
 
-def test_what_cannot_be_evaluated_is_said(model_run, squares):
+def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
     model_run(looks=True)
     data = squares / 'squares.json'
     for options, message in (
         ({'task': 'vqb'}, "no task 'vqb'. Did you mean 'vqa'"),
         ({'split': 'hedlout'}, "no split 'hedlout'. Did you mean 'heldout'"),
         ({'limit': 0}, '--limit takes a number above 0, not 0'),
+        ({'task': 'bpb', 'images': squares}, '--images is for vqa: bpb reads text alone'),
+        ({'task': 'bpb', 'allow_missing': True}, '--allow-missing is for vqa: bpb reads text alone'),
+        ({'data': None, 'images': squares}, '--images is where the pictures of --data are: it takes --data too'),
+        ({'output': data}, r'squares\.json cannot be a folder: .*squares\.json is none'),
+        ({'output': '/proc/out'}, '/proc/out cannot be written: nothing can be made in /proc'),
         ({'limit': 2}, 'all questions are about one picture'),
         ({'data': squares / 'nothing.json'}, 'no conversations at'),
         ({'task': 'bpb', 'data': squares / 'nothing.txt'}, 'no text at'),
@@ -364,6 +369,9 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares):
     ):
         with pytest.raises(UserError, match=message):
             evaluate.evaluate(squares / 'run', **{'task': 'vqa', 'data': data} | options)
+    monkeypatch.setattr(inference, 'load', lambda run_dir: pytest.fail('the run was opened'))
+    with pytest.raises(UserError, match='cannot be written'):
+        evaluate.evaluate(squares / 'run', 'vqa', data=data, output='/proc/out')
     model_run(looks=True, stage='sft')
     with pytest.raises(UserError, match='a sft run cannot answer it'):
         evaluate.evaluate(squares / 'run', 'vqa', data=data)

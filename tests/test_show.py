@@ -47,7 +47,7 @@ def test_the_command_shows_the_first_batch_of_a_stage(llava_folder, tmp_path, ca
     (tmp_path / 'words.txt').write_text('\n'.join(f'the {n} birds.' for n in range(300)))
     source = ['--config.data.source=conversations', f'--config.data.path={llava_folder}/instruct.json']
     captions = [source[0], f'--config.data.path={llava_folder}/pretrain.json']
-    shown('pretrain', tmp_path, '--config.data.source=text', f'--config.data.path={tmp_path}/words.txt', '--rows=1')
+    shown('pretrain', tmp_path, '--config.data.source=text', f'--config.data.path={tmp_path}/words.txt', '--rows', '1')
     text = capsys.readouterr().out
     assert 'tokens     int32    [3, 200]' in text and text.count('\nrow ') == 1
     assert 'learned: 100.0% of the row; padding: 0.0%' in text and re.search(r'birds\.\nthe \d+ birds\.', text)
@@ -68,8 +68,9 @@ def test_the_command_shows_the_first_batch_of_a_stage(llava_folder, tmp_path, ca
 
 @pytest.mark.parametrize('count', ['0', '-1', 'two', '1.5', ''])
 def test_rows_is_a_number(count):
-    with pytest.raises(UserError, match='--rows takes a number above 0'):
-        show.main([f'--config={ROOT}/configs/sft.py:tiny', f'--rows={count}'])
+    for rows in ([f'--rows={count}'], ['--rows', count]):
+        with pytest.raises(UserError, match=f"--rows.* (takes a number above 0, not {count}|int value: '{count}')"):
+            show.main([f'--config={ROOT}/configs/sft.py:tiny', *rows])
 
 
 def test_unknown_options_are_answered(tmp_path):
