@@ -10,20 +10,45 @@ conversation:
   /quit         leaves (so does the end of input)
 """
 
+import contextlib
+import itertools
+import os.path
 import pathlib
+import shlex
 import sys
+import urllib.parse
 
 from nanovision_jax.errors import Parser, UserError, run
 
 
-def open_picture(path):
-    """A PIL picture from a file. Raises UserError if there is none."""
+def find_picture(text):
+    """The file that a path means: as it stands, or as terminals and file managers write one that is dragged in.
+
+    That is in quotes, with its spaces escaped, with ~ for the home folder, or as a file:// address.
+    Raises UserError where none of them is a file.
+    """
+    text = text.strip()
+    readings = [text]
+    with contextlib.suppress(ValueError):  # a quote without its end: an apostrophe in a name
+        readings += [word for words in [shlex.split(text)] if len(words) == 1 for word in words]
+    for reading in readings[::-1]:
+        if reading.lower().startswith('file:'):
+            readings.append(urllib.parse.unquote(urllib.parse.urlsplit(reading).path))
+    for path in map(os.path.expanduser, readings):
+        if os.path.isfile(path):
+            return path
+    raise UserError(f'no picture {text!r}.')
+
+
+def open_picture(text):
+    """A PIL picture from a file, as find_picture() finds it. Raises UserError if there is none."""
     from nanovision_jax.data import conversation, images
 
-    if not pathlib.Path(path).is_file():
-        raise UserError(f'no picture {path!r}.')
+    path = find_picture(text)
     try:
         return images.load(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}.') from error
     except conversation.BadExample as error:
         raise UserError(f'{path}: {error}; pictures are {", ".join(images.FORMATS)}.') from error
 
@@ -43,15 +68,27 @@ def question(text, pictures):
     return {'role': 'user', 'content': [{'type': 'image'}] * pictures + [{'type': 'text', 'text': text}]}
 
 
+def typed(prompt):
+    """The lines of standard input. A terminal shows `prompt`, and has arrow keys and a history, which no file keeps."""
+    if sys.stdin is None:  # closed, as in <&-
+        return
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # Windows has none, and needs none
+            import readline  # noqa: F401  input() uses it from then on
+    while True:
+        try:
+            line = input(prompt if terminal else '')
+        except EOFError:
+            return
+        yield line
+
+
 def converse(model, system, pictures, options):
     """The conversation: reads lines until the end of input or /quit. `system`: the messages that it begins with."""
     messages, shown = list(system), list(pictures)
     waiting = len(shown)  # pictures that go with the next question
-    while True:
-        try:
-            line = input('you: ' if sys.stdin.isatty() else '').strip()
-        except EOFError:
-            return
+    for line in map(str.strip, typed('you: ')):
         if line == '/quit':
             return
         if line == '/new':
@@ -77,6 +114,22 @@ def converse(model, system, pictures, options):
             messages.append({'role': 'assistant', 'content': answer.strip() or '…'})
 
 
+def continued(model, text, options):
+    """Prints a text and what the model continues it with. Raises UserError before anything is printed."""
+    pieces = model.continue_text(text, **options)
+    first = next(pieces, '')
+    say(itertools.chain([text, first], pieces))
+
+
+def continue_lines(model, options):
+    """Continues each line of the input."""
+    for line in typed('text: '):
+        try:
+            continued(model, line, options)
+        except UserError as error:  # a line that is too long, say: the next one may do
+            print(f'error: {error}')
+
+
 def main(argv):
     """The command: see the module's docstring."""
     parser = Parser(prog='python -m nanovision_jax.chat', description=__doc__)
@@ -87,7 +140,7 @@ def main(argv):
     parser.add_argument('--temperature', type=float, default=0.0, help='0 (default) takes the likeliest token')
     parser.add_argument('--top-k', type=int, default=0, help='sample among the k likeliest tokens; 0 (default): all')
     parser.add_argument('--top-p', type=float, default=1.0, help='sample among the likeliest tokens of this mass')
-    parser.add_argument('--seed', type=int, default=0, help='of the sampling')
+    parser.add_argument('--seed', type=int, default=0, help='of the sampling: any whole number')
     parser.add_argument('--max-new-tokens', type=int, default=256, help='the longest answer')
     args = parser.parse(argv)
     pictures = [open_picture(path) for path in args.image]
@@ -105,10 +158,10 @@ def main(argv):
         raise UserError(f'{args.run} is a pretrain run: it continues text, and takes no --system.')
     if model.config.stage == 'pretrain':
         print('(a pretrain run has not learned to answer: it continues your text)', file=sys.stderr)
-        reader = [args.prompt] if args.prompt is not None else sys.stdin
-        for line in reader:
-            print(line.rstrip('\n'), end='', flush=True)
-            say(model.continue_text(line.rstrip('\n'), **options))
+        if args.prompt is None:
+            continue_lines(model, options)
+        else:
+            continued(model, args.prompt, options)
     elif args.prompt is not None:
         say(model.chat([*system, question(args.prompt, len(pictures))], images=pictures, stream=True, **options))
     else:

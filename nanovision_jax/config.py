@@ -127,7 +127,9 @@ class Data:
     batch_size: int = option(32, 'rows a step, over all devices', above=0)
     length: int = option(1024, 'tokens a row', above=0)
     too_long: str = option(
-        '', "what becomes of a first answer beyond length; '' drops up to 5% of the examples", ('', 'drop', 'cut', 'refuse')
+        '',
+        "what becomes of a first answer beyond length; '' drops up to 5% of the examples",
+        ('', 'drop', 'cut', 'refuse'),
     )
     slots: int = option(4, 'pictures a row, in the vision stages', above=0)
     augment: bool = option(False, 'clip only: random crop and mirror; wrong where left and right matter')

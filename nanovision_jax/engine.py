@@ -8,6 +8,8 @@ Axes: B batch, T prompt (padded), S cache slots, V vocabulary, M image slots.
 
 import dataclasses
 import functools
+import operator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 
 CHUNK = 16  # tokens decoded between looks at the result
+# Below COLD a temperature counts as 0, above HOT it is refused: the logits divided by it would leave float32.
+COLD, HOT = 1e-6, 1e6
 
 
 @dataclasses.dataclass
@@ -29,7 +33,9 @@ class Prompt:
 
 
 def text_prompt(tokenizer, text):
-    """The beginning of a document, for a model to continue."""
+    """The beginning of a document, for a model to continue. Raises UserError for what is no text."""
+    if not isinstance(text, str) or re.search('[\ud800-\udfff]', text):  # a byte that was no character, say
+        raise UserError(f'{text!a:.60} cannot be continued: text that is not Unicode.')
     return Prompt(np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32), [])
 
 
@@ -61,6 +67,22 @@ def place_images(messages, count):
     content = first['content']
     content = [{'type': 'text', 'text': content}] if isinstance(content, str) else list(content)
     return [first | {'content': [{'type': 'image'}] * missing + content}, *rest]
+
+
+def _whole(name, value):
+    """An option as an int. Raises UserError where it is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f'{name} takes a whole number, not {value!r}.') from None
+
+
+def _number(name, value):
+    """An option as a float. Raises UserError where it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'{name} takes a number, not {value!r}.') from None
 
 
 def _bucket(n, least=32):
@@ -136,13 +158,18 @@ class Engine:
     def pieces(self, prompts, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Yields, chunk by chunk, a list with each prompt's new token ids; stop tokens are left out.
 
-        Row i samples with seed + i, so a prompt's answer does not depend on what else is in the batch.
-        Raises UserError for a prompt that leaves no room in the context.
+        Row i samples with seed + i, so a prompt's answer does not depend on what else is in the batch. Any int is a
+        seed; those that differ by a multiple of 2**32 are the same one. top_k 0, or beyond the vocabulary, keeps all.
+        Raises UserError for a prompt that leaves no room in the context, and for options that make no sense.
         """
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        max_new_tokens, top_k, seed = map(_whole, ('max_new_tokens', 'top_k', 'seed'), (max_new_tokens, top_k, seed))
+        temperature, top_p = map(_number, ('temperature', 'top_p'), (temperature, top_p))
+        if not 0 <= temperature <= HOT or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise UserError(
-                'sampling wants temperature and top_k of at least 0, top_p in (0, 1], max_new_tokens above 0.'
+                f'sampling wants temperature in [0, {HOT:.0f}], top_k of at least 0, top_p in (0, 1], '
+                'and max_new_tokens above 0.'
             )
+        greedy = temperature < COLD
         tokenizer, model = self.tokenizer, self.config.model
         lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
         if lengths.max() >= model.positions:
@@ -153,13 +180,14 @@ class Engine:
             row[: len(prompt.ids)] = prompt.ids
         logits, cache = prefill(self.graphdef, self.params, tokens, lengths, self._pictures(prompts), slots)
         stops = jnp.array(tokenizer.stops, jnp.int32)
-        sampling = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+        sampling = (jnp.float32(temperature), jnp.int32(min(top_k, logits.shape[1])), jnp.float32(top_p))
         state = (logits, cache, jnp.array(lengths), jnp.zeros(len(prompts), bool))
-        state += (jax.vmap(jax.random.key)(seed + jnp.arange(len(prompts))),)
+        seeds = [(seed + row) % 2**32 for row in range(len(prompts))]
+        state += (jax.vmap(jax.random.key)(np.array(seeds, np.uint32)),)
         made = 0
         finished = np.zeros(len(prompts), bool)
         while made < max_new_tokens and not finished.all():
-            out, count, *state = decode(self.graphdef, self.params, *state, sampling, stops, greedy=temperature == 0)
+            out, count, *state = decode(self.graphdef, self.params, *state, sampling, stops, greedy=greedy)
             out = np.asarray(out)[:, : min(int(count), max_new_tokens - made)]
             made += out.shape[1]
             chunk = []

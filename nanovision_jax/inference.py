@@ -55,7 +55,7 @@ class Run:
         messages: [{'role': 'user' | 'assistant', 'content': text or parts}], ending with a question, or just that
         question's text; the first may have the role 'system'. images: PIL pictures, in the order of the image parts;
         pictures for which no message has a part go before the first question.
-        Options: temperature, top_k, top_p, max_new_tokens, seed.
+        Options: temperature, top_k, top_p, max_new_tokens, seed (see Engine.pieces).
         """
         if self.config.stage == 'pretrain':
             raise UserError('a pretrain run has not learned to answer: continue_text() continues text.')

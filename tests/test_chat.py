@@ -1,11 +1,20 @@
 """The terminal: conversations, pictures at any turn, one prompt, text to continue, and mistakes in one sentence."""
 
 import copy
+import errno
 import io
+import os
+import pathlib
+import re
+import select
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
 import tiny
+from conftest import ROOT
 from PIL import Image
 
 import nanovision_jax
@@ -160,6 +169,98 @@ def test_a_pretrain_run_continues_text_and_says_so(talk, folder):
     said = talk([*argv, '--prompt=the cat sees'])
     assert said.out == expected + '\n' and 'continues your text' in said.err
     assert talk(argv, 'the cat sees', 'the cat sees').out == f'{expected}\n' * 2
+
+
+def test_a_picture_is_found_as_a_terminal_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in ('my cat.png', "cat's 100%.png", 'größe \U0001f408.png', '~.png', 'a\\b.png'):
+        file = tmp_path / name
+        file.write_bytes(b'')
+        escaped = re.sub(r"([\s'\\])", r'\\\1', str(file))
+        for written in (
+            str(file),
+            f' {file} ',
+            shlex.quote(str(file)),
+            f'"{file}"' if '\\' not in name else escaped,
+            escaped,
+            f'~/{name}',
+            escaped.replace(str(tmp_path), '~'),
+            file.as_uri(),
+            file.as_uri().replace('file://', 'FILE://localhost'),
+        ):
+            assert chat.find_picture(written) == str(file), written
+    (tmp_path / 'quoted').mkdir()
+    monkeypatch.chdir(tmp_path / 'quoted')
+    for name in ("'x.png'", 'x\\ y.png'):  # a file that is called so comes first
+        pathlib.Path(name).write_bytes(b'')
+        assert chat.find_picture(name) == name
+    for none in ('', '""', '~', '/', str(tmp_path), 'x' * 5000, '\0', '\udce9.png', "it's", 'file://', 'a.png b.png'):
+        with pytest.raises(UserError, match=r'^no picture '):
+            chat.find_picture(none)
+
+
+def test_a_dragged_picture_is_shown(talk, asked, folder, tmp_path):
+    shutil.copy(folder / 'red.png', tmp_path / 'my cat.png')
+    argv = [f'--run={folder}/vision_instruct', f"--image='{tmp_path}/my cat.png'"]
+    talk(argv, f'/image {tmp_path}/my\\ cat.png', 'two?')
+    assert asked[0][1] == [RED, RED]
+
+
+def test_a_picture_that_may_not_be_read_is_said(folder, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, 'read_bytes', refuse)  # a test may run as root, who may read everything
+    with pytest.raises(UserError, match=r'red\.png cannot be read: Permission denied\.$'):
+        chat.open_picture(str(folder / 'red.png'))
+
+
+def refuse(path):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+
+def test_bytes_that_are_no_text_are_one_sentence(talk, asked, folder):
+    with pytest.raises(UserError, match=r"^'h\\udce9' cannot be continued: text that is not Unicode\.$"):
+        talk([f'--run={folder}/pretrain', '--prompt=h\udce9'])
+    argv = [f'--run={folder}/pretrain', '--max-new-tokens=3']
+    said = talk(argv, 'the cat', 'h\udce9', 'the cat').out.splitlines()
+    assert said[1] == r"error: 'h\udce9' cannot be continued: text that is not Unicode." and said[0] == said[2]
+    long = 'the cat sees ' * 80
+    said = talk(argv, long, 'the cat').out.splitlines()
+    assert said[0].startswith('error: the prompt is') and len(said) == 2
+
+
+def test_broken_text_in_a_conversation_is_taken_back(talk, folder):
+    argv = [f'--run={folder}/vision_instruct', '--max-new-tokens=3']
+    said = talk(argv, 'h\udce9', 'the cat?').out.splitlines()
+    assert said[0] == 'error: this conversation cannot be answered: text that is not Unicode.'
+    assert said[1:] == talk(argv, 'the cat?').out.splitlines()
+    with pytest.raises(UserError, match='text that is not Unicode'):
+        talk([*argv, '--prompt=h\udce9'])
+
+
+def test_a_closed_input_is_an_end(monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    assert list(chat.typed('you: ')) == []
+
+
+def test_a_terminal_has_arrow_keys_and_a_history(tmp_path):
+    pytest.importorskip('readline')
+    program = 'import sys; from nanovision_jax import chat; print([*chat.typed("you: ")]); print("jax" in sys.modules)'
+    main, terminal = os.openpty()
+    env = os.environ | {'HOME': str(tmp_path), 'TERM': 'xterm'}
+    done = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=env, stdin=terminal, stdout=terminal)
+    os.close(terminal)
+    said, keys = b'', [b'ct\x1b[Da\n', b'\x1b[A?\n', b'\x04']
+    for key in [*keys, b'']:
+        while select.select([main], [], [], 60)[0]:
+            try:
+                said += os.read(main, 4096)
+            except OSError:  # the program has ended
+                break
+            if key and said.count(b'you: ') > keys.index(key):
+                break
+        os.write(main, key) if key else None
+    assert done.wait(60) == 0
+    assert b"['cat', 'cat?']\r\nFalse" in said and not list(tmp_path.iterdir())
+    os.close(main)
 
 
 def test_mistakes_are_one_sentence(talk, folder):

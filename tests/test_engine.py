@@ -107,6 +107,53 @@ def test_the_one_likeliest_token_is_the_greedy_one(text):
     assert answers(runner, prompts, max_new_tokens=20, temperature=1.3) != greedy
 
 
+def test_any_whole_number_is_a_seed_and_any_top_k_is_taken(text):
+    runner, prompts = text
+    options = {'max_new_tokens': 20, 'temperature': 0.8}
+    plain = answers(runner, prompts, seed=3, **options)
+    for seed in (3 + 2**32, 3 - 2**32, 3 + 7 * 2**64, np.int64(3)):
+        assert answers(runner, prompts, seed=seed, **options) == plain
+    largest = answers(runner, prompts, seed=2**32 - 1, **options)
+    assert largest == answers(runner, prompts, seed=-1, **options)
+    assert answers(runner, prompts[1:2], seed=0, **options) == largest[1:2]  # rows count on from there
+    seeds = (2**31 - 1, 2**31, 99_999_999_999, -5)
+    assert len({str(answers(runner, prompts, seed=seed, **options)) for seed in seeds}) == len(seeds)
+    for top_k in (10**6, 2**31, 2**40, 10**30):
+        assert answers(runner, prompts, seed=3, top_k=top_k, **options) == plain
+
+
+def test_temperatures_at_the_end_of_float32_are_the_likeliest_token_or_refused(text):
+    runner, prompts = text
+    greedy = answers(runner, prompts, max_new_tokens=20)
+    for temperature in (1e-6, 1e-7, 1e-38, 1e-45, 1e-300, 0):
+        assert answers(runner, prompts, max_new_tokens=20, temperature=temperature) == greedy, temperature
+    assert answers(runner, prompts, max_new_tokens=20, temperature=1e6) != greedy
+
+
+@pytest.mark.parametrize(
+    ('option', 'value'),
+    [
+        *(('seed', value) for value in ('1', 1.0, None, float('nan'), [3])),
+        *(('top_k', value) for value in (-1, 2.5, '3', None, -(10**30))),
+        *(('max_new_tokens', value) for value in (0, -1, 7.0, None, 'many')),
+        *(('temperature', value) for value in (-1, float('nan'), float('inf'), 1e300, 10**400, 'hot', None, [1])),
+        *(('top_p', value) for value in (0, -0.1, 1.1, float('nan'), 'x', None)),
+    ],
+)
+def test_options_that_make_no_sense_are_one_sentence(text, option, value):
+    runner, prompts = text
+    with pytest.raises(UserError, match=option) as error:
+        answers(runner, prompts, **{'temperature': 0.5} | {option: value})
+    assert '\n' not in str(error.value)
+
+
+def test_text_that_is_none_is_not_continued(tokenizer):
+    for text in ('h\udce9llo', '\ud83d', b'bytes', None, 3):
+        with pytest.raises(UserError, match=r'cannot be continued: text that is not Unicode\.$') as error:
+            engine.text_prompt(tokenizer, text)
+        assert str(error.value).isascii()
+
+
 def test_every_stop_token_ends_its_row_and_no_other(text):
     runner, prompts = text
     plain = answers(runner, prompts, max_new_tokens=29)
