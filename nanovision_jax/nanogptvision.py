@@ -8,7 +8,7 @@ from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf.decoders import Family, take_decoder
-from nanovision_jax.hf.weights import INTO_HEADS, LINEAR, OUT_OF_HEADS, SAME, Tensor, Weights
+from nanovision_jax.hf.weights import INTO_HEADS, LINEAR, OUT_OF_HEADS, SAME, Tensor, Weights, without_prefixes
 
 _ATTENTION = 'blocks.{}.multihead_attention.'
 _QKV = tuple(f'{_ATTENTION}{name}_fc.weight' for name in ('query', 'key', 'value'))
@@ -64,9 +64,7 @@ def read(file):
     step = max(1, int(content['current_step']))
     config = configs.Config('pretrain', size='nanogptvision', steps=step, model=model, data=data)
     tensors = {}
-    for name, tensor in content['model_state_dict'].items():
-        while name.startswith(('module.', '_orig_mod.')):
-            name = name.partition('.')[2]
+    for name, tensor in without_prefixes(content['model_state_dict']).items():
         name += '.weight' * (name == FAMILY.embedding.removesuffix('.weight'))  # a bare parameter in some versions
         tensors[name] = Tensor(tuple(tensor.shape), lambda t=tensor: t.float().numpy())
     return config, step, Weights(file, tensors)

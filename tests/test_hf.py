@@ -15,6 +15,7 @@ import nanovision_jax
 from nanovision_jax import config as configs
 from nanovision_jax import hf, models, runfolder, train
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf.weights import without_prefixes
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -130,6 +131,28 @@ def test_all_that_does_not_fit_is_listed_together(tmp_path):
     message = str(error.value)
     assert 'pre_layrnorm.bias is missing' in message and 'layers.3.mlp.fc1.bias is unknown' in message
     assert 'class_embedding is [31] and not [32]' in message and message.count(';') == 2
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'base_model.model.', '_orig_mod.module.'])
+def test_what_wrappers_put_before_every_name_is_no_part_of_it(prefix, tmp_path):
+    make('siglip_vision', tmp_path)
+    tower, preprocess = hf.load_vision_tower(tmp_path)
+    pixels = preprocess(pictures())
+    wanted, weights = np.asarray(tower(pixels)), load_file(tmp_path / 'model.safetensors')
+    save_file({prefix + name: value for name, value in weights.items()}, tmp_path / 'model.safetensors')
+    tower, _ = hf.load_vision_tower(tmp_path)
+    np.testing.assert_array_equal(np.asarray(tower(pixels)), wanted)
+    first = min(weights)  # before all names, or it is a name
+    partly = {prefix * (name != first) + name: value for name, value in weights.items()}
+    assert without_prefixes(partly).keys() == partly.keys() and without_prefixes({}) == {}
+
+
+def test_ten_complaints_are_listed_and_the_others_counted(tmp_path):
+    make('siglip_vision', tmp_path)
+    rewrite(tmp_path, lambda weights: [weights.pop(name) for name in sorted(weights)[:14]])
+    with pytest.raises(UserError) as error:
+        hf.load_vision_tower(tmp_path)
+    assert str(error.value).count(' is missing') == 10 and str(error.value).endswith('; and 4 more.')
 
 
 def test_shards_with_an_index_are_read_and_names_are_never_paths(tmp_path):

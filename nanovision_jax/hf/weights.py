@@ -34,6 +34,10 @@ OUT_OF_HEADS = Layout(lambda x: x.reshape(-1, x.shape[-1]).T, LINEAR.here)  # [N
 HEADS_BIAS = Layout(lambda x: x.reshape(-1), SAME.here)  # [N, H] ↔ [N·H]
 
 
+PREFIXES = ('module.', '_orig_mod.', 'base_model.model.')
+LISTED = 10  # complaints in a message
+
+
 def _patch_there(x):  # [p·p·3, D] ↔ a convolution's [D, 3, p, p]
     side = round((x.shape[0] // 3) ** 0.5)
     return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
@@ -84,9 +88,11 @@ class Weights:
         return Weights(self.where, found, self.prefix + prefix)
 
     def refuse(self, complaints):
-        """Raises UserError with all that is wrong, if anything is."""
+        """Raises UserError if anything is wrong: it lists LISTED complaints, and counts the others."""
         if complaints:
-            raise UserError(f'the weights in {self.where} do not fit: {"; ".join(complaints)}.')
+            told = '; '.join(complaints[:LISTED])
+            more = f'; and {len(complaints) - LISTED} more' if len(complaints) > LISTED else ''
+            raise UserError(f'the weights in {self.where} do not fit: {told}{more}.')
 
     def unknown(self, known, beside=()):
         """A complaint for each name that is not in `known` and matches none of the patterns `beside`."""
@@ -122,7 +128,14 @@ def open_weights(folder) -> Weights:
         for name in opened.keys():  # noqa: SIM118 - no mapping
             shape = tuple(opened.get_slice(name).get_shape())
             tensors[name] = Tensor(shape, lambda o=opened, n=name: np.asarray(o.get_tensor(n).astype(jnp.float32)))
-    return Weights(folder, tensors)
+    return Weights(folder, without_prefixes(tensors))
+
+
+def without_prefixes(tensors):
+    """{name: tensor} without what DistributedDataParallel, torch.compile and peft put before every name."""
+    while prefix := next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def write_weights(tensors, folder, dtype='float32'):
