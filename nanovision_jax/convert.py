@@ -2,7 +2,7 @@
 
     python -m nanovision_jax.convert --to=hf --run=runs/tiny/vision_instruct --output=FOLDER [--dtype=bfloat16]
                                      [--push=USER/NAME]
-    python -m nanovision_jax.convert --from=hf --input=FOLDER --output=RUN_DIR
+    python -m nanovision_jax.convert --from=hf --input=FOLDER --output=RUN_DIR [--template=own]
     python -m nanovision_jax.convert --from=nanogptvision --input=checkpoint_035000.pt --output=RUN_DIR
                                      [--tokenizer=gpt2]
 
@@ -50,14 +50,14 @@ def upload(folder, name):
         ) from error
 
 
-def from_hf(source, output):
-    """Makes a run folder of a Hugging Face folder or id."""
+def from_hf(source, output, template='auto'):
+    """Makes a run folder of a Hugging Face folder or id. template: auto keeps its chat template, own takes ours."""
     from nanovision_jax.hf.restore import restore
     from nanovision_jax.hf.weights import find
 
     folder = find(source)
     with _new(output) as output:
-        config, step, params, tokenizer = restore(folder, output)
+        config, step, params, tokenizer = restore(folder, output, template)
         _write(config, step, params, tokenizer, folder)
 
 
@@ -68,7 +68,8 @@ def from_nanogptvision(source, output, tokenizer='gpt2'):
 
     config, step, weights = nanogptvision.read(pathlib.Path(source))
     with _new(output) as output:
-        config.run_dir, config.name, config.data.tokenizer = str(output), output.parent.name, tokenizer
+        config.run_dir, config.name = str(output), output.parent.name
+        config.data.tokenizer = pathlib.Path(tokenizer).name
         (output / 'tokenizer').mkdir()
         import_tokenizer(tokenizer, output / 'tokenizer')
         opened = Tokenizer(output / 'tokenizer')
@@ -119,21 +120,23 @@ def main(argv):
     parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='with --to: of the weights')
     parser.add_argument('--push', metavar='USER/NAME', help='with --to: upload it to the Hugging Face hub too')
     parser.add_argument('--tokenizer', help='with --from=nanogptvision: a folder or id (default: gpt2)')
+    parser.add_argument(
+        '--template', choices=('auto', 'own'), help='with --from=hf: keep its chat template, or take ours'
+    )
     args = parser.parse(argv)
     if bool(args.to) == bool(args.source):
         raise UserError('say either --to=hf, or --from=hf or --from=nanogptvision.')
-    needed, useless = ('run', ('input', 'tokenizer')) if args.to else ('input', ('run', 'dtype', 'push'))
+    needed, useless = ('run', ('input', 'tokenizer', 'template')) if args.to else ('input', ('run', 'dtype', 'push'))
     if not getattr(args, needed):
         raise UserError(f'--{"to" if args.to else "from"} needs --{needed}.')
-    if args.source == 'hf':
-        useless += ('tokenizer',)
+    useless += {'hf': ('tokenizer',), 'nanogptvision': ('template',)}.get(args.source, ())
     if given := [name for name in useless if getattr(args, name)]:
         raise UserError(f'--{given[0]} does not go with --{"to" if args.to else "from"}={args.to or args.source}.')
     check_writable(args.output)
     if args.to:
         to_hf(args.run, args.output, args.dtype or 'float32', args.push)
     elif args.source == 'hf':
-        from_hf(args.input, args.output)
+        from_hf(args.input, args.output, args.template or 'auto')
     else:
         from_nanogptvision(args.input, args.output, args.tokenizer or 'gpt2')
 

@@ -184,7 +184,7 @@ def import_tokenizer(source, folder, template='auto'):
     if not found or not _keeps_apart(found, backend.get_added_tokens_decoder()):
         raise UserError(
             f'the chat template of {source!r} is neither ChatML (SmolLM2, Qwen) nor Llama 3: '
-            '--config.data.template=own takes ours instead, which the model has to learn.'
+            '--config.data.template=own (convert: --template=own) takes ours instead, which the model has to learn.'
         )
     names = {'bos_token': found.document, 'pad_token': found.document} | names | {'eos_token': found.ends[0]}
     return _save(content, found, names, folder)
