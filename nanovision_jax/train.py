@@ -362,8 +362,10 @@ def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
     for batch in itertools.islice(stream, config.eval.batches):
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
-    log.write(step=step, eval_loss=total / count)
-    bar.write(f'step {step}  eval loss {total / count:.4f} on held-out data', file=sys.stdout)
+    left_out = 0 if config.stage == 'pretrain' else len(held_out.index.left_out)
+    log.write(step=step, eval_loss=total / count, left_out=left_out)
+    without = f', without {left_out} examples that cannot be read' if left_out else ''
+    bar.write(f'step {step}  eval loss {total / count:.4f} on held-out data{without}', file=sys.stdout)
 
 
 def show_samples(config, graphdef, params, tokenizer, held_out, bar, n=2):

@@ -311,15 +311,17 @@ def test_another_dtype_of_compute_is_said(family, capsys):
     assert 'compute was in float32 in the last session, and is in bfloat16 now' in capsys.readouterr().out
 
 
-def test_one_held_out_example_is_enough(family, tmp_path):
-    """Sets to try things out are small: of these 21 rows one is held out."""
+def test_one_held_out_example_is_enough_and_one_that_is_left_out_is_counted(family, tmp_path, capsys):
+    """Sets to try things out are small: of these rows two are held out, and one of them has no answer."""
     talks = [[{'from': 'human', 'value': f'{i}?'}, {'from': 'gpt', 'value': 'a cat'}] for i in range(400)]
     held = [talk for talk in talks if is_held_out(talk[0]['value'].encode())]
-    rows = [talk for talk in talks if talk not in held][:20] + held[:1]
+    rows = [talk for talk in talks if talk not in held][:150] + [held[0], held[1][:1]]
     (tmp_path / 'x.json').write_text(json.dumps([{'conversations': talk} for talk in rows]))
     place = {'data__source': 'conversations', 'data__path': str(tmp_path / 'x.json')}
     train.train(micro.run_config('sft', family, steps=1, eval__every=1, **place))
-    assert meter.read_metrics(family / 'sft' / 'metrics.jsonl')[-1]['eval_loss'] > 0
+    line = meter.read_metrics(family / 'sft' / 'metrics.jsonl')[-1]
+    assert line['eval_loss'] > 0 and line['left_out'] == 1
+    assert 'on held-out data, without 1 examples that cannot be read' in capsys.readouterr().out
 
 
 def test_resume_with_other_sizes_is_refused_and_the_run_stays_whole(family):
