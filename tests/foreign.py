@@ -16,7 +16,7 @@ QWEN2_PLAIN = ['<tool_call>', '</tool_call>', '<|fim_prefix|>', '<|repo_name|>']
 QWEN3_PLAIN = [*QWEN2_PLAIN, '<tool_response>', '<think>', '</think>']
 LLAMA3 = ['<|begin_of_text|>', '<|end_of_text|>', *(f'<|reserved_special_token_{i}|>' for i in range(4))]
 LLAMA3 += ['<|start_header_id|>', '<|end_header_id|>', '<|eom_id|>', '<|eot_id|>', '<|python_tag|>']
-LLAMA3 += [f'<|reserved_special_token_{i}|>' for i in range(4, 248)]
+LLAMA3 += [f'<|reserved_special_token_{i}|>' for i in range(4, 60)]  # published: to 247
 
 # Jinja, by behaviour -------------------------------------------------------------------------------------------------
 

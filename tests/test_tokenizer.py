@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import unicodedata
 
 import foreign
 import numpy as np
@@ -12,7 +13,15 @@ import transformers
 from conftest import sentence
 
 from nanovision_jax.data import conversation
-from nanovision_jax.data.tokenizer import SPECIAL, Tokenizer, escape, import_tokenizer, train_tokenizer
+from nanovision_jax.data.tokenizer import (
+    LONGEST_WORD,
+    SHORT,
+    SPECIAL,
+    Tokenizer,
+    escape,
+    import_tokenizer,
+    train_tokenizer,
+)
 from nanovision_jax.errors import UserError
 
 HOSTILE = [
@@ -268,6 +277,78 @@ def test_added_words_and_spaces_are_text(tokenizer_folder, tmp_path):
     raw.add_tokens(['    ', 'hedgehog', '[TOOL]', '<tool>'])
     raw.save(str(tmp_path / 'tokenizer.json'))
     assert Tokenizer(tmp_path).controls == (*SPECIAL, '[TOOL]', '<tool>')
+
+
+def test_a_gap_in_the_ids_is_measured_and_not_counted(tokenizer_folder, texts, tmp_path):
+    """An id is a row of the model's table: the size is one more than the largest id, and none is given out twice."""
+    folder = foreign.make('qwen2', tmp_path / 'theirs', tokenizer_folder)
+    content = json.loads((folder / 'tokenizer.json').read_text())
+    for token in content['added_tokens']:  # as if 40 ids had been left out before the special tokens
+        token['id'] += 40
+        content['model']['vocab'][token['content']] = token['id']
+    (folder / 'tokenizer.json').write_text(json.dumps(content))
+    import_tokenizer(str(folder), tmp_path / 'ours')
+    mine, largest = Tokenizer(tmp_path / 'ours'), content['added_tokens'][-1]['id']
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / 'ours' / 'tokenizer.json'))
+    assert raw.get_vocab_size() == largest + 2 - 40
+    assert (mine.image, mine.size) == (largest + 1, largest + 2) and mine.end == content['added_tokens'][2]['id']
+    assert len(set(raw.get_vocab().values())) == raw.get_vocab_size()
+    assert mine.byte_lengths.shape == (mine.size,)
+    for text in texts[:50]:
+        assert mine.byte_lengths[list(mine.encode(text))].sum() == len(
+            unicodedata.normalize('NFC', mine.escape(text).strip()).encode()
+        )
+
+
+def test_a_large_tokenizer_is_taken_over_in_seconds(tmp_path, monkeypatch):
+    """150,000 tokens: nobody asks for the whole vocabulary once a token."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(a + b for a in alphabet for b in alphabet)]
+    pairs = [(word[0], word[1]) for word in words if len(word) == 2]
+    merges = pairs + [(a + b, c) for (a, b), c in zip(pairs * 2, ['!'] * 65536 + ['?'] * 65536, strict=True)]
+    words = list(dict.fromkeys(words + [a + b for a, b in merges]))[:150_000]
+    known = set(words)
+    merges = [pair for pair in merges if ''.join(pair) in known]
+    large = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, merges))
+    large.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    large.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    asked, whole = [], transformers.PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, 'get_vocab', lambda fast: asked.append(1) or whole(fast))
+    import_tokenizer(str(tmp_path), tmp_path / 'mine')
+    mine = Tokenizer(tmp_path / 'mine')
+    assert len(asked) < 10 and mine.size == 150_005
+
+
+def test_a_word_of_three_million_characters_comes_out(tokenizer, tmp_path):
+    """It is read in pieces, by encode and encode_documents alike, and a word within the bound is not."""
+    rng = random.Random(8)
+    word = ''.join(rng.choices('abcdefghij', k=3_000_000))
+    ids = tokenizer.encode(word)
+    assert ids == tuple(tokenizer.encode_documents([word]).tolist()[1:])
+    assert tokenizer.decode(ids[:1000]) == word[: len(tokenizer.decode(ids[:1000]))]
+    pieces = [word[i : i + LONGEST_WORD] for i in range(0, 5 * LONGEST_WORD, LONGEST_WORD)]
+    assert tokenizer.encode(word[: 5 * LONGEST_WORD]) == tuple(i for piece in pieces for i in tokenizer.encode(piece))
+    raw = tokenizers.Tokenizer.from_file(str(tokenizer.folder / 'tokenizer.json'))
+    for text in (word[:LONGEST_WORD], f'a {word[: LONGEST_WORD - 1]}\n\n' * 3, f'a{" " * (LONGEST_WORD - 1)}b'):
+        assert list(tokenizer.encode(text)) == raw.encode(text.strip(), add_special_tokens=False).ids
+    train_tokenizer(['a cat'] * 9 + [word[:200_000]], 400, tmp_path / 'a')  # without the bound: a minute
+
+
+def test_what_is_kept_of_texts_is_bounded(tokenizer_folder):
+    """Questions are kept as compact arrays, short ones only; answers and documents are not."""
+    fresh, rng = Tokenizer(tokenizer_folder), random.Random(9)
+    kept = lambda: fresh._repeated.cache_info()  # noqa: E731
+    for number in range(50):
+        ask = [{'role': 'user', 'content': f'the cat {number}'}, {'role': 'assistant', 'content': sentence(rng)}]
+        first = conversation.encode(ask, fresh).ids
+        assert conversation.encode(ask, fresh).ids.tolist() == first.tolist()
+        fresh.encode(sentence(rng))
+    assert (kept().currsize, kept().hits) == (50, 50)
+    conversation.encode([{'role': 'user', 'content': 'a ' * 200}, {'role': 'assistant', 'content': 'b'}], fresh)
+    assert kept().currsize == 50
+    assert isinstance(fresh._repeated('the cat 1'), np.ndarray) and kept().hits == 51
+    assert kept().maxsize * (4 * 4 * SHORT + 4 * SHORT + 500) < 24 << 20  # ids, characters, and what Python adds
 
 
 def test_a_word_piece_tokenizer_is_refused(tmp_path):

@@ -18,6 +18,12 @@ from nanovision_jax.data import templates
 from nanovision_jax.data.templates import IMAGE, OWN
 from nanovision_jax.errors import UserError
 
+# What is not learned (questions, mostly) is kept, as it repeats: 4,096 texts of at most 256 characters, which is 24 MiB
+# a process at most (a character may be four tokens of four bytes), and 3 MiB as questions usually are.
+CACHED, SHORT = 1 << 12, 256
+# A longer run without white space, or of nothing else, is read in pieces of so many characters: merging, and even more
+# so the training of merges, takes time by the square of a word's length.
+LONGEST_WORD = 4096
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', IMAGE)  # what our own template is made of
 
 
@@ -50,6 +56,8 @@ class Tokenizer:
     template: how conversations are written. controls: the strings that no text becomes; special: their ids.
     stops: the ids that end an answer, the usual one first, which is `end` too. end_of_text: the id that leads each
     document. size: one more than the largest id.
+
+    Words longer than LONGEST_WORD characters are read in pieces; at most CACHED texts of SHORT characters are kept.
     """
 
     def __init__(self, folder):
@@ -58,6 +66,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f'no tokenizer in {self.folder}: tokenizer.json is missing.')
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer.pre_tokenizer = _in_pieces(self._tokenizer.pre_tokenizer)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.size = self._tokenizer.get_vocab_size()
         self.template = template = templates.read(self.folder)
@@ -73,9 +82,7 @@ class Tokenizer:
         self.user, self.assistant = id_of('<|user|>'), id_of('<|assistant|>')  # None where other turns are written
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self._split = re.compile(f'({"|".join(longest_first)})').split
-        self._unlearned = functools.lru_cache(maxsize=1 << 16)(  # questions repeat
-            lambda text: np.array(self._read(text).ids, np.int32)
-        )
+        self._repeated = functools.lru_cache(maxsize=CACHED)(self._unlearned)
 
     def __reduce__(self):
         return Tokenizer, (self.folder,)  # data workers open it again
@@ -91,6 +98,9 @@ class Tokenizer:
     def _read(self, text):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def _unlearned(self, text):
+        return np.array(self._read(text).ids, np.int32)
+
     def tokenize(self, spans):
         """(ids int32 [n], learned bool [n]) of Spans, read as one text, in which control strings are special tokens.
 
@@ -104,7 +114,7 @@ class Tokenizer:
                 ids.append([self._tokenizer.token_to_id(piece)])
                 flags.append(learned[start : start + 1])
             elif piece and not learned[start:stop].any():
-                ids.append(self._unlearned(piece))
+                ids.append((self._repeated if len(piece) <= SHORT else self._unlearned)(piece))
                 flags.append(np.zeros(len(ids[-1]), bool))
             elif piece:
                 encoded = self._read(piece)
@@ -137,10 +147,18 @@ class Tokenizer:
         return lengths
 
 
+def _in_pieces(pre_tokenizer):
+    """The same, with longer words than LONGEST_WORD cut: a tokenizer.json is read so, and does not say so itself."""
+    run = tokenizers.Regex(rf'\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}')
+    steps = [tokenizers.pre_tokenizers.Split(run, 'isolated'), *([pre_tokenizer] if pre_tokenizer else [])]
+    return tokenizers.pre_tokenizers.Sequence(steps)
+
+
 def train_tokenizer(texts, vocab_size, folder):
     """Trains a byte-level BPE of `vocab_size` tokens (specials included) on an iterator of texts; writes `folder`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = _in_pieces(plain)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -149,6 +167,7 @@ def train_tokenizer(texts, vocab_size, folder):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = plain
     _save(
         json.loads(tokenizer.to_str()), OWN, dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), SPECIAL[0]), folder
     )
