@@ -272,6 +272,17 @@ def test_prompts_are_what_training_sees(tokenizer):
     assert continued.tolist() == tokenizer.encode_documents(['the cat runs']).tolist()
 
 
+def test_a_system_message_leads_and_pictures_go_with_the_question(tokenizer):
+    cfg, picture = tiny.config('vision_instruct'), Image.new('RGB', (9, 9))
+    system, question = {'role': 'system', 'content': 'the dog'}, {'role': 'user', 'content': 'a cat?'}
+    ids = engine.chat_prompt(cfg, tokenizer, [system, question], [picture]).ids.tolist()
+    t = tokenizer
+    wanted = [t.end_of_text, t.user, *t.encode('the dog'), *[t.image] * P, *t.encode('a cat?'), t.end, t.assistant]
+    assert ids == wanted
+    ids = engine.chat_prompt(tiny.config('sft'), tokenizer, [system, question]).ids.tolist()
+    assert ids == [t.end_of_text, t.user, *t.encode('the dog\n\na cat?'), t.end, t.assistant]
+
+
 def test_what_cannot_be_answered_is_said(tokenizer):
     cfg = tiny.config('sft')
     question, answer = {'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}
