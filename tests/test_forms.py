@@ -10,7 +10,7 @@ from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
 
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import formats, sources
-from nanovision_jax.data.conversation import BadExample, check, side
+from nanovision_jax.data.conversation import BadExample, check, kind_of, side
 from nanovision_jax.data.pictures import Pictures
 from nanovision_jax.errors import UserError
 
@@ -226,6 +226,16 @@ def test_another_form_is_named_at_once(tmp_path, data, told):
     assert '\n' not in str(caught.value)
     with pytest.raises(UserError, match=told):
         verb.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
+
+
+def test_reasons_of_one_kind_are_one():
+    for one, other in (
+        ("missing image 'a.jpg'", 'missing image "b\'s.jpg"'),
+        ("image 'a' cannot be read from the zip file", "image 'b' cannot be read from the zip file"),
+        ('image of 9000 × 80 pixels', 'image of 20 × 17000 pixels'),
+    ):
+        assert kind_of(one) == kind_of(other)
+    assert kind_of('a turn of tool: not taken') != kind_of('a turn of function: not taken')
 
 
 def test_a_link_to_pictures_elsewhere_is_followed_where_it_is_the_folder(tmp_path):

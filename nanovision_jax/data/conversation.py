@@ -29,8 +29,8 @@ class TooLong(BadExample):
 
 
 def kind_of(reason):
-    """A reason without the names it quotes, so that reasons of one kind are counted together."""
-    return re.sub(r""" ['"].*['"]""", '', reason)
+    """A reason without the names it quotes and a picture's size, so that reasons of one kind are counted together."""
+    return re.sub(r""" ['"].*['"]| of \d+ × \d+ pixels""", '', reason)
 
 
 class Encoded(NamedTuple):
