@@ -149,7 +149,9 @@ def test_captions_for_clip(made, tokenizer):
 
 
 def test_nothing_left_is_refused(made, tokenizer):
-    with pytest.raises(UserError, match='no validation example'):
+    with pytest.raises(
+        UserError, match=r'no validation example in .*: of 10 examples 5% should be, .* and none is; more'
+    ):
         build(made(good(10)), tokenizer, 'validation')
     with pytest.raises(UserError, match='no train example'):
         build(made([]), tokenizer)
@@ -174,6 +176,28 @@ def test_what_each_split_lost_is_counted(made, tokenizer):
     assert sum(reasons.get('image does not decode', 0) for reasons in everywhere) == 10
     assert any('no answer' in reasons for reasons in everywhere)
     assert sum(map(sum, (reasons.values() for reasons in everywhere))) == len(train.bad) == 73
+
+
+@pytest.mark.parametrize('stage', ['sft', 'vision_instruct', 'clip'])
+def test_one_held_out_example_is_enough_for_batches(made, tokenizer, stage, tmp_path):
+    """A set of 20 rows has one on average: its row comes again and again."""
+    n = next(n for n in range(1000) if is_held_out(f'q {n}?'.encode()))
+    rng, data = np.random.default_rng(n), b''
+    while not is_held_out(data):
+        data = jpeg(rng)
+    config = made([], stage=stage)
+    with zipfile.ZipFile(tmp_path / 'images.zip', 'a') as file:
+        file.writestr('held_out.jpg', data)
+    talk = [{'from': 'human', 'value': f'q {n}?'}, GOOD[1]]
+    held_out = {'conversations': talk} if stage == 'sft' else {'image': 'held_out.jpg', 'conversations': GOOD}
+    others = [{'conversations': [{'from': 'human', 'value': 'other'}, GOOD[1]]}] * 20 if stage == 'sft' else good(20)
+    config = made([*others, held_out], stage=stage)
+    train, validation = (pipeline.open_rows(config, tokenizer, split)[0] for split in ('train', 'validation'))
+    assert len(train.index.rows) == 20 and validation.index.rows.tolist() == [20] and validation.rows_per_epoch() == 1
+    stream = pipeline.batches(validation, 4)
+    for batch in (next(stream), next(stream)):
+        assert all(len(array) == 4 and (array == array[:1]).all() for array in batch.values())
+    assert validation.index.asked == 1 and validation.efficiency()['tokens'] > 0
 
 
 # Too long ------------------------------------------------------------------------------------------------------------

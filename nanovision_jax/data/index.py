@@ -122,7 +122,10 @@ def build_index(source, config, tokenizer, split):
     on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
-        raise UserError(f'no {split} example in {place} for stage {config.stage}.')
+        why = ''
+        if split == 'validation' and hasattr(source, 'side') and asked:
+            why = f': of {asked} examples 5% should be, by a hash of picture or question, and none is; more are needed'
+        raise UserError(f'no {split} example in {place} for stage {config.stage}{why}.')
     left_out = [row for row, here in zip(bad, on_side[lengths == 0], strict=True) if here]
     dropped, cut, shortened = (int((fits[on_side] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
     asked = len(rows) + len(left_out) + dropped

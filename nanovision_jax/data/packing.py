@@ -217,7 +217,10 @@ class TextRows:
         self.windows = np.array([max(0, len(shard) - 1) // config.data.length for shard in shards])
         self.first, stop = bounds(subset, int(self.windows.sum()))
         if self.first >= stop:
-            raise UserError(f'{config.data.path}{subset} holds less text than one row of {config.data.length} tokens.')
+            raise UserError(
+                f'{config.data.path}{subset}, or the part of it that is held out, holds less text than one row of '
+                f'{config.data.length} tokens: give more text, or lower data.length.'
+            )
         self.shuffled = Shuffled(stop - self.first, seed, shuffle)
 
     def __getstate__(self):  # a data worker maps the files again: pickled, a memory map would be all of its bytes
