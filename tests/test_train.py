@@ -315,7 +315,7 @@ def test_one_held_out_example_is_enough_and_one_that_is_left_out_is_counted(fami
     """Sets to try things out are small: of these rows two are held out, and one of them has no answer."""
     talks = [[{'from': 'human', 'value': f'{i}?'}, {'from': 'gpt', 'value': 'a cat'}] for i in range(400)]
     held = [talk for talk in talks if is_held_out(talk[0]['value'].encode())]
-    rows = [talk for talk in talks if talk not in held][:150] + [held[0], held[1][:1]]
+    rows = [*[talk for talk in talks if talk not in held][:150], held[0], held[1][:1]]
     (tmp_path / 'x.json').write_text(json.dumps([{'conversations': talk} for talk in rows]))
     place = {'data__source': 'conversations', 'data__path': str(tmp_path / 'x.json')}
     train.train(micro.run_config('sft', family, steps=1, eval__every=1, **place))
