@@ -19,6 +19,7 @@ from PIL import Image
 
 import nanovision_jax
 from nanovision_jax import chat, errors, inference
+from nanovision_jax.data import images
 from nanovision_jax.errors import UserError
 
 
@@ -129,7 +130,7 @@ def test_a_mistake_in_a_conversation_is_said_and_taken_back(talk, asked, folder)
     )
     assert [line for line in said.out.splitlines() if line.startswith('error')] == [
         f"error: no picture '{folder}/green.png'.",
-        f'error: {folder}/words.png: image does not decode; pictures are JPEG, PNG, WEBP.',
+        f'error: {folder}/words.png: image does not decode; pictures are {", ".join(images.FORMATS)}.',
         "error: no picture ''.",
         'error: the prompt is too long.',
     ]

@@ -235,7 +235,7 @@ def test_reasons_of_one_kind_are_one():
         ('image of 9000 × 80 pixels', 'image of 20 × 17000 pixels'),
     ):
         assert kind_of(one) == kind_of(other)
-    assert kind_of('a turn of tool: not taken') != kind_of('a turn of function: not taken')
+    assert kind_of('the role tool belongs') != kind_of('the role function belongs')
 
 
 def test_a_link_to_pictures_elsewhere_is_followed_where_it_is_the_folder(tmp_path):

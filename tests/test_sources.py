@@ -97,7 +97,7 @@ def test_a_missing_file_is_one_sentence(tmp_path, llava_folder):
         ({'conversations': [{'from': 'narrator', 'value': 'x'}]}, "unknown speaker 'narrator'"),
         ({'conversations': [*turns('a'), {'from': 'system', 'value': 'x'}]}, 'system speaks out of turn'),
         ({'conversations': [{'from': 'observation', 'value': '{}'}]}, 'the role observation belongs to tools'),
-        ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [{}]}]}, 'a turn of tool_calls'),
+        ({'messages': [{'role': 'assistant', 'content': None, 'tool_calls': [{}]}]}, 'tool_calls belong to tools'),
         ({'messages': [{'role': 'user'}]}, 'a turn without text'),
         ({'image': 'a.jpg', 'conversations': turns('<image>')}, 'missing image'),
         ({'image': 5, 'conversations': turns('<image>')}, "missing image '5'"),

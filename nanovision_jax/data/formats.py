@@ -268,7 +268,7 @@ def _message(turn, places):
     """A message of ours; `places`: an <image> in a question is a picture's place."""
     role, content = role_of(turn.get('role')), turn.get('content')
     if turn.get('tool_calls'):
-        raise BadExample('a turn of tool_calls: conversations with tools are not taken')
+        raise BadExample('tool_calls belong to tools, which are not supported')
     if isinstance(content, str) and role == 'user' and places:
         content = place_images(content)
     message = {'role': role, 'content': content}
