@@ -30,10 +30,10 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
         raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
     if limit is not None and limit < 1:
         raise UserError(f'--limit takes a number above 0, not {limit}.')
-    if images and not data:
-        raise UserError('--images is where the pictures of --data are: it takes --data too.')
     if task != 'vqa' and (images or allow_missing):
         raise UserError(f'{"--images" if images else "--allow-missing"} is for vqa: {task} reads text alone.')
+    if images and not data:
+        raise UserError('--images is where the pictures of --data are: it takes --data too.')
     folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
     if output or folder.parent.is_dir():  # else there is no run, which is said below
         check_writable(folder)

@@ -357,7 +357,7 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
         ({'task': 'vqb'}, "no task 'vqb'. Did you mean 'vqa'"),
         ({'split': 'hedlout'}, "no split 'hedlout'. Did you mean 'heldout'"),
         ({'limit': 0}, '--limit takes a number above 0, not 0'),
-        ({'task': 'bpb', 'images': squares}, '--images is for vqa: bpb reads text alone'),
+        ({'task': 'bpb', 'images': squares, 'data': None}, '--images is for vqa: bpb reads text alone'),
         ({'task': 'bpb', 'allow_missing': True}, '--allow-missing is for vqa: bpb reads text alone'),
         ({'data': None, 'images': squares}, '--images is where the pictures of --data are: it takes --data too'),
         ({'output': data}, r'squares\.json cannot be a folder: .*squares\.json is none'),
@@ -369,6 +369,9 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             evaluate.evaluate(squares / 'run', **{'task': 'vqa', 'data': data} | options)
+    model_run(looks=True, stage='clip')
+    with pytest.raises(UserError, match='bpb takes a run with a decoder'):
+        evaluate.evaluate(squares / 'run', 'bpb', data=data)
     monkeypatch.setattr(inference, 'load', lambda run_dir: pytest.fail('the run was opened'))
     with pytest.raises(UserError, match='cannot be written'):
         evaluate.evaluate(squares / 'run', 'vqa', data=data, output='/proc/out')

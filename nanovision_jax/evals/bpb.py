@@ -36,6 +36,8 @@ def run(model_run, split='validation', data=None, limit=None):
     """
     config = copy.deepcopy(model_run.config)
     tokenizer = model_run.tokenizer
+    if config.stage == 'clip':
+        raise UserError('bpb takes a run with a decoder: a clip run compares pictures with captions.')
     if split == 'heldout':
         raise UserError('text has no heldout split: bpb scores validation (or train).')
     if data:
