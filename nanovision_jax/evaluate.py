@@ -14,6 +14,7 @@ import pathlib
 
 from nanovision_jax import evals
 from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
+from nanovision_jax.runfolder import write_whole
 
 TASKS = ('bpb', 'vqa')
 SPLITS = ('train', 'validation', 'heldout')
@@ -45,8 +46,8 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
     folder.mkdir(parents=True, exist_ok=True)
     name = task if split == 'validation' else f'{task}-{split}'
     if rows:
-        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    (folder / f'{name}.json').write_text(json.dumps(result, indent=1) + '\n')
+        write_whole(folder / f'{name}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+    write_whole(folder / f'{name}.json', json.dumps(result, indent=1) + '\n')
     return result
 
 

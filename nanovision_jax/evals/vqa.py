@@ -94,7 +94,7 @@ class Questions:
 
     def reasons(self):
         """{reason: how many were lost for it}, the commonest first; names of pictures are left out of the reasons."""
-        reasons = (re.sub(r""" ['"].*['"]""", '', row['left_out']) for row in self.lost)
+        reasons = (conversation.kind_of(row['left_out']) for row in self.lost)
         return dict(collections.Counter(reasons).most_common())
 
 
