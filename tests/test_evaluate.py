@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from nanovision_jax import errors, evaluate, inference
-from nanovision_jax.data import images, sources
+from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
 
@@ -331,23 +331,21 @@ def test_a_result_of_older_code_is_still_told():
     assert evaluate.lines({'task': 'bpb', 'n': 9}) == ['task: bpb', 'n: 9']
 
 
-def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, monkeypatch):
+def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, tokenizer):
     system, user, answer = ({'role': role, 'content': role} for role in ('system', 'user', 'assistant'))
     assert vqa.pairs([system, user, answer, user, answer, user]) == [(user, answer)] * 2
-    files = many(tmp_path, {}, 1)
-    monkeypatch.setattr(sources, 'messages_of', lambda row: [system, user, answer, user, answer])
-    found = vqa.load_questions(tiny.config('vision_instruct'), 'validation', files['data'], files['images']).found
-    asked = []
-
-    def encode(messages, *_, **__):
-        asked.append(messages)
-        return types.SimpleNamespace(ids=[])
-
-    monkeypatch.setattr(vqa.conversation, 'encode', encode)
-    for question in found:
-        vqa.prompt_ids(question, tiny.config('vision_instruct'), None)
-    told = {'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'user'}]}
-    assert asked == [[system, told]] * 2
+    turns = [
+        {'from': 'system', 'value': 'Be brief.'},
+        *[{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}] * 2,
+    ]
+    files = many(tmp_path, {}, 1, row0={'conversations': turns})
+    cfg = tiny.config('vision_instruct')
+    found = vqa.load_questions(cfg, 'validation', files['data'], files['images']).found
+    content = [{'type': 'image'}, {'type': 'text', 'text': 'a?'}]
+    told = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': content}]
+    wanted = conversation.encode(told, tokenizer, cfg.model.vision.patches, 1, question=True).ids
+    assert [vqa.prompt_ids(question, cfg, tokenizer).tolist() for question in found] == [wanted.tolist()] * 2
+    assert 'Be brief.' in tokenizer.decode(wanted)
 
 
 def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
