@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 import unicodedata
 
 import foreign
@@ -358,6 +359,34 @@ def test_a_word_piece_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match='not a byte-level BPE'):
         import_tokenizer(str(tmp_path / 'bert'), tmp_path / 'mine')
     assert not (tmp_path / 'mine').exists()
+
+
+def newer(content):
+    return content | {'pre_tokenizer': {'type': 'ByteLevel2'}}
+
+
+def emptied(content):
+    return content | {'model': {}}
+
+
+@pytest.mark.parametrize('change', [newer, emptied, lambda content: [], None])
+def test_a_tokenizer_file_that_cannot_be_read_is_one_sentence(change, tokenizer_folder, tmp_path):
+    """Of another version or damaged, in a run's folder or as data.tokenizer or in a model's folder."""
+    shutil.copytree(tokenizer_folder, tmp_path / 'theirs')
+    file = tmp_path / 'theirs' / 'tokenizer.json'
+    whole = file.read_text()
+    file.write_text(json.dumps(change(json.loads(whole))) if change else whole[: len(whole) // 2])
+    for read in (Tokenizer, lambda folder: import_tokenizer(str(folder), tmp_path / 'mine')):
+        with pytest.raises(
+            UserError, match=r'tokenizer\.json cannot be read .* damaged, or .* another version'
+        ) as told:
+            read(tmp_path / 'theirs')
+        assert '\n' not in str(told.value)
+    assert not (tmp_path / 'mine').exists()
+    (tmp_path / 'theirs' / 'tokenizer_config.json').write_text('{')
+    file.write_text(whole)
+    with pytest.raises(UserError, match='no tokenizer folder and no id that can be loaded'):
+        import_tokenizer(str(tmp_path / 'theirs'), tmp_path / 'mine')
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path, gpt2_folder):

@@ -65,7 +65,7 @@ class Tokenizer:
         file = self.folder / 'tokenizer.json'
         if not file.is_file():
             raise UserError(f'no tokenizer in {self.folder}: tokenizer.json is missing.')
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer = _open(file)
         self._tokenizer.pre_tokenizer = _in_pieces(self._tokenizer.pre_tokenizer)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.size = self._tokenizer.get_vocab_size()
@@ -147,6 +147,18 @@ class Tokenizer:
         return lengths
 
 
+def _open(file):
+    """A tokenizer.json. Raises UserError for one that is damaged, or of another version than ours reads."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more exact
+        why = ' '.join(str(error).split())[:100]
+        raise UserError(
+            f'{file} cannot be read ({why}): it is damaged, or was written for another version of tokenizers than '
+            f'{tokenizers.__version__}.'
+        ) from error
+
+
 def _in_pieces(pre_tokenizer):
     """The same, with longer words than LONGEST_WORD cut: a tokenizer.json is read so, and does not say so itself."""
     run = tokenizers.Regex(rf'\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}')
@@ -183,10 +195,14 @@ def import_tokenizer(source, folder, template='auto'):
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns that PyTorch is missing; it is not needed
     import transformers
 
+    if (file := pathlib.Path(source) / 'tokenizer.json').is_file():
+        _open(file)
     try:
         fast = transformers.AutoTokenizer.from_pretrained(source, use_fast=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f'data.tokenizer {source!r} is no tokenizer folder and no id that can be loaded.') from error
+    except Exception as error:  # transformers and tokenizers have no one error for a file that they cannot use
+        raise UserError(
+            f'data.tokenizer {source!r} is no tokenizer folder and no id that can be loaded ({type(error).__name__}).'
+        ) from error
     backend = getattr(fast, 'backend_tokenizer', None)
     content = backend and json.loads(backend.to_str())
     if not content or content['model']['type'] != 'BPE' or '"ByteLevel"' not in json.dumps(content['pre_tokenizer']):

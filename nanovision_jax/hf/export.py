@@ -14,6 +14,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.hf import card, decoders, llava
 from nanovision_jax.hf.weights import write_weights
 from nanovision_jax.runconfig import public
+from nanovision_jax.runfolder import read_json
 
 CONFIG = 'nanovision_jax.json'
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  # the last is not always there
@@ -69,7 +70,7 @@ def copy_tokenizer(source, target):
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
-    settings = json.loads((target / 'tokenizer_config.json').read_text()) | {'padding_side': 'left'}
+    settings = read_json(target / 'tokenizer_config.json') | {'padding_side': 'left'}
     (target / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2) + '\n')
     tokenizer = Tokenizer(target)
     jinja = tokenizer.template.jinja(tokenizer.controls)
