@@ -72,7 +72,8 @@ class Run:
         if self.part == 'vision':
             return {name: configs.get(theirs, name) for name in names}
         names += [*TEXT, 'model.contrastive'] if theirs.stage == 'clip' else [*DECODER, 'model.decoder']
-        return {name: configs.get(theirs, name) for name in [*names, 'data.tokenizer', 'data.template']}
+        names += ['data.tokenizer', 'data.template', 'data.vocab_size']
+        return {name: configs.get(theirs, name) for name in names}
 
     def prove(self):
         """Finds the newest checkpoint whose parameters are whole. Raises UserError where there is none."""
@@ -242,7 +243,22 @@ def inherit(config, given, anew=False):
                 taken.append(f'{name}={value}')
         if taken:
             told.append(f'taken over from {source}: {", ".join(taken)}')
+    _know_vocabulary(config, given)
     return told
+
+
+def _know_vocabulary(config, given):
+    """data.vocab_size is what the family's tokenizer was trained for. Raises UserError where another is given."""
+    folder = config.family / 'tokenizer'
+    size = runfolder.read_json(folder / 'source.json') if (folder / 'source.json').exists() else {}
+    size = size.get('data.vocab_size', config.data.vocab_size)  # older tokenizers do not say it
+    if config.data.tokenizer == runconfig.TRAINED and size != config.data.vocab_size:
+        if 'data.vocab_size' in given:
+            raise UserError(
+                f'data.vocab_size is {config.data.vocab_size}, but the tokenizer in {folder} was trained for {size}: '
+                'leave it out, or choose another --config.name.'
+            )
+        config.data.vocab_size = size
 
 
 def check(config, sources):

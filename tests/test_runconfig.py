@@ -115,6 +115,14 @@ def test_what_is_published_holds_no_path(tmp_path):
     assert (told['data']['path'], told['data']['tokenizer'], told['run_dir']) == ('text.txt', 'secret', 'pretrain')
 
 
+@pytest.mark.parametrize('content', ['', '{"parents": [', '[]'])
+def test_a_damaged_lineage_is_one_sentence(tmp_path, content):
+    assert runfolder.read_lineage(tmp_path) == {}
+    (tmp_path / 'lineage.json').write_text(content)
+    with pytest.raises(UserError, match=r'lineage.json is damaged'):
+        runfolder.read_lineage(tmp_path)
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 

@@ -236,6 +236,15 @@ def test_one_tokenizer_by_two_names_is_one(family, tmp_path, tokenizer_folder):
         pipeline.family_tokenizer(cli('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two'))
 
 
+def test_a_vocabulary_that_the_family_s_tokenizer_has_not_is_refused(llava_folder, tmp_path):
+    place = ['data.source=conversations', f'data.path={llava_folder}/instruct.json']
+    pipeline.family_tokenizer(cli('sft', tmp_path, *place, 'data.vocab_size=300'))
+    assert cli('sft', tmp_path, *place).data.vocab_size == 300
+    assert cli('sft', tmp_path, *place, 'data.vocab_size=300').data.vocab_size == 300
+    with pytest.raises(UserError, match=r'data.vocab_size is 400, but the tokenizer in \S+ was trained for 300'):
+        cli('sft', tmp_path, *place, 'data.vocab_size=400')
+
+
 # What is read --------------------------------------------------------------------------------------------------------
 
 
