@@ -383,9 +383,10 @@ def held_out_prompt(config, tokenizer, held_out, i):
         text = tokenizer.decode(held_out[i]['tokens'][:24])
         return engine.text_prompt(tokenizer, text), text
     example = held_out.source[held_out.index.rows[i]]
-    question = example.messages[:1]
-    pictures = [images.load(data) for data in example.images]
-    return engine.chat_prompt(config, tokenizer, question, pictures), conversation.text_of(question[0])
+    question = example.messages[: 1 + (example.messages[0]['role'] == 'system')]
+    shown = 0 if isinstance(question[-1]['content'], str) else sum(map(conversation.is_image, question[-1]['content']))
+    pictures = [images.load(data) for data in example.images[:shown]]
+    return engine.chat_prompt(config, tokenizer, question, pictures), conversation.text_of(question[-1])
 
 
 class StopOnSignal:

@@ -27,7 +27,8 @@ def main(family):
         picture.save(file)
         print(f'\n{file}')
         messages = []
-        for user in example.messages[:6:2]:  # the first three questions, in one conversation
+        asked = [message for message in example.messages if message['role'] == 'user']
+        for user in asked[:3]:  # in one conversation
             text = conversation.text_of(user)
             messages.append(question(text, pictures=not messages))
             print(f'you: {text}')
