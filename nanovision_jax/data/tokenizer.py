@@ -68,7 +68,7 @@ class Tokenizer:
         self._tokenizer = _open(file)
         self._tokenizer.pre_tokenizer = _in_pieces(self._tokenizer.pre_tokenizer)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        self.size = self._tokenizer.get_vocab_size()
+        self.size = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.template = template = templates.read(self.folder)
         self.controls = control_tokens(self._tokenizer.get_added_tokens_decoder())
         if missing := template.missing(self.controls):
