@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
@@ -89,6 +90,14 @@ def test_a_tower_gives_the_features_of_its_home(kind, tmp_path):
         features = np.asarray(tower(pixels))
         assert features.shape == (3, 9, 32)
         np.testing.assert_allclose(features, theirs(model, pixels, layer)[:, first:], atol=1e-4)
+
+
+def test_a_tower_s_parameters_go_to_the_device_once(tmp_path):
+    make('siglip_vision', tmp_path)
+    tower, preprocess = hf.load_vision_tower(tmp_path)
+    pixels = jax.device_put(preprocess(pictures()))
+    with jax.transfer_guard_host_to_device('disallow'):
+        tower(pixels)
 
 
 def test_a_whole_size_tower_gives_the_features_of_its_home(tmp_path):

@@ -163,7 +163,7 @@ def load_vision_tower(source, layer: int = -2, dtype=jnp.float32):
     folder = find_tower(source)
     cfg = vision_config(folder)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VisionTower(cfg, dtype, nnx.Rngs(0))))
-    params = tower_weights(folder, nnx.to_pure_dict(state))
+    params = jax.device_put(tower_weights(folder, nnx.to_pure_dict(state)))  # once, not at each call
     run = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).features(pixels, layer))
 
     def preprocess(pictures) -> Float[Array, 'B H W 3']:
