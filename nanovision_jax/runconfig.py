@@ -55,6 +55,8 @@ def read(run_dir):
         if value and (name in PATHS or runfolder.is_portable(value) or os.path.exists(os.path.join(origin, value))):
             put(config, name, runfolder.resolve(value, run_dir, origin))
     config.run_dir = str(run_dir)  # where it lies, whatever the file says
+    if config.data.source == 'tiny_world' and not os.path.isdir(config.data.path):
+        config.data.path = str(config.family / 'data')  # it would be made where the file says
     return config
 
 

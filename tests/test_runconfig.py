@@ -63,6 +63,15 @@ def test_where_a_run_lives_is_where_it_was_opened(tmp_path):
     assert config.run_dir == str(tmp_path / 'a' / 'sft') and config.family == tmp_path / 'a'
 
 
+def test_a_data_set_is_not_made_where_a_file_says(tmp_path):
+    saved(tmp_path / 'a' / 'sft')
+    file = tmp_path / 'a' / 'sft' / 'config.json'
+    file.write_text(file.read_text().replace('"path": "../data"', f'"path": "{tmp_path}/elsewhere"'))
+    assert runconfig.read(tmp_path / 'a' / 'sft').data.path == str(tmp_path / 'a' / 'data')
+    (tmp_path / 'elsewhere').mkdir()  # where it is, it is read
+    assert runconfig.read(tmp_path / 'a' / 'sft').data.path == f'{tmp_path}/elsewhere'
+
+
 @pytest.mark.parametrize('here', ['', 'runs'])
 def test_an_older_run_s_paths_are_relative_to_where_it_was_trained(tmp_path, monkeypatch, here):
     config = saved(tmp_path / 'runs/a/sft', 'sft', 'data.source=conversations', 'data.path=/mine/x.json')
