@@ -337,19 +337,20 @@ def test_a_word_of_three_million_characters_comes_out(tokenizer, tmp_path):
 
 
 def test_what_is_kept_of_texts_is_bounded(tokenizer_folder):
-    """Questions are kept as compact arrays, short ones only; answers and documents are not."""
-    fresh, rng = Tokenizer(tokenizer_folder), random.Random(9)
+    """Short turns are kept, as compact arrays; long ones and documents are not."""
+    fresh = Tokenizer(tokenizer_folder)
     kept = lambda: fresh._repeated.cache_info()  # noqa: E731
     for number in range(50):
-        ask = [{'role': 'user', 'content': f'the cat {number}'}, {'role': 'assistant', 'content': sentence(rng)}]
-        first = conversation.encode(ask, fresh).ids
-        assert conversation.encode(ask, fresh).ids.tolist() == first.tolist()
-        fresh.encode(sentence(rng))
-    assert (kept().currsize, kept().hits) == (50, 50)
-    conversation.encode([{'role': 'user', 'content': 'a ' * 200}, {'role': 'assistant', 'content': 'b'}], fresh)
-    assert kept().currsize == 50
-    assert isinstance(fresh._repeated('the cat 1'), np.ndarray) and kept().hits == 51
-    assert kept().maxsize * (4 * 4 * SHORT + 4 * SHORT + 500) < 24 << 20  # ids, characters, and what Python adds
+        ask = [{'role': 'user', 'content': f'the cat {number}'}, {'role': 'assistant', 'content': f'a dog {number}'}]
+        first = conversation.encode(ask, fresh)
+        again = conversation.encode(ask, fresh)
+        assert again.ids.tolist() == first.ids.tolist() and again.learned.tolist() == first.learned.tolist()
+        fresh.encode(f'sees {number}')
+    assert (kept().currsize, kept().hits) == (100, 100)
+    long = [{'role': 'user', 'content': 'a ' * 200}, {'role': 'assistant', 'content': 'b ' * 200}]
+    assert len(conversation.encode(long, fresh).ids) > 400
+    assert kept().currsize == 100
+    assert kept().maxsize * (5 * 4 * SHORT + 4 * SHORT + 1000) < 28 << 20  # ids, flags, characters, and Python's own
 
 
 def test_a_word_piece_tokenizer_is_refused(tmp_path):

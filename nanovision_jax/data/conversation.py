@@ -77,11 +77,13 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
     ids, learned, ends, length = [], [], [], 0
     for turn in tokenizer.template.turns(messages, tokenizer.escape, question):
         read, marks = tokenizer.tokenize(turn)
-        copies = np.where(read == tokenizer.image, patches, 1)
-        ids.append(np.repeat(read, copies))
-        learned.append(np.repeat(marks, copies))
-        length += len(ids[-1])
-        if marks.any():
+        if images and (places := read == tokenizer.image).any():
+            copies = np.where(places, patches, 1)
+            read, marks = np.repeat(read, copies), np.repeat(marks, copies)
+        ids.append(read)
+        learned.append(marks)
+        length += len(read)
+        if any(span.learned for span in turn):
             ends.append(length)
     return Encoded(np.concatenate(ids), np.concatenate(learned), ends, pictures)
 

@@ -18,8 +18,8 @@ from nanovision_jax.data import templates
 from nanovision_jax.data.templates import IMAGE, OWN
 from nanovision_jax.errors import UserError
 
-# What is not learned (questions, mostly) is kept, as it repeats: 4,096 texts of at most 256 characters, which is 24 MiB
-# a process at most (a character may be four tokens of four bytes), and 3 MiB as questions usually are.
+# Short turns repeat (questions, mostly), so they are kept as arrays: 4,096 of at most 256 characters, which is 28 MiB a
+# process at most (a character may be four tokens of four bytes), and 4 MiB as questions usually are.
 CACHED, SHORT = 1 << 12, 256
 # A longer run without white space, or of nothing else, is read in pieces of so many characters: merging, and even more
 # so the training of merges, takes time by the square of a word's length.
@@ -57,7 +57,7 @@ class Tokenizer:
     stops: the ids that end an answer, the usual one first, which is `end` too. end_of_text: the id that leads each
     document. size: one more than the largest id.
 
-    Words longer than LONGEST_WORD characters are read in pieces; at most CACHED texts of SHORT characters are kept.
+    Words longer than LONGEST_WORD characters are read in pieces; at most CACHED turns of SHORT characters are kept.
     """
 
     def __init__(self, folder):
@@ -81,15 +81,15 @@ class Tokenizer:
         self.end, self.end_of_text, self.image = self.stops[0], id_of(template.document), id_of(IMAGE)
         self.user, self.assistant = id_of('<|user|>'), id_of('<|assistant|>')  # None where other turns are written
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
-        self._split = re.compile(f'({"|".join(longest_first)})').split
-        self._repeated = functools.lru_cache(maxsize=CACHED)(self._unlearned)
+        self._control = re.compile(f'({"|".join(longest_first)})')
+        self._repeated = functools.lru_cache(maxsize=CACHED)(self._tokenize)
 
     def __reduce__(self):
         return Tokenizer, (self.folder,)  # data workers open it again
 
     def escape(self, text):
         """`text` without anything that would become one of `controls`."""
-        return escape(text, self.controls)
+        return escape(text, self.controls) if self._control.search(text) else text
 
     def encode(self, text):
         """Plain text as a tuple of ids: escaped and trimmed."""
@@ -98,23 +98,25 @@ class Tokenizer:
     def _read(self, text):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _unlearned(self, text):
-        return np.array(self._read(text).ids, np.int32)
-
     def tokenize(self, spans):
         """(ids int32 [n], learned bool [n]) of Spans, read as one text, in which control strings are special tokens.
 
         A token is learned if one of its characters is: words may merge with what the template writes before them.
+        The arrays of short texts are kept for the next time: they are not to be written to.
         """
+        short = sum(len(span.text) for span in spans) <= SHORT
+        return (self._repeated if short else self._tokenize)(tuple(spans))
+
+    def _tokenize(self, spans):
         learned = np.repeat([span.learned for span in spans], [len(span.text) for span in spans])
         ids, flags, start = [], [], 0
-        for number, piece in enumerate(self._split(''.join(span.text for span in spans))):
+        for number, piece in enumerate(self._control.split(''.join(span.text for span in spans))):
             stop = start + len(piece)
             if number % 2:
                 ids.append([self._tokenizer.token_to_id(piece)])
                 flags.append(learned[start : start + 1])
             elif piece and not learned[start:stop].any():
-                ids.append((self._repeated if len(piece) <= SHORT else self._unlearned)(piece))
+                ids.append(self._read(piece).ids)
                 flags.append(np.zeros(len(ids[-1]), bool))
             elif piece:
                 encoded = self._read(piece)
