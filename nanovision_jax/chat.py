@@ -28,16 +28,20 @@ def find_picture(text):
     Raises UserError where none of them is a file.
     """
     text = text.strip()
-    readings = [text]
-    with contextlib.suppress(ValueError):  # a quote without its end: an apostrophe in a name
-        readings += [word for words in [shlex.split(text)] if len(words) == 1 for word in words]
-    for reading in readings[::-1]:
-        if reading.lower().startswith('file:'):
-            readings.append(urllib.parse.unquote(urllib.parse.urlsplit(reading).path))
-    for path in map(os.path.expanduser, readings):
+    for path in map(os.path.expanduser, _readings(text)):
         if os.path.isfile(path):
             return path
     raise UserError(f'no picture {text!r}.')
+
+
+def _readings(text):
+    yield text
+    with contextlib.suppress(ValueError):  # a quote without its end: an apostrophe in a name
+        (text,) = shlex.split(text)
+        yield text
+    with contextlib.suppress(ValueError):  # no address
+        if text.lower().startswith('file:'):
+            yield urllib.parse.unquote(urllib.parse.urlsplit(text).path)
 
 
 def open_picture(text):

@@ -12,6 +12,7 @@ there is overwritten.
 """
 
 import contextlib
+import json
 import pathlib
 import shutil
 
@@ -64,6 +65,7 @@ def from_hf(source, output, template='auto'):
 def from_nanogptvision(source, output, tokenizer='gpt2'):
     """Makes a pretrain run folder of a nanoGPTVision checkpoint. tokenizer: GPT-2's, as a folder or an id."""
     from nanovision_jax import nanogptvision
+    from nanovision_jax.data.download import tokenizer_folder
     from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 
     config, step, weights = nanogptvision.read(pathlib.Path(source))
@@ -71,7 +73,7 @@ def from_nanogptvision(source, output, tokenizer='gpt2'):
         config.run_dir, config.name = str(output), output.parent.name
         config.data.tokenizer = pathlib.Path(tokenizer).name
         (output / 'tokenizer').mkdir()
-        import_tokenizer(tokenizer, output / 'tokenizer')
+        import_tokenizer(tokenizer_folder(tokenizer), output / 'tokenizer')
         opened = Tokenizer(output / 'tokenizer')
         params = nanogptvision.parameters(config, weights, opened)
         _write(config, step, params, opened, pathlib.Path(source))
@@ -95,13 +97,15 @@ def _write(config, step, params, tokenizer, source):
     """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
     import jax
 
-    from nanovision_jax import checkpoint, lineage, runconfig
+    from nanovision_jax import checkpoint, lineage, runconfig, runfolder
     from nanovision_jax import config as configs
 
     configs.check_values(config)
     configs.check_model(config)
     folder = pathlib.Path(config.run_dir)
     runconfig.save(config)
+    made_from = {'data.tokenizer': config.data.tokenizer}
+    runfolder.write_whole(folder / 'tokenizer' / 'source.json', json.dumps(made_from) + '\n')
     lineage.imported(config, tokenizer, source, step)
     writer = checkpoint.Checkpoints(folder, keep=1)
     writer.save(step, jax.device_put(params, jax.local_devices()[0]), None, {'position': 0})

@@ -331,16 +331,29 @@ def train_command(run_):
         line += f' --config.name={shlex.quote(config.name)}'
     if file.exists():
         usual = runpy.run_path(str(file))['get_config'](config.size)
-        usual.name, usual.init_from, usual.model.tower = config.name, config.init_from, config.model.tower
-        usual.run_dir = config.run_dir
+        usual.name, usual.init_from, usual.run_dir = config.name, config.init_from, config.run_dir
+        usual.model.tower, usual.model.decoder = config.model.tower, config.model.decoder
         configs.fill(usual)
-        start.inherit(usual, given=(), anew=True)
-        usual.run_dir, usual.init_from, usual.model.tower = str(pathlib.Path('runs', config.name, run_.stage)), '', ''
+        told = _take_over(usual)
+        usual.run_dir, usual.init_from = str(pathlib.Path('runs', config.name, run_.stage)), ''
+        usual.model.tower = usual.model.decoder = ''
         for name in configs.fields(configs.Config):
             value = configs.get(config, name)
-            if not runconfig.equal(name, value, configs.get(usual, name)):
+            if name not in told and not runconfig.equal(name, value, configs.get(usual, name)):
                 line += f' --config.{name}={shlex.quote(str(value))}'
     return line
+
+
+def _take_over(config):
+    """Takes over what runs fix; of published weights, which need not be there any more, returns the fields they fix."""
+    fixed = ()
+    for source in start.available(config, anew=True):
+        if isinstance(source, start.Run):
+            for name, value in source.fixes(config).items():
+                configs.put(config, name, value)
+        else:
+            fixed += start.VISION if source.part == 'vision' else (*start.DECODER, 'data.tokenizer')
+    return fixed
 
 
 def report(family):

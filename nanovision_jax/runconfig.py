@@ -10,7 +10,7 @@ import pathlib
 import typing
 
 from nanovision_jax import runfolder
-from nanovision_jax.config import Config, fields, get, put
+from nanovision_jax.config import STAGES, Config, fields, get, put
 from nanovision_jax.errors import UserError
 
 TRAINED = 'train'  # the tokenizer that is no path and no hub id
@@ -54,7 +54,10 @@ def read(run_dir):
         value = get(config, name)
         if value and (name in PATHS or runfolder.is_portable(value) or os.path.exists(os.path.join(origin, value))):
             put(config, name, runfolder.resolve(value, run_dir, origin))
-    config.run_dir = str(run_dir)  # where it lies, whatever the file says
+    # Where it lies, whatever the file says; '.' has no parent, which the family is.
+    config.run_dir = str(run_dir) if pathlib.Path(run_dir).name not in ('', '..') else os.path.abspath(run_dir)
+    if config.stage not in STAGES or 'stage' not in values:
+        raise UserError(f'config.json in {run_dir} is damaged: its stage is {values.get("stage")!r}.')
     if config.data.source == 'tiny_world' and not os.path.isdir(config.data.path):
         config.data.path = str(config.family / 'data')  # it would be made where the file says
     return config

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 
 from nanovision_jax import config as configs
@@ -35,6 +36,7 @@ PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision
 _FREE = ('decoder', 'tower', 'contrastive', 'projector', 'remat', 'unroll', 'vision', 'text')
 DECODER = tuple(f'model.{f.name}' for f in dataclasses.fields(configs.Model) if f.name not in _FREE)
 VISION = tuple(f'model.vision.{f.name}' for f in dataclasses.fields(configs.Vision))
+WHERE = ('init_from', 'model.decoder', 'model.tower', 'data.tokenizer', 'data.template')  # which say where a run starts
 TEXT = tuple(f'model.text.{f.name}' for f in dataclasses.fields(configs.Text))
 
 
@@ -51,7 +53,7 @@ class Run:
     target: str = ''
     step: int | None = None  # which checkpoint: known once prove() was called
 
-    @property
+    @functools.cached_property
     def config(self):
         """The run's config."""
         return runconfig.read(self.folder)
@@ -72,7 +74,8 @@ class Run:
         if self.part == 'vision':
             return {name: configs.get(theirs, name) for name in names}
         names += [*TEXT, 'model.contrastive'] if theirs.stage == 'clip' else [*DECODER, 'model.decoder']
-        names += ['data.tokenizer', 'data.template', 'data.vocab_size']
+        names += ['data.tokenizer', 'data.template']
+        names += ['data.vocab_size'] if theirs.data.tokenizer == runconfig.TRAINED else []
         return {name: configs.get(theirs, name) for name in names}
 
     def prove(self):
@@ -178,6 +181,8 @@ def _sources(config, anew):
     sees, model = config.stage.startswith('vision'), config.model
     allowed = (*PARENTS.get(config.stage, ()), config.stage)
     before = pathlib.Path(config.init_from) if config.init_from else config.family / allowed[0]
+    if config.init_from and os.path.abspath(before) == os.path.abspath(own):
+        raise UserError(f'init_from is {config.init_from!r}, the run itself: choose another --config.name.')
     if config.init_from or (config.stage in PARENTS and (is_run(before) or not model.decoder)):
         first = _run(config, before, allowed)
         sees_already = first.config.stage.startswith('vision')
@@ -204,6 +209,8 @@ def is_run(folder):
 
 def _run(config, folder, allowed, part='', target=''):
     """A run as a source. Raises UserError where it is missing, or of a stage that is not allowed."""
+    if not is_run(folder) and not part and config.init_from:
+        raise UserError(f'init_from is {config.init_from!r}, which is no run with a checkpoint: name a run folder.')
     if not is_run(folder):
         name = f' --config.name={config.name}' if config.name != config.size else ''
         raise Missing(

@@ -165,23 +165,38 @@ def make_eval_step(config, graphdef):
 def open_run(config, resume, anew):
     """The step to go on from (0 for a new run), after checking what the run folder holds.
 
-    Raises UserError if it holds another config and neither `resume` nor `anew` says what to do.
+    Raises UserError if it holds another config and neither `resume` nor `anew` says what to do, and for a run that
+    cannot go on: a converted one, or one whose config is lost.
     """
     folder = pathlib.Path(config.run_dir)
-    file = folder / 'config.json'
     if folder.exists() and anew:
         kept = next(f'{folder}.{n}' for n in itertools.count(1) if not os.path.exists(f'{folder}.{n}'))
         folder.rename(kept)
         print(f'the run that was in {folder} is kept as {kept}')
-    elif file.exists():
-        changed = runconfig.differences(runconfig.read(folder), config)
-        if changed and not resume:
-            raise UserError(
-                f'{folder} holds a run with another config ({", ".join(changed)} differ): '
-                'say --resume to go on with the new one, --anew to start again, or choose another --config.name.'
-            )
-        return runfolder.newest(folder) or 0
-    return 0
+        return 0
+    steps = runfolder.whole_steps(folder)
+    if not (folder / 'config.json').exists():
+        if steps:
+            raise UserError(f'{folder} has checkpoints but no config.json: bring it back, or start again with --anew.')
+        return 0
+    if steps and not (folder / 'checkpoints' / str(steps[0]) / 'optimizer').is_dir():
+        raise UserError(
+            f'{folder} is a converted run, without an optimizer to go on with: start another run from it, with '
+            f'--config.init_from={folder} and another --config.name.'
+        )
+    before = runconfig.read(folder)
+    changed = runconfig.differences(before, config)
+    if changed and not resume:
+        raise UserError(
+            f'{folder} holds a run with another config ({", ".join(changed)} differ): '
+            'say --resume to go on with the new one, --anew to start again, or choose another --config.name.'
+        )
+    if steps and (told := [name for name in starts.WHERE if name in changed]):
+        raise UserError(
+            f'{", ".join(told)} would change in {folder}, which goes on from its own checkpoint: where a run started '
+            'stays as it was; leave it out, or choose another --config.name.'
+        )
+    return runfolder.newest(folder) or 0
 
 
 def write_run(config, tokenizer, bad):
@@ -202,7 +217,12 @@ def write_run(config, tokenizer, bad):
 
 def train(config, resume=False, anew=False):
     """Runs a stage to its end (or to the next signal), and returns the run folder."""
-    folder = pathlib.Path(config.run_dir)
+    folder, sources = pathlib.Path(config.run_dir), []
+    if anew or not starts.is_run(folder):  # what is missing is said before anything is moved or made
+        sources = starts.find(config, anew=True)
+        starts.check(config, sources)
+        for source in sources:
+            source.prove()
     start = open_run(config, resume, anew)
     if config.steps and start >= config.steps:
         print(f'{folder} is finished: {start} of {config.steps} steps')
@@ -210,15 +230,11 @@ def train(config, resume=False, anew=False):
     check_writable(folder)
     mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
     with jax.set_mesh(mesh), StopOnSignal() as stop:
-        return _train(config, folder, start, mesh, stop)
+        return _train(config, folder, start, sources, mesh, stop)
 
 
-def _train(config, folder, start, mesh, stop):
+def _train(config, folder, start, sources, mesh, stop):
     # Data -------------------------------------------------------------------------------------------------------------
-    sources = [] if start else starts.find(config, anew=True)
-    starts.check(config, sources)
-    for source in sources:
-        source.prove()
     print(f'{config.stage} goes on from {folder}, step {start}' if start else '\n'.join(starts.lines(config, sources)))
     known = folder / 'tokenizer' if start else next((s.tokenizer for s in sources if s.tokenizer), None)
     tokenizer = pipeline.family_tokenizer(config, known)
@@ -362,9 +378,10 @@ def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
     for batch in itertools.islice(stream, config.eval.batches):
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
-    left_out = 0 if config.stage == 'pretrain' else len(held_out.index.left_out)
+    index = None if config.stage == 'pretrain' else held_out.index
+    left_out = len(index.left_out) + index.dropped if index else 0
     log.write(step=step, eval_loss=total / count, left_out=left_out)
-    without = f', without {left_out} examples that cannot be read' if left_out else ''
+    without = f', without {left_out} examples that cannot be used' if left_out else ''
     bar.write(f'step {step}  eval loss {total / count:.4f} on held-out data{without}', file=sys.stdout)
 
 

@@ -79,6 +79,11 @@ def assistant(text):
 RED, BLUE = (250, 3, 5), (7, 11, 240)
 
 
+def test_what_is_no_address_is_no_picture():
+    with pytest.raises(UserError, match=r'no picture'):
+        chat.find_picture('file://[')
+
+
 def test_a_conversation_keeps_its_turns_and_pictures(talk, asked, folder):
     said = talk(
         [f'--run={folder}/vision_instruct', f'--image={folder}/red.png', '--temperature=0.5', '--top-k=3'],

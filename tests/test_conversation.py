@@ -200,8 +200,8 @@ def human(value):
     'value, content',
     {
         'what is it?': 'what is it?',
-        '<image>\nwhat is it?': [PICTURE, words('\nwhat is it?')],
-        'what is it?\n<image>': [words('what is it?\n'), PICTURE],
+        '<image>\nwhat is it?': [PICTURE, words('what is it?')],
+        'what is it?\n<image>': [words('what is it?'), PICTURE],
         'one <image> two <image>': [words('one '), PICTURE, words(' two '), PICTURE],
         '<image> <image>': [PICTURE, PICTURE],
         '<image>': [PICTURE],

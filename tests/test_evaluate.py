@@ -348,6 +348,22 @@ def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, tokenizer
     assert 'Be brief.' in tokenizer.decode(wanted)
 
 
+def test_a_picture_that_is_null_and_an_answer_that_is_empty_are_left_out(tokenizer, tmp_path):
+    turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'a cat'}]
+    silent = [{'from': 'human', 'value': 'What?'}, {'from': 'gpt', 'value': ' '}]
+    odd = [{'from': 'human', 'value': 'What?'}, {'from': 'gpt', 'value': 'a cat', 'kind': 5}]
+    null = {'image': None, 'conversations': turns}
+    files = many(tmp_path, {}, 4, row0=null, row1={'conversations': silent}, row2={'conversations': odd})
+    questions = vqa.load_questions(tiny.config('vision_instruct'), 'validation', files['data'], files['images'])
+    assert questions.reasons == {'1 image places for 0 images': 1, 'empty answer': 1}
+    assert [question.kind for question in questions.found] == ['5', 'what colour is']
+
+
+@pytest.mark.parametrize(('answer', 'reference'), [('<', '>'), ('+', '-'), ('', '?'), ('-5', '5')])
+def test_signs_are_not_all_the_same(answer, reference):
+    assert vqa.score('any', answer, reference) == 0 and vqa.score('any', reference, f' {reference} ') == 1
+
+
 def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
     model_run(looks=True)
     data = squares / 'squares.json'

@@ -93,6 +93,8 @@ def test_an_older_run_s_paths_are_relative_to_where_it_was_trained(tmp_path, mon
         ('{"optim": {"leaning_rate": 1}}', "a field this version does not know: 'leaning_rate'"),
         ('{"optim": 3}', '3 is no group of fields'),
         ('{"steps": "many"}', "steps is 'many'"),
+        ('{"stage": "foo"}', "its stage is 'foo'"),
+        ('{}', 'its stage is None'),
     ],
 )
 def test_a_damaged_config_is_one_sentence(tmp_path, content, told):
@@ -124,7 +126,7 @@ def test_what_is_published_holds_no_path(tmp_path):
     assert (told['data']['path'], told['data']['tokenizer'], told['run_dir']) == ('text.txt', 'secret', 'pretrain')
 
 
-@pytest.mark.parametrize('content', ['', '{"parents": [', '[]'])
+@pytest.mark.parametrize('content', ['', '{"parents": [', '[]', '{"parents": 3}'])
 def test_a_damaged_lineage_is_one_sentence(tmp_path, content):
     assert runfolder.read_lineage(tmp_path) == {}
     (tmp_path / 'lineage.json').write_text(content)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import sentence
+from conftest import parse, sentence
 
-from nanovision_jax.data import conversation, sandbox, templates
+from nanovision_jax.data import conversation, index, sandbox, sources, templates
 from nanovision_jax.data.tokenizer import SPECIAL, Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 
@@ -263,6 +263,23 @@ def test_words_that_merge_with_what_stands_before_them(folders):
     whole = mine._tokenizer.encode('assistant\n\nb', add_special_tokens=False).ids
     assert ids.tolist()[1 : 1 + len(whole)] == whole
     assert mine.decode(ids[learned], special=True).endswith('\nb<|im_end|>')
+
+
+@pytest.mark.parametrize('family', ('own', *FAMILIES))
+def test_a_cut_conversation_is_the_conversation_that_is_left(family, folders):
+    """Qwen3 writes its last answer otherwise than those before it: after a cut that is another answer."""
+    tokenizer, rng = Tokenizer(folders(family)[1]), random.Random(11)
+    config = parse('sft', 'data.length=64')
+    for _ in range(30):
+        messages = talk(rng, lambda rng: sentence(rng, 1, 12), 4)
+        config.data.length = len(conversation.encode(messages, tokenizer).ids) * 2 // 3
+        try:
+            ids, learned, _ = index.encode_example(sources.Example('', messages, [], []), config, tokenizer)
+        except conversation.TooLong:
+            continue
+        left = [conversation.encode(messages[: 2 * n], tokenizer) for n in range(1, 5)]
+        fitting = [encoded for encoded in left if len(encoded.ids) <= config.data.length + 1]
+        assert ids.tolist() == fitting[-1].ids.tolist() and learned.tolist() == fitting[-1].learned.tolist()
 
 
 def test_our_own_template_gives_the_ids_it_always_gave(tokenizer):

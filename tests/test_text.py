@@ -30,6 +30,18 @@ def read(config, tokenizer, split):
     return tokenizer.decode(np.concatenate([*(row['tokens'] for row in read), read[-1]['targets'][-1:]]))
 
 
+def test_a_text_without_line_breaks_is_not_held_out_whole(tmp_path):
+    """A title and one paragraph: 5% are held out, and not all behind the last line break."""
+    words = ' '.join(f'word{i}' for i in range(400))
+    (tmp_path / 'a.txt').write_text(f'Title\n\n{words}\n')
+    (tmp_path / 'b.txt').write_text('x' * 1000)
+    config = parse('pretrain', 'data.source=text', f'data.path={tmp_path}', f'run_dir={tmp_path}/runs/pretrain')
+    train, held = (text.read_texts(config, split) for split in ('train', 'validation'))
+    assert [a + b for a, b in zip(train, held, strict=True)] == [f'Title\n\n{words}\n', 'x' * 1000]
+    assert all(0.04 < len(b) / len(a + b) < 0.08 for a, b in zip(train, held, strict=True))
+    assert train[0].endswith(' ')
+
+
 def test_the_end_of_a_file_is_held_out(lines):
     file, config = lines
     (train,), (validation,) = text.read_texts(config, 'train'), text.read_texts(config, 'validation')

@@ -12,6 +12,7 @@ from conftest import ROOT, is_held_out
 
 from nanovision_jax import checkpoint, meter, optim, parallel, runconfig, runfolder, train
 from nanovision_jax import config as configs
+from nanovision_jax import start as starts
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
@@ -266,6 +267,31 @@ def test_a_run_with_another_config_is_not_overwritten(family, capsys):
     assert old.keys() & files(family / 'pretrain').keys() > {f'{family}/pretrain/checkpoints/4/manifest.json'}
 
 
+def test_anew_moves_nothing_where_the_new_run_cannot_start(family):
+    shutil.rmtree(family / 'pretrain' / 'checkpoints')
+    (family / 'sft').mkdir()
+    with pytest.raises(UserError, match=r'sft starts from the run \S+/pretrain, which does not exist'):
+        train.train(micro.run_config('sft', family), anew=True)
+    assert (family / 'sft').exists() and not (family / 'sft.1').exists()
+
+
+def test_where_a_run_started_stays_as_it_was(family):
+    cfg = micro.run_config('pretrain', family, steps=6, init_from=str(family / 'other'))
+    refused(cfg, 'init_from would change in .*where a run started stays as it was', resume=True)
+
+
+def test_checkpoints_without_a_config_are_not_gone_on_with(family):
+    (family / 'pretrain' / 'config.json').unlink()
+    cfg = micro.config('pretrain', family / 'pretrain')
+    with pytest.raises(UserError, match=r'has checkpoints but no config.json'):
+        train.open_run(cfg, resume=False, anew=False)
+
+
+def test_a_run_does_not_start_from_itself(family):
+    with pytest.raises(UserError, match=r'the run itself: choose another --config.name'):
+        starts.find(micro.run_config('pretrain', family, init_from=str(family / 'pretrain')), anew=True)
+
+
 def test_anew_keeps_the_old_run(family, capsys):
     (family / 'pretrain.1').mkdir()  # an older one, from the last time
     old = files(family / 'pretrain')
@@ -321,7 +347,7 @@ def test_one_held_out_example_is_enough_and_one_that_is_left_out_is_counted(fami
     train.train(micro.run_config('sft', family, steps=1, eval__every=1, **place))
     line = meter.read_metrics(family / 'sft' / 'metrics.jsonl')[-1]
     assert line['eval_loss'] > 0 and line['left_out'] == 1
-    assert 'on held-out data, without 1 examples that cannot be read' in capsys.readouterr().out
+    assert 'on held-out data, without 1 examples that cannot be used' in capsys.readouterr().out
 
 
 def test_resume_with_other_sizes_is_refused_and_the_run_stays_whole(family):

@@ -126,6 +126,12 @@ def fit(encoded, length, cut=False):
     raise TooLong(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
 
 
+def first_answers(messages, count):
+    """A conversation up to its `count`-th answer."""
+    answers = [number for number, message in enumerate(messages) if message['role'] == 'assistant']
+    return messages[: answers[count - 1] + 1]
+
+
 def is_image(part):
     """Whether a part of a message is a picture's place: type image, or image_url."""
     return isinstance(part, dict) and str(part.get('type')).startswith('image')
@@ -162,12 +168,15 @@ def from_llava(turns, pictures=True):
 
 
 def place_images(text):
-    """A question with an <image> wherever a picture belongs, as parts; without any, the text itself."""
+    """A question with an <image> wherever a picture belongs, as parts; without any, the text itself.
+
+    Line breaks beside an <image> go: a question about a picture is asked without them.
+    """
     if '<image>' not in text:
         return text
-    pieces = text.split('<image>')
-    parts = [{'type': 'text', 'text': pieces[0]}]
-    for piece in pieces[1:]:
+    first, *others = re.split(r'\n*<image>\n*', text)
+    parts = [{'type': 'text', 'text': first}]
+    for piece in others:
         parts += [{'type': 'image'}, {'type': 'text', 'text': piece}]
     return [part for part in parts if part['type'] == 'image' or part['text'].strip()]
 

@@ -2,11 +2,13 @@
 
 import fnmatch
 import hashlib
+import os
 import pathlib
 
 from tqdm import tqdm
 
 from nanovision_jax.errors import UserError
+from nanovision_jax.runconfig import hub_id
 
 # Commits of the sets as they were when this was written; other repositories' are asked for once and then kept.
 PINNED = {
@@ -59,6 +61,26 @@ def download(repo, revision, patterns, folder, beside=''):
             f'{" and " if beside else ""}{beside} in a folder and say --from=FOLDER.'
         ) from error
     return info.sha
+
+
+def tokenizer_folder(name):
+    """The folder of a tokenizer: `name` itself, or the hub's files of that id (see runconfig.hub_id), downloaded once.
+
+    Raises UserError for what is neither.
+    """
+    if (identity := hub_id(name)) is None:
+        return os.path.expanduser(name)
+    import huggingface_hub
+
+    try:
+        wanted = ['tokenizer*.json', 'special_tokens_map.json', 'config.json', 'vocab.json', 'merges.txt', '*.jinja']
+        return huggingface_hub.snapshot_download(identity, allow_patterns=wanted)
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f'data.tokenizer {name!r} is no folder here, and as a hub id it gives no tokenizer '
+            f'({type(error).__name__}: not there, or the hub is out of reach): check the name. Offline, name a folder '
+            'with tokenizer.json.'
+        ) from error
 
 
 def _check(path, file):

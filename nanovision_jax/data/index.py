@@ -85,11 +85,15 @@ def _encode(example, config, tokenizer):
         ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
         return ids, np.ones(len(ids), bool), example.images, WHOLE
     slots, patches = data.slots if vision else 0, config.model.vision.patches
-    encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
+    whole = encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
+    while tokenizer.template.opening and len(encoded.ends) > 1 and encoded.ends[-1] > data.length + 1:
+        # The last answer is written otherwise than those before it: it is another one now.
+        messages = conversation.first_answers(example.messages, len(encoded.ends) - 1)
+        encoded = conversation.encode(messages, tokenizer, patches, encoded.pictures[-2])
     ids, learned, kept = conversation.fit(encoded, data.length, cut=data.too_long == 'cut')
     if kept > slots:
         raise conversation.BadExample(f'{kept} images for {slots} slots')
-    done = CUT if len(ids) < encoded.ends[0] else SHORTENED if len(ids) < len(encoded.ids) else WHOLE
+    done = CUT if len(ids) < encoded.ends[0] else SHORTENED if len(ids) < len(whole.ids) else WHOLE
     return ids, learned, example.images[:kept], done
 
 
@@ -103,7 +107,7 @@ def build_index(source, config, tokenizer, split):
     limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES, images.FORMATS
     words = tokenizer.digest, tokenizer.template.digest
     shape = data.length, data.slots, vision.patches, data.too_long == 'cut'
-    parts = (7, source.key, words, config.stage, shape, limits)
+    parts = (8, source.key, words, config.stage, shape, limits)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():

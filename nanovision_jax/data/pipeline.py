@@ -14,7 +14,9 @@ import grain
 import numpy as np
 
 from nanovision_jax.data import conversation, formats, mixture, packing, sources, text
+from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.index import build_index, join
+from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.runconfig import TRAINED, hub_id
@@ -32,18 +34,18 @@ def family_tokenizer(config, inherited=None):
         partial = pathlib.Path(f'{folder}.part')
         shutil.rmtree(partial, ignore_errors=True)
         if inherited:
+            Tokenizer(inherited)  # what is missing or damaged is said before it is taken over
             shutil.copytree(inherited, partial)
         else:
             partial.mkdir(parents=True)
             if wanted == TRAINED:
                 train_tokenizer(_tokenizer_texts(config), config.data.vocab_size, partial)
             else:
-                import_tokenizer(hub_id(wanted) or os.path.expanduser(wanted), partial, config.data.template)
-            made_from = {'data.tokenizer': os.path.basename(os.path.normpath(wanted)), 'sha256': _digest(wanted)}
+                import_tokenizer(tokenizer_folder(wanted), partial, config.data.template)
+            name = wanted if hub_id(wanted) else os.path.basename(os.path.normpath(wanted))
+            made_from = {'data.tokenizer': name, 'sha256': _digest(wanted)}
             if wanted == TRAINED:
                 made_from['data.vocab_size'] = config.data.vocab_size
-            elif hub_id(wanted):
-                made_from['data.tokenizer'] = wanted
             write_whole(partial / 'source.json', json.dumps(made_from) + '\n')
         partial.rename(folder)
     opened = Tokenizer(folder)
@@ -51,6 +53,11 @@ def family_tokenizer(config, inherited=None):
         raise UserError(
             f'{pathlib.Path(inherited).parent} was trained with another tokenizer than {folder} is now: bring that '
             'back, or choose another --config.name, which takes over the one it was trained with.'
+        )
+    if config.data.template == 'own' and opened.template != OWN:
+        raise UserError(
+            f'data.template is own, but the tokenizer in {folder} has another chat template: a name has one tokenizer. '
+            'Choose another --config.name.'
         )
     if not _is_made_from(folder, wanted, config.data.template):
         made_from = _made_from(folder)['data.tokenizer']
@@ -70,7 +77,7 @@ def _digest(wanted):
 def _made_from(folder):
     """What a family's tokenizer was made from: name, sha256 (older ones: a path alone) and, if trained, its size."""
     file = folder / 'source.json'
-    return read_json(file) if file.exists() else {'data.tokenizer': ''}
+    return read_json(file) if file.exists() else {'data.tokenizer': ''}  # of an older converted run
 
 
 def _is_made_from(folder, wanted, template):
@@ -84,7 +91,7 @@ def _is_made_from(folder, wanted, template):
     if made_from.get('sha256'):
         return made_from['sha256'] == _digest(wanted)
     with tempfile.TemporaryDirectory() as again:
-        import_tokenizer(os.path.expanduser(wanted), again, template)
+        import_tokenizer(tokenizer_folder(wanted), again, template)
         return Tokenizer(again).digest == Tokenizer(folder).digest
 
 

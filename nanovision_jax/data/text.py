@@ -69,7 +69,8 @@ def read_texts(config, split):
     for file in text_files(config.data.path):
         text = read_text(file)
         end = int(len(text) * (1 - HELD_OUT))
-        cut = text.rfind('\n', 0, end) + 1 or end
+        near = end - len(text) // 50  # a text may have no line break for long: it is not given away as held out
+        cut = text.rfind('\n', near, end) + 1 or text.rfind(' ', near, end) + 1 or end
         texts.append(text[:cut] if split == 'train' else text[cut:])
     return [text for text in texts if text.strip()]
 

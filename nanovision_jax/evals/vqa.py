@@ -47,9 +47,9 @@ class Question:
 
 def normalise(answer):
     """Lower case, without punctuation and articles, single spaces; VQA's usual normalisation."""
-    words = re.sub(r'[^\w\s]', ' ', answer.lower()).split()
+    words = re.sub(r'(?!-\d)[^\w\s]', ' ', answer.lower()).split()
     kept = [word for word in words if word not in ('a', 'an', 'the')]
-    return ' '.join(kept or words)  # the answer to a choice may be A
+    return ' '.join(kept or words) or answer.strip()  # the answer to a choice may be A, or a sign alone
 
 
 def score(kind, answer, reference):
@@ -124,7 +124,11 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
             questions.lost.append(row_of(unread, left_out=reason))
             continue
         asked = pairs(example.messages)
-        if len(example.names) != 1:
+        shown = [m['content'] for m in example.messages if not isinstance(m['content'], str)]
+        places = sum(map(conversation.is_image, itertools.chain(*shown)))
+        if places > len(example.names):
+            reason = f'{places} image places for {len(example.names)} images'
+        elif len(example.names) != 1:
             questions.other[f'question about {len(example.names) or "no"} pictures'] += len(asked)
             continue
         try:
@@ -134,12 +138,15 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
             reason = str(error)
         system = [message for message in example.messages if message['role'] == 'system']
         for user, answer in asked:
-            text = conversation.text_of(user)
-            kind = answer.get('kind') or ' '.join(text.lower().split()[:3])
+            content = user['content']
+            texts = [content] if isinstance(content, str) else [p['text'] for p in content if p['type'] == 'text']
+            text = '\n'.join(texts).strip()
+            kind = str(answer.get('kind') or ' '.join(text.lower().split()[:3]))
             name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
-            question = Question(name, example.names[0], i, text, conversation.text_of(answer), kind, system)
-            if reason:
-                questions.lost.append(row_of(question, left_out=reason))
+            picture = example.names[0] if example.names else None
+            question = Question(name, picture, i, text, conversation.text_of(answer), kind, system)
+            if reason or not question.reference.strip():
+                questions.lost.append(row_of(question, left_out=reason or 'empty answer'))
             else:
                 questions.found.append(question)
         if limit and len(questions.found) >= limit:

@@ -5,6 +5,7 @@ import pathlib
 
 from nanovision_jax import config as configs
 from nanovision_jax import runconfig, runfolder
+from nanovision_jax.errors import UserError
 
 # What the data sets' own pages say. What is not here, the card says it does not know.
 LICENCES = {
@@ -84,7 +85,12 @@ def ancestors(folder):
     found, waiting = [], [folder]
     while waiting:
         folder = waiting.pop(0)
-        if folder in found or not (record := runfolder.read_lineage(folder)):
+        try:
+            record = runfolder.read_lineage(folder)
+            runconfig.read(folder)
+        except UserError:  # gone or damaged: the card tells of what is left
+            continue
+        if folder in found or not record:
             continue
         found.append(folder)
         waiting += [pathlib.Path(parent['run']) for parent in record['parents']]

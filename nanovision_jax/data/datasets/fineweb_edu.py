@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.data.datasets import files
+from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.formats import open_parquet
 from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.text import open_shard, shard_files
@@ -39,7 +40,7 @@ def prepare(source, home, patterns=(), tokenizer='gpt2', workers=0, beam='', mad
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if found[0].suffix == '.parquet':
-        import_tokenizer(tokenizer, partial / 'tokenizer')
+        import_tokenizer(tokenizer_folder(tokenizer), partial / 'tokenizer')
         counts = tokenize(found, partial, workers or os.cpu_count(), beam)
         digest = Tokenizer(partial / 'tokenizer').digest
         made = {'shards': '.', 'tokenizer': tokenizer, 'tokenizer_digest': digest}
