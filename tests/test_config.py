@@ -179,7 +179,7 @@ def test_help_tells_meaning_limits_default_and_what_this_run_would_have(capsys):
         ('data.images', '', ''),
         ('name', '3', '3'),
         ('name', 'none', 'none'),
-        ('init_from', "it's", "it's"),
+        ('data.images', "it's", "it's"),
         ('model.vision.mean', '(0.5, 0.25, 1)', (0.5, 0.25, 1)),
         ('model.vision.layers', '3', 3),
     ],

@@ -112,7 +112,7 @@ def test_differences_are_those_that_change_results(tmp_path, monkeypatch):
     free += ['data.path=./runs/tiny/data/']  # where it was by default
     assert runconfig.differences(config, parse('sft', *free)) == []
     seen = ['steps=3', 'seed=1', 'dtype=bfloat16', 'data.length=128', 'data.batch_size=16', 'optim.b1=0.5']
-    seen += ['model.layers=2', 'model.vision.fit=pad', 'optim.learning_rate=0.1', 'init_from=runs/x']
+    seen += ['model.layers=2', 'model.vision.fit=pad', 'optim.learning_rate=0.1', 'data.images=x.zip']
     for override in seen:
         assert runconfig.differences(config, parse('sft', override)) == [override.partition('=')[0]]
 
