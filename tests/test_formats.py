@@ -68,6 +68,19 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
         formats.RowFile(tmp_path / 'x.json')
 
 
+@pytest.mark.parametrize('window', [7, 1 << 20])
+@pytest.mark.parametrize(
+    'text, byte',
+    [('[{}]\n[{}]', 6), ('[{}]garbage', 5), ('[{}]  ' + ' ' * 99 + '\n]', 107), ('[]\n{}', 4), (' [ ]x', 5)],
+)
+def test_nothing_follows_a_list(tmp_path, monkeypatch, window, text, byte):
+    """`cat a.json b.json`: the rows of b would be dropped without a word."""
+    monkeypatch.setattr(formats, '_WINDOW', window)
+    (tmp_path / 'x.json').write_text(text)
+    with pytest.raises(UserError, match=rf'x\.json goes on behind the end of its JSON list, at byte {byte}: write one'):
+        formats.RowFile(tmp_path / 'x.json')
+
+
 def test_a_row_takes_sixteen_bytes(tmp_path):
     row = {'a': 'b' * 90}
     (tmp_path / 'x.jsonl').write_text((json.dumps(row) + '\n') * 100_000)

@@ -99,8 +99,8 @@ class RowFile:
         # Read as latin-1, one byte is one character: places in the text are places in the file.
         decoder, window, place = json.JSONDecoder(), _WINDOW, 0
         text = os.pread(self._file, window, base).decode('latin-1')
-        if text[_SPACE.match(text).end() :].startswith(']'):
-            return
+        if text[(first := _SPACE.match(text).end()) :].startswith(']'):
+            return self._check_end(base + first + 1)
         while True:
             begin = _SPACE.match(text, place).end()
             try:
@@ -120,8 +120,18 @@ class RowFile:
                 continue
             yield base + begin, base + end
             if text[after] == ']':
-                return
+                return self._check_end(base + after + 1)
             place = after + 1
+
+    def _check_end(self, at):
+        """Raises UserError where anything but white space follows a list: rows would be dropped without a word."""
+        while data := os.pread(self._file, _WINDOW, at):
+            if rest := data.lstrip(b' \t\r\n'):
+                raise UserError(
+                    f'{self.path} goes on behind the end of its JSON list, at byte {at + len(data) - len(rest) + 1}: '
+                    'write one list alone to a file.'
+                )
+            at += len(data)
 
     def _of_lines(self, mark):
         with open(self.path, 'rb') as lines:
