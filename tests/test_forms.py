@@ -257,6 +257,17 @@ def test_the_picture_of_the_named_zip_comes_first(tmp_path):
     assert Pictures(tmp_path / 'backup.zip').read('images/a.jpg') == STORED[1]
 
 
+@pytest.mark.parametrize('name', ['images/', 'images\\', 'images/.', '.', './', '..', 'images/..', '/', '//', 'a/..'])
+def test_the_name_of_a_folder_is_no_picture(tmp_path, name):
+    for place in ('images', 'a'):
+        (tmp_path / place).mkdir()
+    write_zip(tmp_path / 'more.zip', {'images/b.jpg': STORED[0]})
+    for near in (Pictures(tmp_path), Pictures(tmp_path / 'more.zip')):
+        with pytest.raises(BadExample, match=r'missing image|leaves the folder'):
+            near.read(name)
+        near.stamp([name])
+
+
 def test_the_stamp_tells_which_pictures_are_there(tmp_path):
     (tmp_path / 'a.jpg').write_bytes(STORED[0])
     stamps = [Pictures(tmp_path).stamp(['a.jpg', 'c.jpg'])]

@@ -64,8 +64,8 @@ class Pictures:
         fitting = [found for found in self._by_stem().get(path.stem, ()) if _within(path.parts[:-1], found[0])]
         if fitting:
             return min(fitting, key=lambda found: (not found[2].endswith(name), len(found[0]), found[2]))[1:]
-        endings = ENDINGS if path.name else ()
-        others = [str(pathlib.PurePosixPath(n).with_suffix(e)) for e in endings for n in _spellings(name)]
+        spelled = [path for path in map(pathlib.PurePosixPath, _spellings(name)) if path.name not in ('', '..')]
+        others = [str(path.with_suffix(ending)) for ending in ENDINGS for path in spelled]
         if found := self._first(others, self._loose):
             return found
         if any(store.leaves(name) for store in self._loose):
