@@ -268,6 +268,39 @@ def test_the_name_of_a_folder_is_no_picture(tmp_path, name):
         near.stamp([name])
 
 
+def damage(file):
+    """A zip file whose directory is no directory, though its end tells where one is."""
+    write_zip(file, {'b.jpg': STORED[1]})
+    file.write_bytes(file.read_bytes().replace(b'PK\1\2', b'PK\7\7'))
+
+
+@pytest.mark.parametrize('make', [damage, lambda file: file.write_bytes(b'PK'), lambda file: file.mkdir()])
+@pytest.mark.parametrize('place', ['images.zip', 'other.zip', 'deep/other.zip', '._other.zip'])
+def test_a_damaged_zip_nearby_is_told_where_a_picture_is_missing(tmp_path, make, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    make(tmp_path / place)
+    (tmp_path / 'a.jpg').write_bytes(STORED[0])
+    write_zip(tmp_path / 'whole.zip', {'c.jpg': STORED[2]})
+    rows = [FORMS[name][0] for name in ('sharegpt', 'llava')]
+    write_jsonl(tmp_path / 'x.jsonl', [*rows, {'image': 'b.jpg', 'conversations': turns('<image>')}])
+    source = sources.Conversations(tmp_path / 'x.jsonl')
+    assert source.key and source[0].images == [] and source[1].images == [STORED[0]]
+    assert Pictures(tmp_path).read('c.jpg') == STORED[2]
+    told = f', and {place} is a damaged zip file' if (tmp_path / place).is_file() and place[0] != '.' else ''
+    with pytest.raises(BadExample) as caught:
+        source[2]
+    assert str(caught.value) == "missing image 'b.jpg'" + told
+
+
+def test_a_damaged_zip_that_is_named_is_one_sentence(tmp_path):
+    damage(tmp_path / 'b.zip')
+    with pytest.raises(UserError, match=r'b\.zip is a damaged zip file: '):
+        Pictures(tmp_path / 'b.zip').read('b.jpg')
+    write_jsonl(tmp_path / 'x.jsonl', [FORMS['llava'][0]])
+    with pytest.raises(UserError, match=r'b\.zip is a damaged zip file: '):
+        print(sources.Conversations(tmp_path / 'x.jsonl', tmp_path / 'b.zip').key)
+
+
 def test_the_stamp_tells_which_pictures_are_there(tmp_path):
     (tmp_path / 'a.jpg').write_bytes(STORED[0])
     stamps = [Pictures(tmp_path).stamp(['a.jpg', 'c.jpg'])]

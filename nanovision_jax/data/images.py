@@ -64,8 +64,17 @@ class ImageStore:
     def _opened(self):
         # One handle for all threads: the directory of half a million pictures takes seconds to read and much memory.
         if self._zip is None:
-            self._zip = zipfile.ZipFile(self.path)
+            try:
+                self._zip = zipfile.ZipFile(self.path)
+            except _ZIP_ERRORS as error:
+                raise UserError(f'{self.path} is a damaged zip file: {error}.') from error
         return self._zip
+
+    def check(self):
+        """Raises UserError where the zip file's directory is damaged, as every other method does."""
+        if not self.path.is_dir():
+            with self._lock:
+                self._opened()
 
     def names(self):
         """The names of all members of the zip file, folders left out."""

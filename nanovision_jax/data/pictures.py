@@ -10,6 +10,7 @@ import unicodedata
 
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.images import MAX_BYTES, ImageStore
+from nanovision_jax.errors import UserError
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # whatever the row calls it
 
@@ -25,13 +26,10 @@ class Pictures:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self._lock, self._members = threading.Lock(), None
+        self._lock, self._members, self._opened, self._damaged = threading.Lock(), None, None, []
         if not self.path.is_dir():
-            self._zips, self._loose = [((), ImageStore(self.path))], []
+            self._opened, self._loose = [((), ImageStore(self.path))], []
             return
-        files = sorted([*self.path.glob('*.zip'), *self.path.glob('*/*.zip')])
-        files.sort(key=lambda file: file.name != 'images.zip')
-        self._zips = [(file.relative_to(self.path).with_suffix('').parts, ImageStore(file)) for file in files]
         folders = [self.path / name for name in ('', 'images', 'train2017', 'coco/train2017')]
         self._loose = [ImageStore(folder) for folder in folders if folder.is_dir()]
 
@@ -42,7 +40,7 @@ class Pictures:
 
     def stamp(self, names):
         """What the pictures of these names depend on, as a digest, wherever they lie: they are not read."""
-        digest = hashlib.sha256(repr([(inside, store.stamp(())) for inside, store in self._zips]).encode())
+        digest = hashlib.sha256(repr([(inside, store.stamp(())) for inside, store in self._zips()]).encode())
         for name in names if self._loose else ():
             try:
                 store, inner = self._find(name)
@@ -55,9 +53,29 @@ class Pictures:
                 digest.update(repr((name, store is None)).encode())
         return digest.hexdigest()
 
+    def _zips(self):
+        """[(parts of its path, zip)] of a folder, images.zip first, without the damaged ones: they may be anything."""
+        with self._lock:
+            if self._opened is None:
+                files = sorted([*self.path.glob('*.zip'), *self.path.glob('*/*.zip')])
+                files.sort(key=lambda file: file.name != 'images.zip')
+                opened = []
+                for file in files:
+                    if file.name.startswith('.') or not file.is_file():
+                        continue
+                    place = file.relative_to(self.path)
+                    try:
+                        store = ImageStore(file)
+                        store.check()
+                        opened.append((place.with_suffix('').parts, store))
+                    except UserError:
+                        self._damaged.append(place.as_posix())
+                self._opened = opened
+        return self._opened
+
     def _find(self, name):
         """(the store, the picture's name in it)."""
-        if found := self._first(_spellings(name), [store for _, store in self._zips] + self._loose):
+        if found := self._first(_spellings(name), [store for _, store in self._zips()] + self._loose):
             return found
         # GQA and Visual Genome have pictures of the same name: every folder that the row names must be on the way.
         path = pathlib.PurePosixPath(_composed(name.replace('\\', '/')))
@@ -70,7 +88,8 @@ class Pictures:
             return found
         if any(store.leaves(name) for store in self._loose):
             raise BadExample(f'image name {name!r} leaves the folder')
-        raise BadExample(f'missing image {name!r}')
+        damaged = f', and {self._damaged[0]} is a damaged zip file' if self._damaged else ''
+        raise BadExample(f'missing image {name!r}{damaged}')
 
     @staticmethod
     def _first(names, stores):
@@ -78,10 +97,11 @@ class Pictures:
 
     def _by_stem(self):
         """{stem: [(parts of its path, zip, member)]} of the pictures in zip files, made when it is first needed."""
+        zips = self._zips()
         with self._lock:
             if self._members is None:
                 members = collections.defaultdict(list)
-                for inside, store in self._zips:
+                for inside, store in zips:
                     for member in store.names():
                         path = pathlib.PurePosixPath(_composed(member.replace('\\', '/')))
                         if path.suffix.lower() in ENDINGS:
@@ -110,7 +130,8 @@ def fetch(reference, pictures):
             return base64.b64decode(reference.partition(',')[2], validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadExample('a picture that is no base64') from error
-    reference = reference.removeprefix('file://')
+    is_file = reference[:7].lower() == 'file://'
+    reference = reference[7:] if is_file else reference
     if '://' in reference:
         raise BadExample(f'a picture on the web {reference!r}')
     return pictures.read(reference)
