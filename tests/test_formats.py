@@ -8,6 +8,7 @@ import pytest
 
 from nanovision_jax.data import formats
 from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.folders import data_files
 from nanovision_jax.errors import UserError
 
 
@@ -79,6 +80,16 @@ def test_nothing_follows_a_list(tmp_path, monkeypatch, window, text, byte):
     (tmp_path / 'x.json').write_text(text)
     with pytest.raises(UserError, match=rf'x\.json goes on behind the end of its JSON list, at byte {byte}: write one'):
         formats.RowFile(tmp_path / 'x.json')
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    """Jupyter's copies, macOS' twins and the hub's cache, at any depth; a hidden folder that is named is read."""
+    folder = tmp_path / '.data'
+    hidden = ('.ipynb_checkpoints/a-checkpoint.txt', '._a.txt', 'deep/._b.txt', 'deep/.git/c.txt')
+    for name in ('a.txt', 'deep/b.txt', *hidden):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('x')
+    assert data_files(folder) == [folder / 'a.txt', folder / 'deep/b.txt']
 
 
 def test_a_row_takes_sixteen_bytes(tmp_path):

@@ -15,15 +15,15 @@ MARKS = (
 def data_files(folder):
     """The files of a folder at any depth, in name order, as paths.
 
-    Left out are lists of bad rows, the hub's .cache, and the folders below it that MARKS tells are our own output.
+    Left out are lists of bad rows, the folders below it that MARKS tells are our own output, and what is hidden, at any
+    depth: the hub's .cache, Jupyter's .ipynb_checkpoints, macOS' ._ files.
     """
     found, folder = [], pathlib.Path(folder)
     for place, folders, names in os.walk(folder):
         place = pathlib.Path(place)
-        folders[:] = [name for name in folders if not _is_ours(place / name)]
-        if place == folder and '.cache' in folders:
-            folders.remove('.cache')
-        found += [place / name for name in names if not name.endswith('bad_rows.jsonl') and (place / name).is_file()]
+        folders[:] = [name for name in folders if not name.startswith('.') and not _is_ours(place / name)]
+        names = [name for name in names if not name.startswith('.') and not name.endswith('bad_rows.jsonl')]
+        found += [place / name for name in names if (place / name).is_file()]
     return sorted(found)
 
 
