@@ -4,10 +4,14 @@ import json
 import random
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from nanovision_jax import prepare
 from nanovision_jax.data import formats
 from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.datasets import files
 from nanovision_jax.data.folders import data_files
 from nanovision_jax.errors import UserError
 
@@ -80,6 +84,40 @@ def test_nothing_follows_a_list(tmp_path, monkeypatch, window, text, byte):
     (tmp_path / 'x.json').write_text(text)
     with pytest.raises(UserError, match=rf'x\.json goes on behind the end of its JSON list, at byte {byte}: write one'):
         formats.RowFile(tmp_path / 'x.json')
+
+
+def broken_parquet(file, said):
+    """A parquet file of conversations with a column `note` of these bytes, which pyarrow takes for strings unseen."""
+    notes = pyarrow.array(said, pyarrow.binary()).view(pyarrow.string())
+    turn = [{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}]
+    table = pyarrow.table({'conversations': [turn] * len(said), 'note': notes})
+    pyarrow.parquet.write_table(table, file)
+
+
+@pytest.mark.parametrize('bad', [0, 1, 2])
+def test_a_string_of_parquet_that_is_not_utf8_is_a_bad_row(tmp_path, bad):
+    said = [b'x', b'y', b'z']
+    said[bad] = b'caf\xe9'
+    broken_parquet(tmp_path / 'x.parquet', said)
+    rows = formats.open_rows(tmp_path / 'x.parquet')
+    for read in (list(rows), list(files.read_rows(tmp_path / 'x.parquet'))):
+        assert [row and row['note'] for row in read] == [None if i == bad else 'xyz'[i] for i in range(3)]
+    with pytest.raises(BadExample, match='a row that is not UTF-8'):
+        rows[bad]
+    assert rows[2 - bad if bad != 1 else 0]['note']
+
+
+def test_a_row_that_is_not_utf8_is_listed_where_a_set_is_prepared(tmp_path):
+    broken_parquet(tmp_path / 'x.parquet', [b'x', b'\xe9'])
+    with pytest.raises(UserError, match=r'1 of 2 rows .* are bad .*: 1 × a row that is no'):
+        prepare.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
+    notes = pyarrow.array([b'x', b'\xe9'], pyarrow.binary()).view(pyarrow.string())
+    texts = pyarrow.StructArray.from_arrays([notes, notes], ['user', 'assistant'])
+    pyarrow.parquet.write_table(
+        pyarrow.table({'texts': pyarrow.ListArray.from_arrays([0, 1, 2], texts)}), tmp_path / 'x.parquet'
+    )
+    with pytest.raises(UserError, match=r'1 of 2 rows .* are bad .*: 1 × a row that is not UTF-8'):
+        prepare.prepare('cauldron', str(tmp_path), str(tmp_path / 'out'))
 
 
 def test_hidden_files_are_no_data(tmp_path):

@@ -7,6 +7,7 @@ which <image> is a picture's place where the row has `images` (LLaMA-Factory), o
 
 import array
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -36,7 +37,8 @@ def open_rows(path):
     """
     rows = ParquetFile(path) if pathlib.Path(path).suffix == '.parquet' else RowFile(path)
     if len(rows):
-        check_form(rows[0], path)
+        with contextlib.suppress(BadExample):  # one bad row, which is counted where all are read
+            check_form(rows[0], path)
     return rows
 
 
@@ -193,10 +195,23 @@ class ParquetFile:
         return len(self._table)
 
     def __getitem__(self, i):
-        return self._table.slice(i, 1).to_pylist()[0]
+        return row_of(self._table, i)
 
     def __iter__(self):
-        return (self[i] for i in range(len(self)))
+        """The rows in order, None for one that is not UTF-8."""
+        for i in range(len(self)):
+            try:
+                yield self[i]
+            except BadExample:
+                yield None
+
+
+def row_of(table, i):
+    """Row i of a pyarrow table or batch. Raises BadExample where a string in it is not UTF-8: pyarrow does not look."""
+    try:
+        return table.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadExample('a row that is not UTF-8') from error
 
 
 def open_parquet(file):

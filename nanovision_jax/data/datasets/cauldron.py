@@ -18,6 +18,9 @@ class Cauldron(ConversationsBuilder):
     def rows(self):
         """Every row with the turns that its ratings leave."""
         for key, row in super().rows():
+            if row is None:
+                yield key, row
+                continue
             turns = row.get('texts') or []
             row['texts'] = [
                 turn for i, turn in enumerate(turns) if all(self._passes(row, name, i) for name in self.minimum)
@@ -33,6 +36,8 @@ class Cauldron(ConversationsBuilder):
 
     def example(self, row):
         """The turns; all pictures come before the first question, unless the questions say <image> themselves."""
+        if row is None:
+            raise BadExample('a row that is not UTF-8')
         turns = []
         for turn in row['texts']:
             turns += [{'from': 'human', 'value': turn['user']}, {'from': 'gpt', 'value': turn['assistant']}]

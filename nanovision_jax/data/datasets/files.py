@@ -2,8 +2,9 @@
 
 import pathlib
 
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.folders import data_files
-from nanovision_jax.data.formats import RowFile, open_parquet
+from nanovision_jax.data.formats import RowFile, open_parquet, row_of
 from nanovision_jax.errors import UserError
 
 
@@ -37,7 +38,7 @@ def count_rows(files):
 def read_rows(file, columns=()):
     """The rows of a JSON list, of JSON lines or of a parquet file (only `columns`, where given), one by one.
 
-    A row that is no JSON comes as None. Raises UserError where the whole file cannot be read.
+    A row that is no JSON, or not UTF-8, comes as None. Raises UserError where the whole file cannot be read.
     """
     yield from _parquet_rows(file, columns) if file.suffix == '.parquet' else RowFile(file)
 
@@ -48,6 +49,20 @@ def _parquet_rows(file, columns):
     try:
         for group in range(parquet.num_row_groups):  # pictures: a row group may be a gigabyte, a file many
             for batch in parquet.iter_batches(64, [group], wanted, use_threads=False):
-                yield from batch.to_pylist()
+                yield from _batch_rows(batch)
     except (OSError, ValueError) as error:
         raise UserError(f'{file} is damaged: {str(error).splitlines()[0]}.') from error
+
+
+def _batch_rows(batch):
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_row_or_none(batch, i) for i in range(len(batch))]
+
+
+def _row_or_none(batch, i):
+    try:
+        return row_of(batch, i)
+    except BadExample:
+        return None
