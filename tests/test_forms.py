@@ -10,7 +10,7 @@ from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
 
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import formats, sources
-from nanovision_jax.data.conversation import BadExample, check, kind_of, side
+from nanovision_jax.data.conversation import BadExample, check, encode, kind_of, side
 from nanovision_jax.data.pictures import Pictures
 from nanovision_jax.errors import UserError
 
@@ -192,6 +192,45 @@ def test_the_first_question_decides_the_side_whatever_the_system_message():
     for head in ([], [message('Be brief.', 'system')], [message('Be kind.', 'system')]):
         sides.append([side([*head, message(f'question {i}'), ANSWER], []) for i in range(200)])
     assert sides[0] == sides[1] == sides[2] and set(sides[0]) == {'train', 'validation'}
+
+
+@pytest.mark.parametrize('lost', [[None], [], '', None, float('nan'), {'bytes': None, 'path': None}])
+@pytest.mark.parametrize('key', ['image', 'images'])
+def test_a_question_whose_picture_is_lost_is_no_text(lost, key):
+    """A column of pictures makes <image> a place, whatever it holds in this row."""
+    row = {'messages': [message('<image>\nwhat?'), ANSWER], key: lost}
+    messages, references = formats.read_row(row)
+    assert messages[0]['content'] == parts([IMAGE_PART, '\nwhat?']) and references == []
+    with pytest.raises(BadExample, match='1 image places for 0 images'):
+        encode(messages, None)
+    row['messages'][0] = message('what?')
+    assert formats.read_row(row) == ([message('what?'), ANSWER], []) and not formats.has_pictures(row)
+
+
+def test_a_part_of_nothing_carries_no_picture():
+    part = {'type': 'image', 'image': {'bytes': None, 'path': None}}
+    assert formats.read_row({'messages': [message([part]), ANSWER], 'images': ['a.jpg']})[1] == ['a.jpg']
+
+
+def test_what_a_row_asks_for_and_is_not_supported_is_named():
+    row = {'messages': [message('what?'), ANSWER]}
+    for system in (3, ['Be brief.'], {'text': 'Be brief.'}):
+        with pytest.raises(BadExample, match=r'^a system that is no text$'):
+            formats.read_row(row | {'system': system})
+    for key in ('video', 'videos', 'audio', 'audios'):
+        for value in ('a.mp4', ['a.mp4'], {'path': 'a.mp4'}):
+            with pytest.raises(BadExample, match=f'^a row with {key}, which is not supported$'):
+                formats.read_row(row | {key: value})
+    for weight in (0, 0.0):
+        with pytest.raises(BadExample, match=r'^an answer with weight 0: .* not supported$'):
+            formats.read_row({'messages': [message('what?'), ANSWER | {'weight': weight}]})
+    # What says nothing asks for nothing.
+    row['messages'] = [message('what?') | {'weight': 0}, ANSWER | {'weight': 1}]
+    for nothing in (None, '', float('nan')):
+        assert formats.read_row(row | {'system': nothing, 'videos': [nothing], 'audio': nothing}) == (
+            [message('what?'), ANSWER],
+            [],
+        )
 
 
 @pytest.mark.parametrize('role', ['tool', 'function', 'observation', 'function_call'])

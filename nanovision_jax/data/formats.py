@@ -237,7 +237,7 @@ def read_row(row):
 
     A reference is a name, an address, bytes or {bytes, path}: see pictures.fetch. A part that carries none, and an
     <image> in a question, take the next of the row's `image` or `images`. Raises BadExample where there is no
-    conversation.
+    conversation, and where the row asks for what is not supported.
     """
     if not isinstance(row, dict):
         raise BadExample('a row that is no JSON object')
@@ -246,10 +246,16 @@ def read_row(row):
     turns = row.get('conversations') or row.get('messages') or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadExample('turns that are no JSON objects')
+    for key in ('video', 'videos', 'audio', 'audios'):
+        if _found(row, key):
+            raise BadExample(f'a row with {key}, which is not supported')
     waiting = collections.deque(pictures_of(row))
-    messages, references, several = [], [], bool(waiting)
+    # Not only where there is a picture: without its picture a question about one would be learned as text.
+    messages, references, places = [], [], not row.keys().isdisjoint(('image', 'images'))
     for turn in turns:
-        message = from_llava([turn])[0] if turn.get('from') is not None else _message(turn, several)
+        message = from_llava([turn])[0] if turn.get('from') is not None else _message(turn, places)
+        if message['role'] == 'assistant' and turn.get('weight') == 0:  # OpenAI's mark of what is not to be learned
+            raise BadExample('an answer with weight 0: answers that are not learned are not supported')
         content = message['content']
         for part in filter(is_image, content if isinstance(content, list) else ()):
             reference = _carried(part)
@@ -261,6 +267,8 @@ def read_row(row):
             message['content'] = [_plain(part) for part in content]
         messages.append(message)
     system = row.get('system')  # beside ShareGPT's turns
+    if not isinstance(system, str) and not _is_nothing(system):
+        raise BadExample('a system that is no text')
     if isinstance(system, str) and system.strip() and messages and messages[0]['role'] != 'system':
         messages.insert(0, {'role': 'system', 'content': system})
     check(messages)
@@ -268,13 +276,8 @@ def read_row(row):
 
 
 def pictures_of(row):
-    """What a row's `image` or `images` says, as a list; NaN, which pandas writes, and '' are no picture."""
-    for key in ('image', 'images'):
-        value = row.get(key) if isinstance(row, dict) else None
-        values = value if isinstance(value, list) else [value]
-        if found := [one for one in values if not _is_nothing(one)]:
-            return found
-    return []
+    """What a row's `image` or `images` says, as a list; see _is_nothing for what is no picture."""
+    return (_found(row, 'image') or _found(row, 'images')) if isinstance(row, dict) else []
 
 
 def has_pictures(row):
@@ -285,7 +288,16 @@ def has_pictures(row):
         return False
 
 
+def _found(row, key):
+    """What a row has in a column, as a list, without what is nothing."""
+    value = row.get(key)
+    return [one for one in (value if isinstance(value, list) else [value]) if not _is_nothing(one)]
+
+
 def _is_nothing(value):
+    """Whether a value says nothing: null, '', pandas' NaN, and a picture of parquet without bytes and path."""
+    if isinstance(value, dict):
+        return value.keys() <= {'bytes', 'path'} and all(map(_is_nothing, value.values()))
     return value is None or value == '' or value != value
 
 
