@@ -11,7 +11,7 @@ from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import formats, sources
 from nanovision_jax.data.conversation import BadExample, check, encode, kind_of, side
-from nanovision_jax.data.pictures import Pictures
+from nanovision_jax.data.pictures import Pictures, fetch, name_of
 from nanovision_jax.errors import UserError
 
 STORED = pictures(8)
@@ -338,6 +338,33 @@ def test_a_damaged_zip_that_is_named_is_one_sentence(tmp_path):
     write_jsonl(tmp_path / 'x.jsonl', [FORMS['llava'][0]])
     with pytest.raises(UserError, match=r'b\.zip is a damaged zip file: '):
         print(sources.Conversations(tmp_path / 'x.jsonl', tmp_path / 'b.zip').key)
+
+
+def test_a_picture_is_found_by_its_uri(tmp_path):
+    for name, data in {'a b.jpg': STORED[0], 'c%20d.jpg': STORED[1]}.items():
+        (tmp_path / name).write_bytes(data)
+    root = tmp_path.as_posix()
+    for uri, data in {
+        f'file://{root}/a%20b.jpg': STORED[0],
+        f'FILE://{root}/a b.jpg': STORED[0],
+        f'file://{root}/c%2520d.jpg': STORED[1],
+        f'file://{root}/c%20d.jpg': STORED[1],
+        'file://a%20b.jpg': STORED[0],
+    }.items():
+        assert fetch(uri, Pictures(tmp_path)) == data, uri
+    with pytest.raises(BadExample, match='missing image'):
+        fetch('a%20b.jpg', Pictures(tmp_path))  # no URI
+    with pytest.raises(BadExample, match='on the web'):
+        fetch('http://a.b/a%20b.jpg', Pictures(tmp_path))
+
+
+def test_base64_may_have_line_breaks_and_any_case_before_it():
+    broken = base64.encodebytes(STORED[0]).decode()
+    assert broken.count('\n') > 2
+    for uri in (URI, 'DATA' + URI[4:], 'data:image/jpeg;base64,' + broken, 'Data:;base64,\r\n' + broken):
+        assert fetch(uri, None) == STORED[0] and name_of(uri, 'other') == 'other'
+    with pytest.raises(BadExample, match='no base64'):
+        fetch(URI + '!', None)
 
 
 def test_the_stamp_tells_which_pictures_are_there(tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 import threading
 import unicodedata
+import urllib.parse
 
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.images import MAX_BYTES, ImageStore
@@ -123,24 +124,34 @@ def fetch(reference, pictures):
     if not isinstance(reference, str | int):
         raise BadExample('missing image')
     reference = str(reference)
-    if reference.startswith('data:'):
+    if _is_data(reference):
         if len(reference) > 4 * MAX_BYTES // 3 + 100:
             raise BadExample(f'a picture of more than {MAX_BYTES >> 20} MiB')
         try:
-            return base64.b64decode(reference.partition(',')[2], validate=True)
+            # MIME breaks base64 into lines.
+            return base64.b64decode(''.join(reference.partition(',')[2].split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadExample('a picture that is no base64') from error
     is_file = reference[:7].lower() == 'file://'
     reference = reference[7:] if is_file else reference
     if '://' in reference:
         raise BadExample(f'a picture on the web {reference!r}')
-    return pictures.read(reference)
+    try:
+        return pictures.read(reference)
+    except BadExample:  # many write a file: URI without escaping it
+        if not is_file or (unescaped := urllib.parse.unquote(reference)) == reference:
+            raise
+    return pictures.read(unescaped)
 
 
 def name_of(reference, otherwise):
     """What a picture is called: its reference where that is a name, else `otherwise`."""
-    named = isinstance(reference, str | int) and not str(reference).startswith('data:')
+    named = isinstance(reference, str | int) and not _is_data(str(reference))
     return str(reference) if named else otherwise
+
+
+def _is_data(reference):
+    return reference[:5].lower() == 'data:'
 
 
 def _composed(name):
