@@ -9,7 +9,7 @@
   llava_pretrain   LLaVA-CC3M-Pretrain-595K or, with --repo, LLaVA-Pretrain 558K: captions
   llava_instruct   LLaVA-Instruct-150K or the 665K mix of LLaVA 1.5: conversations about pictures
   cauldron         The Cauldron or, with --repo=HuggingFaceM4/FineVision, FineVision; say which with --files='ai2d/*'
-  chat             any JSON lines or parquet with messages
+  chat             conversations in any form that data.source=conversations takes
 
 A set lies in OUTPUT/NAME, with bad_rows.jsonl (what was left out, and why) and source.json (what it is made from).
 Downloads are kept in OUTPUT/downloads/NAME.
