@@ -330,11 +330,16 @@ def train_command(run_):
     if config.name != config.size:
         line += f' --config.name={shlex.quote(config.name)}'
     if file.exists():
-        usual = runpy.run_path(str(file))['get_config'](config.size)
+        try:
+            usual = runpy.run_path(str(file))['get_config'](config.size)
+        except UserError:  # a config file of somebody's own, with a size of its own
+            return line
         usual.name, usual.init_from, usual.run_dir = config.name, config.init_from, config.run_dir
         usual.model.tower, usual.model.decoder = config.model.tower, config.model.decoder
         configs.fill(usual)
-        told = _take_over(usual)
+        told = ()
+        with contextlib.suppress(UserError):  # what it started from is gone: every field is told
+            told = _take_over(usual)
         usual.run_dir, usual.init_from = str(pathlib.Path('runs', config.name, run_.stage)), ''
         usual.model.tower = usual.model.decoder = ''
         for name in configs.fields(configs.Config):
