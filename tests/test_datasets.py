@@ -92,7 +92,7 @@ def test_llava_pretrain_with_all_its_damage(folder, stored):
         if i in damage or i in (300, 301):
             continue
         example = found[row['id']]
-        text = {'type': 'text', 'text': 'Describe the image.\n'}
+        text = {'type': 'text', 'text': 'Describe the image.'}
         assert example.messages == [
             {'role': 'user', 'content': [text, {'type': 'image'}]},
             {'role': 'assistant', 'content': f'caption {i}'},
@@ -327,7 +327,7 @@ def test_chat_with_strings_and_parts(folder, stored):
         'bare': ([text, image], [stored[0]]),
         'name': ([image, text], [stored[1]]),
         'row': ([image, text, image], [stored[1], stored[0]]),
-        'mark': ([image, {'type': 'text', 'text': '\nwhat?'}], [stored[1]]),
+        'mark': ([image, {'type': 'text', 'text': 'what?'}], [stored[1]]),
         'text': ('no <image> here', []),
     }
     bad = {

@@ -30,7 +30,7 @@ def turns(question, **more):
 
 # name: (row, content of the first question, numbers of its pictures). a.jpg is picture 0, b.jpg picture 1.
 FORMS = {
-    'llava': ({'image': 'a.jpg', 'conversations': turns('<image>\nwhat?')}, [IMAGE_PART, '\nwhat?'], [0]),
+    'llava': ({'image': 'a.jpg', 'conversations': turns('<image>\nwhat?')}, [IMAGE_PART, 'what?'], [0]),
     'sharegpt': (
         {'conversations': [{'from': 'user', 'value': 'what?'}, {'from': 'assistant', 'value': 'a cat'}]},
         'what?',
@@ -200,7 +200,7 @@ def test_a_question_whose_picture_is_lost_is_no_text(lost, key):
     """A column of pictures makes <image> a place, whatever it holds in this row."""
     row = {'messages': [message('<image>\nwhat?'), ANSWER], key: lost}
     messages, references = formats.read_row(row)
-    assert messages[0]['content'] == parts([IMAGE_PART, '\nwhat?']) and references == []
+    assert messages[0]['content'] == parts([IMAGE_PART, 'what?']) and references == []
     with pytest.raises(BadExample, match='1 image places for 0 images'):
         encode(messages, None)
     row['messages'][0] = message('what?')
