@@ -139,7 +139,7 @@ def test_a_last_checkpoint_that_is_damaged_is_done_again(whole, crashed, go, cap
     go(crashed)
     told = capsys.readouterr()
     assert f'{file} is damaged, so checkpoint 6 is not used' in told.err
-    assert f'goes on from {crashed}/vision_instruct, step 3' in told.out
+    assert f'goes on from {crashed}, step 3' in told.out
     assert_as(crashed, whole[0])
 
 
