@@ -85,15 +85,12 @@ def read_lineage(run_dir):
     """lineage.json of a run, with the places of its parents as they are from here; {} where there is none."""
     file = pathlib.Path(run_dir) / 'lineage.json'
     record = read_json(file) if file.exists() else {}
-    if not all(isinstance(parent, dict) and 'run' in parent for parent in _list(record.get('parents', []))):
+    parents = record.get('parents', [])
+    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
         raise UserError(f'{file} is damaged: its parents are no runs.')
-    for parent in record.get('parents', ()):
+    for parent in parents:
         parent['run'] = locate(run_dir, parent['run'])
     return record
-
-
-def _list(value):
-    return value if isinstance(value, list) else [value]
 
 
 def locate(run_dir, path):
