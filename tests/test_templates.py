@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import time
 
 import foreign
 import numpy as np
@@ -190,13 +189,11 @@ ALMOST = {
 def test_an_unknown_template_is_one_sentence(why, tokenizer_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, 'SECONDS', 3)
     theirs = foreign.make('qwen2', tmp_path / 'theirs', tokenizer_folder, template=ALMOST[why])
-    began = time.monotonic()
-    with pytest.raises(
+    with pytest.raises(  # the endless one too: without a bound this would take days
         UserError, match=r'^the chat template of .* is neither ChatML .*--config\.data\.template=own'
     ) as told:
         import_tokenizer(str(theirs), tmp_path / 'ours')
     assert '\n' not in str(told.value) and not (tmp_path / 'ours').exists()
-    assert time.monotonic() - began < 10
     import_tokenizer(str(theirs), tmp_path / 'ours', template='own')
     assert Tokenizer(tmp_path / 'ours').template == templates.OWN
 
