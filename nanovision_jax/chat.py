@@ -150,7 +150,7 @@ def main(argv):
     pictures = [open_picture(path) for path in args.image]
     options = {name: getattr(args, name) for name in ('temperature', 'top_k', 'top_p', 'seed', 'max_new_tokens')}
 
-    from nanovision_jax.inference import load
+    from nanovision_jax.inference.run import load
 
     model = load(args.run)
     if model.config.stage == 'clip':

@@ -1,7 +1,7 @@
 """Typed configs and the size dial: every field, listed once, with its default, its meaning and what it may be.
 
-A config file defines get_config(size) and returns a Config; commandline.py reads it. No jax is imported, so that
-mistakes are answered at once. What a run takes over from where it starts is start.py's business.
+A config file defines get_config(size) and returns a Config; cli.py reads it. No jax is imported, so that
+mistakes are answered at once. What a run takes over from where it starts is training/start.py's business.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import pathlib
 import re
 import typing
 
-from nanovision_jax.data.mixture import CONVERSATIONS, PREPARED, parse_source, parts_of
+from nanovision_jax.data.catalog import CONVERSATIONS, PREPARED, parse_source, parts_of
 from nanovision_jax.errors import UserError, nearest
 
 UNKNOWN = 'unknown'  # data.source of a run that was made of somebody's weights

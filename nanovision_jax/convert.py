@@ -24,7 +24,7 @@ FORMATS = ('hf', 'nanogptvision')
 def to_hf(run_dir, output, dtype='float32', push=None):
     """Writes a run as a folder that transformers opens, and uploads it as `push` (USER/NAME) if that is given."""
     from nanovision_jax.hf.export import export
-    from nanovision_jax.inference import load
+    from nanovision_jax.inference.run import load
 
     output = pathlib.Path(output)
     export(load(run_dir), output, dtype)
@@ -64,9 +64,9 @@ def from_hf(source, output, template='auto'):
 
 def from_nanogptvision(source, output, tokenizer='gpt2'):
     """Makes a pretrain run folder of a nanoGPTVision checkpoint. tokenizer: GPT-2's, as a folder or an id."""
-    from nanovision_jax import nanogptvision
     from nanovision_jax.data.download import tokenizer_folder
     from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
+    from nanovision_jax.hf import nanogptvision
 
     config, step, weights = nanogptvision.read(pathlib.Path(source))
     with _new(output) as output:
@@ -97,8 +97,10 @@ def _write(config, step, params, tokenizer, source):
     """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
     import jax
 
-    from nanovision_jax import checkpoint, lineage, runconfig, runfolder
     from nanovision_jax import config as configs
+    from nanovision_jax.runs import checkpoint, lineage
+    from nanovision_jax.runs import config_file as runconfig
+    from nanovision_jax.runs import folder as runfolder
 
     configs.check_values(config)
     configs.check_model(config)

@@ -14,7 +14,7 @@ import pathlib
 
 from nanovision_jax import evals
 from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
-from nanovision_jax.runfolder import write_whole
+from nanovision_jax.runs.folder import write_whole
 
 TASKS = ('bpb', 'vqa')
 SPLITS = ('train', 'validation', 'heldout')
@@ -38,7 +38,7 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
     folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
     if output or folder.parent.is_dir():  # else there is no run, which is said below
         check_writable(folder)
-    from nanovision_jax.inference import load
+    from nanovision_jax.inference.run import load
 
     module = importlib.import_module(f'nanovision_jax.evals.{task}')
     options = {'images': images, 'allow_missing': allow_missing} if task == 'vqa' else {}

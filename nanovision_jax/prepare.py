@@ -19,7 +19,7 @@ import json
 import pathlib
 import shutil
 
-from nanovision_jax.data.mixture import PREPARED
+from nanovision_jax.data.catalog import PREPARED
 from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
 
 # Where each set is published, which of its files are needed, and what else must be placed beside them.

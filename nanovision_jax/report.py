@@ -22,10 +22,14 @@ import shlex
 import statistics
 
 from nanovision_jax import config as configs
-from nanovision_jax import evals, report_page, runconfig, runfolder, start
-from nanovision_jax.data import images, mixture, sources
+from nanovision_jax import evals, report_page
+from nanovision_jax.data import catalog as mixture
+from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, check_writable, run
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import start
 
 
 @dataclasses.dataclass

@@ -8,8 +8,9 @@ Learned tokens are green, masked ones grey, pictures boxes; examples packed into
 import itertools
 import sys
 
-from nanovision_jax import commandline, start
+from nanovision_jax import cli
 from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.training import start
 
 GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
 
@@ -44,7 +45,7 @@ def main(argv):
     options, rest = parser.parse_known_args(argv)
     if options.rows < 1:
         raise UserError(f'--rows takes a number above 0, not {options.rows}.')
-    config, _ = commandline.parse(rest, __doc__)
+    config, _ = cli.parse(rest, __doc__)
 
     from nanovision_jax.data import pipeline
 

@@ -60,7 +60,7 @@ fi
 evaluate pretrain bpb validation
 evaluate vision_instruct vqa validation --limit=2400
 [ -n "$data" ] || evaluate vision_instruct vqa heldout --limit=1200
-$python scripts/show_and_tell.py "runs/$name"
+$python scripts/sample_conversation.py "runs/$name"
 $python -m nanovision_jax.report "runs/$name"
 echo; echo "all of it took $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 echo "talk to it: $python -m nanovision_jax.chat --run=runs/$name/vision_instruct --image=runs/$name/pictures/1.png"

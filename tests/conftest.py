@@ -21,7 +21,7 @@ from PIL import Image
 jax.config.update('jax_num_cpu_devices', 8)  # meshes need devices; too late once a backend runs
 install_import_hook('nanovision_jax.models', 'beartype.beartype')  # shapes are checked in test runs only
 
-from nanovision_jax import commandline  # noqa: E402
+from nanovision_jax import cli  # noqa: E402
 from nanovision_jax.data import tokenizer as tokenizers  # noqa: E402
 from nanovision_jax.data.datasets import tiny_world  # noqa: E402
 
@@ -118,7 +118,7 @@ def tiny_family(tmp_path_factory):
 def parse(stage, *overrides, size='tiny'):
     """The config of a stage, as the command line would give it; overrides as in 'optim.learning_rate=1'."""
     argv = [f'--config={ROOT}/configs/{stage}.py:{size}', *(f'--config.{override}' for override in overrides)]
-    return commandline.parse(argv)[0]
+    return cli.parse(argv)[0]
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,7 @@ import jax
 import micro
 import pytest
 
-from nanovision_jax import train
+from nanovision_jax.training import loop as train
 
 jax.config.update('jax_num_cpu_devices', 8)
 

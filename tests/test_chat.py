@@ -18,9 +18,10 @@ from conftest import ROOT
 from PIL import Image
 
 import nanovision_jax
-from nanovision_jax import chat, errors, inference
+from nanovision_jax import chat, errors
 from nanovision_jax.data import images
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import run as inference
 
 
 @pytest.fixture(scope='module')

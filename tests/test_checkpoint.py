@@ -12,9 +12,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from micro import assert_same
 
-from nanovision_jax import checkpoint, parallel, runfolder
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import folder as runfolder
 
 
 def tree(seed=0, mesh=None):

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, parse
 
-from nanovision_jax import commandline
+from nanovision_jax import cli
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError, nearest
 
@@ -89,7 +89,7 @@ MISTAKES = {
 
 def message_of(argv):
     with pytest.raises(UserError) as caught:
-        commandline.parse(argv, 'usage', ('resume', 'anew'))
+        cli.parse(argv, 'usage', ('resume', 'anew'))
     return str(caught.value)
 
 
@@ -137,7 +137,7 @@ def test_the_command_answers_in_one_line():
 @pytest.mark.parametrize('argv', [['--help'], [SFT, '-h'], ['--config=nothing.py', '--help']])
 def test_help_names_every_field(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        commandline.parse(argv, 'what it is for')
+        cli.parse(argv, 'what it is for')
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert told.startswith('what it is for\n')
@@ -147,14 +147,14 @@ def test_help_names_every_field(argv, capsys):
 
 def test_help_tells_meaning_limits_default_and_what_this_run_would_have(capsys):
     with pytest.raises(SystemExit):
-        commandline.parse([SFT, '--config.optim.b1=0.5', '--help'], 'usage')
+        cli.parse([SFT, '--config.optim.b1=0.5', '--help'], 'usage')
     told = capsys.readouterr().out
     assert (
         '  optim.b1 (float)\n      decay of the mean of gradients; at least 0; below 1; default: 0.9; here: 0.5\n'
     ) in told
     assert "one of 'adamw', 'muon', 'sgd'; default: 'adamw'; here: 'muon'" in told
     with pytest.raises(SystemExit):
-        commandline.parse(['--help'], 'usage')
+        cli.parse(['--help'], 'usage')
     assert 'here:' not in capsys.readouterr().out
     assert all(field.metadata['meaning'] for field in configs.options(configs.Config).values())
 
@@ -187,7 +187,7 @@ def test_help_tells_meaning_limits_default_and_what_this_run_would_have(capsys):
 @pytest.mark.parametrize('apart', [False, True])
 def test_an_override_arrives(name, text, value, apart):
     given = [f'--config.{name}', text] if apart else [f'--config.{name}={text}']
-    plain, changed = commandline.parse([SFT])[0], commandline.parse([SFT, *given])[0]
+    plain, changed = cli.parse([SFT])[0], cli.parse([SFT, *given])[0]
     assert configs.get(changed, name) == value
     assert type(configs.get(changed, name)) is type(value)
     others = [other for other in configs.fields(configs.Config) if other not in (name, 'run_dir', 'data.path')]
@@ -195,26 +195,26 @@ def test_an_override_arrives(name, text, value, apart):
 
 
 def test_the_last_of_two_overrides_counts():
-    assert commandline.parse([SFT, '--config.steps=1', '--config.steps=2'])[0].steps == 2
+    assert cli.parse([SFT, '--config.steps=1', '--config.steps=2'])[0].steps == 2
 
 
 def test_order_does_not_matter():
     argv = [SFT, '--config.steps=9', '--config.optim.b1=0.5', '--resume']
-    expected = commandline.parse(argv, flags=('resume', 'anew'))
+    expected = cli.parse(argv, flags=('resume', 'anew'))
     assert expected[0].steps == 9 and expected[0].optim.b1 == 0.5
     assert expected[1] == {'resume': True, 'anew': False}
     for shuffled in itertools.permutations(argv):
-        assert commandline.parse(shuffled, flags=('resume', 'anew')) == expected
+        assert cli.parse(shuffled, flags=('resume', 'anew')) == expected
 
 
 @pytest.mark.parametrize('text, value', {'': True, '=true': True, '=False': False, '=0': False}.items())
 def test_flags_take_values(text, value):
-    assert commandline.parse([SFT, f'--resume{text}'], flags=('resume',))[1] == {'resume': value}
+    assert cli.parse([SFT, f'--resume{text}'], flags=('resume',))[1] == {'resume': value}
 
 
 def test_parse_reads_its_argument_and_not_the_process(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train', '--config=nothing.py', '--config.steps=1'])
-    assert commandline.parse([SFT, '--config.steps=5'])[0].steps == 5
+    assert cli.parse([SFT, '--config.steps=5'])[0].steps == 5
 
 
 def test_names_follow_from_each_other():
@@ -242,7 +242,7 @@ def test_every_config_file_parses(stage, size):
 
 def test_d20_is_the_default():
     for stage in configs.STAGES:
-        assert commandline.parse([f'--config={ROOT}/configs/{stage}.py'])[0] == parse(stage, size='d20')
+        assert cli.parse([f'--config={ROOT}/configs/{stage}.py'])[0] == parse(stage, size='d20')
 
 
 def test_d20_is_the_reference_model():
@@ -296,8 +296,8 @@ def test_importing_loads_nothing_heavy():
         'assert nanovision_jax.__version__ and callable(nanovision_jax.load)\n'
         'heavy = {"jax", "flax", "grain", "transformers", "tensorflow_datasets", "orbax", "numpy"}\n'
         'print(sorted(heavy & set(sys.modules)))\n'
-        'from nanovision_jax import commandline\n'
-        f'commandline.parse(["--config={ROOT}/configs/clip.py:tiny"])\n'
+        'from nanovision_jax import cli\n'
+        f'cli.parse(["--config={ROOT}/configs/clip.py:tiny"])\n'
         'print(sorted((heavy - {"numpy"}) & set(sys.modules)))\n'
     )
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
@@ -320,7 +320,9 @@ def test_data_does_not_import_jax():
         assert not {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'torch'} & set(imports(ast.parse(file.read_text()))), (
             file
         )
-    assert 'jax' in set(imports(ast.parse((ROOT / 'nanovision_jax/train.py').read_text())))  # the search finds it
+    assert 'jax' in set(
+        imports(ast.parse((ROOT / 'nanovision_jax/training/loop.py').read_text()))
+    )  # the search finds it
 
 
 def test_every_field_has_a_type_that_the_command_line_takes():

@@ -15,23 +15,18 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
-from nanovision_jax import (
-    checkpoint,
-    convert,
-    engine,
-    lineage,
-    models,
-    parallel,
-    report,
-    runconfig,
-    runfolder,
-    start,
-    train,
-)
 from nanovision_jax import config as configs
+from nanovision_jax import convert, models, report
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import engine
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.runs import checkpoint, lineage
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import start
 
 
 @pytest.fixture(scope='module')

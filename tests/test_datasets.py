@@ -26,7 +26,7 @@ from published import (
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import sources
 from nanovision_jax.data.datasets import files
-from nanovision_jax.data.pictures import Pictures
+from nanovision_jax.data.image_names import Pictures
 from nanovision_jax.errors import UserError
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nanovision_jax import runfolder
+from nanovision_jax.runs import folder as runfolder
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from nanovision_jax import engine, models
+from nanovision_jax import models
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import engine
 
 STAGES = ('sft', 'vision_instruct')
 CONTEXT, P = 61, 9  # positions of the tiny models, tokens of a picture

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 from nanovision_jax import config as configs
-from nanovision_jax import convert, errors, prepare, report, train
+from nanovision_jax import convert, errors, prepare, report
+from nanovision_jax.training import loop as train
 
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])

@@ -12,10 +12,11 @@ import reference
 import tiny
 from PIL import Image
 
-from nanovision_jax import errors, evaluate, inference
+from nanovision_jax import errors, evaluate
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
+from nanovision_jax.inference import run as inference
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
 

@@ -11,7 +11,7 @@ from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
 from nanovision_jax import prepare as verb
 from nanovision_jax.data import formats, sources
 from nanovision_jax.data.conversation import BadExample, check, encode, kind_of, side
-from nanovision_jax.data.pictures import Pictures, fetch, name_of
+from nanovision_jax.data.image_names import Pictures, fetch, name_of
 from nanovision_jax.errors import UserError
 
 STORED = pictures(8)

@@ -7,7 +7,8 @@ import micro
 import numpy as np
 import pytest
 
-from nanovision_jax import engine, models
+from nanovision_jax import models
+from nanovision_jax.inference import engine
 
 
 @pytest.mark.parametrize('kind', golden.KINDS)

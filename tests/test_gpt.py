@@ -13,10 +13,11 @@ import tiny
 from flax import nnx
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, optim
+from nanovision_jax import models
 from nanovision_jax.data import packing
-from nanovision_jax.models.gpt import rotate
+from nanovision_jax.models.decoder import rotate
 from nanovision_jax.models.layers import padded
+from nanovision_jax.training import optim
 
 T = 29
 CFG = tiny.config('sft')

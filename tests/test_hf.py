@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
 from nanovision_jax import config as configs
-from nanovision_jax import hf, models, runfolder, train
+from nanovision_jax import hf, models
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf.weights import without_prefixes
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import loop as train
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]

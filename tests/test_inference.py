@@ -9,8 +9,9 @@ import tiny
 from PIL import Image
 
 import nanovision_jax
-from nanovision_jax import engine, inference
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import engine
+from nanovision_jax.inference import run as inference
 from nanovision_jax.models import padded
 
 P = 9

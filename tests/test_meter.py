@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanovision_jax import config as configs
-from nanovision_jax import meter
+from nanovision_jax.training import meter
 
 D20 = configs.base_config('pretrain', 'd20')
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import nanovision_jax
-from nanovision_jax import convert, nanogptvision, start
+from nanovision_jax import convert
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf import nanogptvision
+from nanovision_jax.training import start
 
 
 def reference_model(torch, vocab=50, width=24, heads=2, ffn=40, layers=2):

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 import nanovision_jax
-from nanovision_jax import convert, meter, runconfig, runfolder, train
+from nanovision_jax import convert
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import meter
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'run'
 

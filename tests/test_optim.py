@@ -8,7 +8,9 @@ import optax
 import pytest
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, optim, parallel
+from nanovision_jax import models
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.training import optim
 
 
 def test_cosine_rises_linearly_and_falls_to_its_end():

@@ -11,7 +11,8 @@ import pytest
 from conftest import parse
 from PIL import Image
 
-from nanovision_jax.data import images, index, mixture, packing, sources
+from nanovision_jax.data import catalog as mixture
+from nanovision_jax.data import images, index, packing, sources
 from nanovision_jax.errors import UserError
 
 # Plans ---------------------------------------------------------------------------------------------------------------

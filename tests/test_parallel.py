@@ -10,8 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, optim, parallel, train
+from nanovision_jax import models
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import optim
 
 MESHES = {
     'data8': configs.Mesh(8, 1, 1),

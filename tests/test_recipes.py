@@ -11,8 +11,11 @@ from conftest import parse
 from jax.sharding import NamedSharding
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, optim, parallel, train
+from nanovision_jax import models
 from nanovision_jax.data import pipeline
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import optim
 
 TOKENIZER = types.SimpleNamespace(size=50261, image=50260)  # GPT-2's, and ours on top
 QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # the machine code is never run

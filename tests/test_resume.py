@@ -11,8 +11,11 @@ import micro
 import pytest
 from conftest import ROOT
 
-from nanovision_jax import checkpoint, meter, runfolder, train
 from nanovision_jax.data import pipeline
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import meter
 
 STEPS = 9
 RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves

@@ -8,8 +8,9 @@ import pytest
 from conftest import parse
 
 from nanovision_jax import config as configs
-from nanovision_jax import runconfig, runfolder
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
 
 
 def saved(folder, stage='sft', *overrides, **options):

@@ -5,8 +5,9 @@ import micro
 import numpy as np
 import pytest
 
-from nanovision_jax import stages, train
 from nanovision_jax.models.clip import softmax_loss
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import objectives
 
 # What learns ---------------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,9 @@ def test_the_loss_of_tokens_is_summed_over_what_is_learned():
     logits[..., 5:] = -np.inf  # the padded vocabulary
     targets, weights = rng.integers(0, 5, (b, t)), rng.integers(0, 2, (b, t)).astype(np.float32)
     batch = {name: jnp.zeros((b, t), jnp.int32) for name in ('tokens', 'positions', 'segments')}
-    total, count = stages.loss('sft', lambda *_: jnp.asarray(logits), batch | {'targets': targets, 'weights': weights})
+    total, count = objectives.loss(
+        'sft', lambda *_: jnp.asarray(logits), batch | {'targets': targets, 'weights': weights}
+    )
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = [-np.log(chances[i, j, targets[i, j]]) for i, j in zip(*np.nonzero(weights), strict=True)]
     np.testing.assert_allclose(total, sum(wanted), rtol=1e-5)
@@ -52,7 +55,7 @@ def test_only_vision_stages_hand_pictures_to_the_model():
             seen.extend(inputs)
             return jnp.zeros((*inputs[0].shape, 128))
 
-        stages.loss(stage, model, batch)
+        objectives.loss(stage, model, batch)
         names = ('tokens', 'positions', 'segments', 'images')
         assert len(seen) == given and all(x is batch[name] for x, name in zip(seen, names, strict=False))
 
@@ -68,7 +71,7 @@ def test_the_loss_of_pairs_counts_pairs():
         def __call__(self, *_):
             return jnp.asarray(logits)
 
-    total, count = stages.loss('clip', Towers(), batch)
+    total, count = objectives.loss('clip', Towers(), batch)
     rows, columns = (np.exp(logits) / np.exp(logits).sum(axis, keepdims=True) for axis in (1, 0))
     wanted = -(np.log(np.diag(rows)) + np.log(np.diag(columns))).mean() / 2
     np.testing.assert_allclose(total / count, wanted, rtol=1e-5)

@@ -8,11 +8,14 @@ import micro
 import pytest
 from conftest import ROOT, parse
 
-from nanovision_jax import checkpoint, commandline, models, runconfig, start
+from nanovision_jax import cli, models
 from nanovision_jax import config as configs
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.training import start
 
 
 @pytest.fixture(scope='module')
@@ -136,7 +139,7 @@ def bare(family, folder, *stages):
     return folder
 
 
-def cli(stage, family, *overrides):
+def seen(stage, family, *overrides):
     """As the command line has it: nothing of the model is given, and the dial stands at tiny."""
     return parse(stage, f'run_dir={family}/{stage}', 'data.length=64', *overrides)
 
@@ -147,7 +150,7 @@ def cli(stage, family, *overrides):
 @pytest.mark.parametrize('stage', ['sft', 'vision_pretrain', 'vision_instruct'])
 def test_a_stage_takes_over_what_is_not_given(family, tmp_path, stage, capsys):
     mine = bare(family, tmp_path, 'clip', *before(stage))
-    cfg = cli(stage, mine)
+    cfg = seen(stage, mine)
     wanted = micro.run_config(stage, family).model
     assert (cfg.model.width, cfg.model.heads, cfg.model.positions) == (32, 4, 128)
     if stage != 'sft':
@@ -155,11 +158,11 @@ def test_a_stage_takes_over_what_is_not_given(family, tmp_path, stage, capsys):
     assert 'model.width=32' in capsys.readouterr().out
     start.check(cfg, start.find(cfg))
     with pytest.raises(UserError, match=r'model.width is 64 here and 32 in'):
-        cli(stage, mine, 'model.width=64')
+        seen(stage, mine, 'model.width=64')
 
 
 def test_init_from_a_run_of_another_size_takes_one_field(family, tmp_path):
-    cfg = cli('vision_pretrain', tmp_path, f'init_from={family}/sft', f'model.tower={family}/clip')
+    cfg = seen('vision_pretrain', tmp_path, f'init_from={family}/sft', f'model.tower={family}/clip')
     assert (cfg.model.width, cfg.model.vision.image_size) == (32, 16)
     tokenizer = pipeline.family_tokenizer(cfg, start.find(cfg)[0].tokenizer)
     assert tokenizer.folder == tmp_path / 'tokenizer' and tokenizer.digest == Tokenizer(family / 'tokenizer').digest
@@ -174,12 +177,12 @@ def test_sizes_in_a_config_file_are_given(family, tmp_path):
         .replace('    return config', '    config.model.width = 48\n    return config')
     )
     with pytest.raises(UserError, match=r'model.width is 48 here and 32 in'):
-        commandline.parse([f'--config={file}:tiny', f'--config.run_dir={mine}/sft'])
+        cli.parse([f'--config={file}:tiny', f'--config.run_dir={mine}/sft'])
 
 
 def test_a_run_that_goes_on_takes_over_its_own_shape(family, tmp_path):
     mine = bare(family, tmp_path, 'sft')  # what it started from is gone
-    cfg = cli('sft', mine)
+    cfg = seen('sft', mine)
     assert cfg.model.width == 32
     assert [str(source) for source in start.find(cfg)] == [str(mine / 'sft')]
     with pytest.raises(start.Missing):
@@ -192,13 +195,13 @@ def test_the_order_of_the_sources(family, tmp_path):
     cfg = runconfig.read(mine / 'pretrain')
     cfg.model.decoder = str(tmp_path / 'decoder')  # continued pretraining of a decoder that is not there any more
     runconfig.save(cfg)
-    sft = cli('sft', mine)
+    sft = seen('sft', mine)
     assert sft.model.decoder == str(tmp_path / 'decoder')
     assert [source.folder for source in start.find(sft)] == [mine / 'pretrain']
-    other = cli('sft', mine, f'init_from={family}/pretrain')
+    other = seen('sft', mine, f'init_from={family}/pretrain')
     assert [source.folder for source in start.find(other)] == [family / 'pretrain']
     with pytest.raises(UserError, match=r"model.decoder is 'another/one' here and '\S+/decoder' in \S+/pretrain"):
-        cli('sft', mine, 'model.decoder=another/one')
+        seen('sft', mine, 'model.decoder=another/one')
     assert start.lines(sft, []) == ['sft starts from random numbers']
     (source,) = start.find(sft)
     source.prove()
@@ -209,7 +212,7 @@ def test_another_tokenizer_than_the_parents_is_refused(family, tmp_path):
     mine = bare(family, tmp_path, 'sft', 'clip')
     file = mine / 'tokenizer' / 'tokenizer.json'
     file.write_text(json.dumps(json.loads(file.read_text()), indent=4))
-    cfg = cli('vision_pretrain', mine)
+    cfg = seen('vision_pretrain', mine)
     decoder, tower = start.find(cfg)
     assert tower.tokenizer is None  # a tower alone has nothing to do with words
     with pytest.raises(UserError, match=rf'{mine}/sft was trained with another tokenizer than {mine}/tokenizer'):
@@ -220,29 +223,31 @@ def test_one_tokenizer_by_two_names_is_one(family, tmp_path, tokenizer_folder):
     """The name says where it lay; what counts is what it is."""
     for name in ('one', 'two'):
         shutil.copytree(tokenizer_folder, tmp_path / name)
-    made = pipeline.family_tokenizer(cli('pretrain', tmp_path / 'x', f'data.tokenizer={tmp_path}/one'))
+    made = pipeline.family_tokenizer(seen('pretrain', tmp_path / 'x', f'data.tokenizer={tmp_path}/one'))
     kept = (made.folder / 'source.json').read_text()
     assert str(tmp_path) not in kept
     shutil.rmtree(tmp_path / 'one')
-    again = pipeline.family_tokenizer(cli('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two'))
+    again = pipeline.family_tokenizer(seen('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two'))
     assert again.digest == made.digest
     (made.folder / 'source.json').write_text(json.dumps({'data.tokenizer': f'{tmp_path}/one'}))  # as older runs say it
-    assert pipeline.family_tokenizer(cli('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two')).digest == made.digest
+    assert (
+        pipeline.family_tokenizer(seen('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two')).digest == made.digest
+    )
     file = tmp_path / 'two' / 'tokenizer.json'
     content = json.loads(file.read_text())
     content['model']['merges'].pop()
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match='a name has one tokenizer'):
-        pipeline.family_tokenizer(cli('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two'))
+        pipeline.family_tokenizer(seen('sft', tmp_path / 'x', f'data.tokenizer={tmp_path}/two'))
 
 
 def test_a_vocabulary_that_the_family_s_tokenizer_has_not_is_refused(llava_folder, tmp_path):
     place = ['data.source=conversations', f'data.path={llava_folder}/instruct.json']
-    pipeline.family_tokenizer(cli('sft', tmp_path, *place, 'data.vocab_size=300'))
-    assert cli('sft', tmp_path, *place).data.vocab_size == 300
-    assert cli('sft', tmp_path, *place, 'data.vocab_size=300').data.vocab_size == 300
+    pipeline.family_tokenizer(seen('sft', tmp_path, *place, 'data.vocab_size=300'))
+    assert seen('sft', tmp_path, *place).data.vocab_size == 300
+    assert seen('sft', tmp_path, *place, 'data.vocab_size=300').data.vocab_size == 300
     with pytest.raises(UserError, match=r'data.vocab_size is 400, but the tokenizer in \S+ was trained for 300'):
-        cli('sft', tmp_path, *place, 'data.vocab_size=400')
+        seen('sft', tmp_path, *place, 'data.vocab_size=400')
 
 
 # What is read --------------------------------------------------------------------------------------------------------

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, is_held_out
 
-from nanovision_jax import checkpoint, meter, optim, parallel, runconfig, runfolder, train
 from nanovision_jax import config as configs
-from nanovision_jax import start as starts
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import loop as train
+from nanovision_jax.training import meter, optim
+from nanovision_jax.training import start as starts
 
 
 @pytest.fixture(scope='module', autouse=True)

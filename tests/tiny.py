@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanovision_jax import checkpoint, models, runconfig
 from nanovision_jax import config as configs
+from nanovision_jax import models
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import config_file as runconfig
 
 VOCAB, IMAGE = 101, 97
 

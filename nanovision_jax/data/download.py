@@ -8,7 +8,7 @@ import pathlib
 from tqdm import tqdm
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.runconfig import hub_id
+from nanovision_jax.runs.config_file import hub_id
 
 # Commits of the sets as they were when this was written; other repositories' are asked for once and then kept.
 PINNED = {

@@ -235,7 +235,7 @@ def check_form(row, path):
 def read_row(row):
     """(messages, references) of a row: conversation.py's messages, and what the row says of each picture, in order.
 
-    A reference is a name, an address, bytes or {bytes, path}: see pictures.fetch. A part that carries none, and an
+    A reference is a name, an address, bytes or {bytes, path}: see image_names.fetch. A part that carries none, and an
     <image> in a question, take the next of the row's `image` or `images`. Raises BadExample where there is no
     conversation, and where the row asks for what is not supported.
     """

@@ -12,8 +12,8 @@ import threading
 import numpy as np
 
 from nanovision_jax.data import images
+from nanovision_jax.data.catalog import bounds
 from nanovision_jax.data.index import encode_example
-from nanovision_jax.data.mixture import bounds
 from nanovision_jax.data.text import open_shard
 from nanovision_jax.errors import UserError
 

@@ -13,14 +13,15 @@ import tempfile
 import grain
 import numpy as np
 
-from nanovision_jax.data import conversation, formats, mixture, packing, sources, text
+from nanovision_jax.data import catalog as mixture
+from nanovision_jax.data import conversation, formats, packing, sources, text
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.errors import UserError
-from nanovision_jax.runconfig import TRAINED, hub_id
-from nanovision_jax.runfolder import file_digest, read_json, write_whole
+from nanovision_jax.runs.config_file import TRAINED, hub_id
+from nanovision_jax.runs.folder import file_digest, read_json, write_whole
 
 
 def family_tokenizer(config, inherited=None):

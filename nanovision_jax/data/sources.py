@@ -14,10 +14,11 @@ import threading
 
 import numpy as np
 
-from nanovision_jax.data import formats, mixture
+from nanovision_jax.data import catalog as mixture
+from nanovision_jax.data import formats
 from nanovision_jax.data.conversation import BadExample, side, text_of
+from nanovision_jax.data.image_names import Pictures, fetch, name_of
 from nanovision_jax.data.images import ImageStore
-from nanovision_jax.data.pictures import Pictures, fetch, name_of
 from nanovision_jax.errors import UserError
 
 PREPARED_VERSION = '1.0.0'  # of what conversations_builder.py writes; a folder's name
@@ -101,7 +102,7 @@ def open_tiny_world(folder, kind, split):
 class Conversations:
     """A file of conversations (JSON, JSON lines or parquet; formats.py tells the forms), and the pictures they name.
 
-    Pictures are in the zip or folder `images`, or where pictures.py looks for them around the file. The 5% whose
+    Pictures are in the zip or folder `images`, or where image_names.py looks for them around the file. The 5% whose
     picture (or, without one, whose first question) hashes low are the validation split: the same picture is on the same
     side in every file and stage. `side(example)` tells it; all rows are here, whatever the split.
     """

@@ -6,8 +6,8 @@ import pathlib
 
 import numpy as np
 
+from nanovision_jax.data.catalog import parse_source
 from nanovision_jax.data.folders import data_files
-from nanovision_jax.data.mixture import parse_source
 from nanovision_jax.errors import UserError
 
 _HOW = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'

@@ -19,10 +19,10 @@ import re
 import numpy as np
 from tqdm import tqdm
 
-from nanovision_jax import engine
 from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import told_counts
+from nanovision_jax.inference import engine
 
 BATCH = 128
 GREY = 128

@@ -4,8 +4,9 @@ import json
 import pathlib
 
 from nanovision_jax import config as configs
-from nanovision_jax import runconfig, runfolder
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
 
 # What the data sets' own pages say. What is not here, the card says it does not know.
 LICENCES = {

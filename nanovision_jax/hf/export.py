@@ -13,8 +13,8 @@ from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import card, decoders, llava
 from nanovision_jax.hf.weights import write_weights
-from nanovision_jax.runconfig import public
-from nanovision_jax.runfolder import read_json
+from nanovision_jax.runs.config_file import public
+from nanovision_jax.runs.folder import read_json
 
 CONFIG = 'nanovision_jax.json'
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  # the last is not always there

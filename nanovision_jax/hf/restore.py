@@ -4,12 +4,13 @@ import dataclasses
 import pathlib
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, runconfig
+from nanovision_jax import models
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import decoders, llava
 from nanovision_jax.hf.export import CONFIG, copy_tokenizer
 from nanovision_jax.hf.weights import open_weights, read_json
+from nanovision_jax.runs import config_file as runconfig
 
 
 def restore(folder, output, template='auto'):

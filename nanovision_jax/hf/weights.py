@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.parallel import path_name
-from nanovision_jax.runconfig import hub_id
-from nanovision_jax.runfolder import read_json
+from nanovision_jax.parallel.mesh import path_name
+from nanovision_jax.runs.config_file import hub_id
+from nanovision_jax.runs.folder import read_json
 
 
 class Layout(NamedTuple):

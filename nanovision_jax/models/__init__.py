@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nanovision_jax.models.clip import CLIP
-from nanovision_jax.models.gpt import GPT
+from nanovision_jax.models.decoder import GPT
 from nanovision_jax.models.layers import padded
 from nanovision_jax.models.vlm import VLM
 

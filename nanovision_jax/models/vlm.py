@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from nanovision_jax.models.attention import over_batch, segment_mask
 from nanovision_jax.models.clip import VisionTower
-from nanovision_jax.models.gpt import GPT
+from nanovision_jax.models.decoder import GPT
 from nanovision_jax.models.layers import matrix_init
 
 

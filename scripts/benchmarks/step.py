@@ -14,9 +14,11 @@ import time
 import jax
 import optax
 
-from nanovision_jax import commandline, meter, optim, parallel
+from nanovision_jax import cli
 from nanovision_jax.data import pipeline
-from nanovision_jax.train import init_state, make_train_step
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.training import meter, optim
+from nanovision_jax.training.loop import init_state, make_train_step
 
 
 class Vocabulary:
@@ -29,7 +31,7 @@ class Vocabulary:
 
 def main(argv):
     steps = next((int(arg.partition('=')[2]) for arg in argv if arg.startswith('--steps=')), 20)
-    config, _ = commandline.parse([arg for arg in argv if not arg.startswith('--steps=')], __doc__)
+    config, _ = cli.parse([arg for arg in argv if not arg.startswith('--steps=')], __doc__)
     mesh = parallel.make_mesh(config.mesh)
     jax.set_mesh(mesh)
     vocabulary = Vocabulary(config)

@@ -4,7 +4,7 @@ import pathlib
 
 from nanovision_jax.data.datasets.conversations_builder import ConversationsBuilder
 from nanovision_jax.data.formats import check_form, read_row
-from nanovision_jax.data.pictures import Pictures, fetch
+from nanovision_jax.data.image_names import Pictures, fetch
 
 
 class LlavaPretrain(ConversationsBuilder):

@@ -6,7 +6,7 @@ import jax
 import optax
 from optax import contrib
 
-from nanovision_jax.parallel import path_name
+from nanovision_jax.parallel.mesh import path_name
 
 # What Muon takes as matrices: (end of the parameter's path, axes in, axes out). The other axes (layers; queries, keys
 # and values) count matrices of their own. The layers next to pixels, words and logits stay with AdamW.

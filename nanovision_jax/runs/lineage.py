@@ -9,12 +9,12 @@ import resource
 
 import jax
 
-from nanovision_jax.checkpoint import former_tree_digest, tree_digest
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.errors import UserError
-from nanovision_jax.runconfig import hub_id
-from nanovision_jax.runfolder import locate, portable, read_json, write_whole
-from nanovision_jax.start import Published, weights_digest
+from nanovision_jax.runs.checkpoint import former_tree_digest, tree_digest
+from nanovision_jax.runs.config_file import hub_id
+from nanovision_jax.runs.folder import locate, portable, read_json, write_whole
+from nanovision_jax.training.start import Published, weights_digest
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
 

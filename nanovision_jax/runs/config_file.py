@@ -1,6 +1,6 @@
 """config.json: the config of a run on disk, and how the configs of two runs are compared.
 
-Its paths are portable (runfolder.py), so a run may be moved and opened from any folder.
+Its paths are portable (folder.py), so a run may be moved and opened from any folder.
 """
 
 import dataclasses
@@ -9,9 +9,9 @@ import os
 import pathlib
 import typing
 
-from nanovision_jax import runfolder
 from nanovision_jax.config import STAGES, Config, fields, get, put
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs import folder as runfolder
 
 TRAINED = 'train'  # the tokenizer that is no path and no hub id
 PATHS = ('init_from', 'data.path', 'data.images')
@@ -31,7 +31,7 @@ def hub_id(name):
 
 
 def to_json(config):
-    """The config as text, as config.json in its run folder holds it: with portable paths (see runfolder.py)."""
+    """The config as text, as config.json in its run folder holds it: with portable paths (see folder.py)."""
     kept = dataclasses.asdict(config)
     for name in (*PATHS, *NAMES):
         value = get(config, name)

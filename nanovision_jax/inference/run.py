@@ -6,9 +6,13 @@ import pathlib
 import jax
 import numpy as np
 
-from nanovision_jax import checkpoint, engine, models, runconfig, runfolder
+from nanovision_jax import models
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import engine
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
 
 
 @functools.partial(jax.jit, static_argnames='graphdef')

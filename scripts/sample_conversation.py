@@ -1,6 +1,6 @@
 """Shows a finished family three pictures it has never seen, asks about them, and keeps the talk for the report.
 
-    python scripts/show_and_tell.py runs/tiny
+    python scripts/sample_conversation.py runs/tiny
 
 Writes runs/tiny/pictures/{1,2,3}.png and runs/tiny/chat.jsonl.
 """

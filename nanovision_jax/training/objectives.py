@@ -1,7 +1,7 @@
 """What each stage trains, and its loss.
 
-A stage is data (data/pipeline.py), a start (start.py), the parts it trains (here) and a loss (here). The rest is the
-same for all: train.py.
+A stage is data (data/pipeline.py), a start (training/start.py), the parts it trains (here) and a loss (here). The rest
+is the same for all: loop.py.
 """
 
 import jax.numpy as jnp

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.parallel import path_name
-from nanovision_jax.runfolder import file_digest, whole_steps, write_whole
+from nanovision_jax.parallel.mesh import path_name
+from nanovision_jax.runs.folder import file_digest, whole_steps, write_whole
 
 
 class Checkpoints:

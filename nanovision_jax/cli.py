@@ -5,10 +5,10 @@ import math
 import pathlib
 import sys
 
-from nanovision_jax import start
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get
 from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.training import start
 
 
 def parse(argv, usage='', flags=()):

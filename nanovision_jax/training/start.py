@@ -26,8 +26,9 @@ import os
 import pathlib
 
 from nanovision_jax import config as configs
-from nanovision_jax import runconfig, runfolder
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
 
 # The stages that one may start from, the usual one first; each may start from a run of its own, too.
 PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
@@ -85,7 +86,7 @@ class Run:
     def load(self, params, vocab_size):
         """`params` (nested dicts of arrays, or of ShapeDtypeStructs with shardings) with this source's part read in."""
         del vocab_size
-        from nanovision_jax import checkpoint
+        from nanovision_jax.runs import checkpoint
 
         target = params[self.target] if self.target else params
         wrapped = {self.part: target} if self.part else target

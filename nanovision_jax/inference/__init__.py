@@ -1,0 +1,1 @@
+"""Inference: a run opened for use, prompts, and the engine that answers them."""

@@ -1,0 +1,1 @@
+"""A run on disk: its files, config, checkpoints, lineage and metrics."""
