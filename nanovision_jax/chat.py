@@ -19,6 +19,7 @@ import sys
 import urllib.parse
 
 from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.stages import stage_of
 
 
 def find_picture(text):
@@ -153,15 +154,16 @@ def main(argv):
     from nanovision_jax.inference.run import load
 
     model = load(args.run)
-    if model.config.stage == 'clip':
-        raise UserError(f'{args.run} is a clip run: it compares pictures with captions, and does not answer.')
+    stage = stage_of(model.config)
+    if not stage.decodes:
+        raise UserError(f'{args.run} is a {stage.name} run: it compares pictures with captions, and does not answer.')
     if pictures:
         model.check_sees()
     system = [] if args.system is None else [{'role': 'system', 'content': args.system}]
-    if system and model.config.stage == 'pretrain':
-        raise UserError(f'{args.run} is a pretrain run: it continues text, and takes no --system.')
-    if model.config.stage == 'pretrain':
-        print('(a pretrain run has not learned to answer: it continues your text)', file=sys.stderr)
+    if system and not stage.answers:
+        raise UserError(f'{args.run} is a {stage.name} run: it continues text, and takes no --system.')
+    if not stage.answers:
+        print(f'(a {stage.name} run has not learned to answer: it continues your text)', file=sys.stderr)
         if args.prompt is None:
             continue_lines(model, options)
         else:

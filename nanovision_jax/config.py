@@ -13,9 +13,9 @@ import typing
 
 from nanovision_jax.data.catalog import CONVERSATIONS, PREPARED, parse_source, parts_of
 from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.stages import STAGES, stage_of
 
 UNKNOWN = 'unknown'  # data.source of a run that was made of somebody's weights
-STAGES = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
 
 
 def option(default, meaning, choices=(), least=None, above=None, below=None):
@@ -189,7 +189,7 @@ class Log:
 class Config:
     """A run of one stage."""
 
-    stage: str = option('pretrain', 'what is trained', STAGES)
+    stage: str = option('pretrain', 'what is trained', tuple(STAGES))
     size: str = option('d20', 'the dial: tiny, or d2, d4, … d20; it goes behind the config file, as in sft.py:tiny')
     name: str = option('', 'the family of runs; default: the size')
     run_dir: str = option('', 'where the run lives; default: runs/NAME/STAGE')
@@ -290,7 +290,7 @@ def check(config):
     m, d, o = config.model, config.data, config.optim
     if config.steps == 0 and config.epochs == 0:
         raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
-    if config.stage != 'clip' and d.length > m.positions:
+    if stage_of(config).decodes and d.length > m.positions:
         raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
     if d.batch_size % o.accumulate:
         raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
@@ -348,14 +348,17 @@ def _check_data(config):
         raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
     if part.subset and part.name not in PREPARED:
         raise UserError(f'data.source {d.source!r}: only prepared sets are taken in part.')
-    if d.mixture and config.stage == 'pretrain':
-        raise UserError('data.mixture mixes conversations: stage pretrain learns from text, one data.source of it.')
+    learns = stage_of(config).data
+    if d.mixture and learns == 'text':
+        raise UserError(
+            f'data.mixture mixes conversations: stage {config.stage} learns from text, one data.source of it.'
+        )
     names = [part.name for part in parts_of(d)] or [part.name]
-    if config.stage != 'pretrain' and (text := {'text', 'shards', 'fineweb_edu'} & set(names)):
+    if learns != 'text' and (text := {'text', 'shards', 'fineweb_edu'} & set(names)):
         raise UserError(f'stage {config.stage} learns from conversations: data.source {text.pop()!r} is for pretrain.')
-    if config.stage == 'pretrain' and {'conversations', *CONVERSATIONS} & set(names):
-        raise UserError("stage pretrain learns from text: set data.source to 'fineweb_edu', 'text' or 'shards'.")
-    if config.stage == 'clip' and 'magpie' in names:
-        raise UserError('stage clip learns from pictures with captions: magpie has none.')
+    if learns == 'text' and {'conversations', *CONVERSATIONS} & set(names):
+        raise UserError(f"stage {config.stage} learns from text: set data.source to 'fineweb_edu', 'text' or 'shards'.")
+    if learns == 'pairs' and 'magpie' in names:
+        raise UserError(f'stage {config.stage} learns from pictures with captions: magpie has none.')
     if part.name != 'tiny_world' and not d.path:
         raise UserError(f'data.source {d.source!r} needs data.path: the file or folder to read.')

@@ -29,6 +29,7 @@ from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, check_writable, run
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import STAGES
 from nanovision_jax.training import start
 
 
@@ -53,13 +54,13 @@ class Run:
 def open_runs(family):
     """The Runs of a family folder, in the order of the stages. Raises UserError if there is none."""
     runs = []
-    for folder in (family / stage for stage in configs.STAGES):
+    for folder in (family / stage for stage in STAGES):
         if any((folder / name).exists() for name in ('config.json', 'metrics.jsonl', 'lineage.json')):
             config = runconfig.read(folder) if (folder / 'config.json').exists() else None
             lineage = runfolder.read_lineage(folder)
             runs.append(Run(folder.name, folder, config, list(read(folder / 'metrics.jsonl')), lineage))
     if not runs:
-        raise UserError(f'{family} holds no run: give a family folder, with {", ".join(configs.STAGES)} in it.')
+        raise UserError(f'{family} holds no run: give a family folder, with {", ".join(STAGES)} in it.')
     return runs
 
 

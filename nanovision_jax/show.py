@@ -10,6 +10,7 @@ import sys
 
 from nanovision_jax import cli
 from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.stages import stage_of
 from nanovision_jax.training import start
 
 GREEN, GREY, BLUE, RESET = '\033[32m', '\033[90m', '\033[44;97m', '\033[0m'
@@ -60,7 +61,7 @@ def main(argv):
     for i in range(min(options.rows, config.data.batch_size)):
         row = {name: value[i] for name, value in batch.items()}
         print(f'\nrow {i}')
-        if config.stage == 'clip':
+        if stage_of(config).data == 'pairs':
             print(f'[picture] {tokenizer.decode(row["tokens"][: row["ends"] + 1], special=True)}')
         else:
             print(render(row, tokenizer, colour=sys.stdout.isatty()), end='')

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from nanovision_jax import config as configs
-from nanovision_jax import models
+from nanovision_jax import models, stages
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.runs import checkpoint
@@ -18,7 +18,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.training import loop as train
 from nanovision_jax.training import meter, optim, start
 
-STAGES = configs.STAGES
+STAGES = tuple(stages.STAGES)
 TOKENIZER = types.SimpleNamespace(size=120, image=119)  # all that building a model asks of one
 
 

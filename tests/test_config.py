@@ -12,6 +12,7 @@ from conftest import ROOT, parse
 from nanovision_jax import cli
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.stages import STAGES
 
 SFT, PRETRAIN, CLIP = (f'--config={ROOT}/configs/{stage}.py:tiny' for stage in ('sft', 'pretrain', 'clip'))
 
@@ -233,7 +234,7 @@ def test_names_follow_from_each_other():
 
 
 @pytest.mark.parametrize('size', ['tiny', 'd4', 'd20'])
-@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize('stage', STAGES)
 def test_every_config_file_parses(stage, size):
     config = parse(stage, size=size)
     assert (config.stage, config.size, config.run_dir) == (stage, size, f'runs/{size}/{stage}')
@@ -241,12 +242,12 @@ def test_every_config_file_parses(stage, size):
 
 
 def test_d20_is_the_default():
-    for stage in configs.STAGES:
+    for stage in STAGES:
         assert cli.parse([f'--config={ROOT}/configs/{stage}.py'])[0] == parse(stage, size='d20')
 
 
 def test_d20_is_the_reference_model():
-    for stage in configs.STAGES:
+    for stage in STAGES:
         model = parse(stage, size='d20').model
         assert (model.layers, model.width, model.heads, model.ffn, model.positions) == (20, 1280, 10, 5120, 2048)
         assert model.rope_theta == 1e6

@@ -9,11 +9,11 @@ import published
 import pytest
 from conftest import is_held_out, parse
 
-from nanovision_jax import config as configs
 from nanovision_jax import prepare
 from nanovision_jax.data import pipeline, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import STAGES
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def take(rows, n, *args, **options):
     return list(itertools.islice(pipeline.batches(rows, *args, **options), n))
 
 
-@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize('stage', STAGES)
 def test_a_batch_is_its_rows(open_rows, stage):
     _, rows = open_rows(stage)
     for number, batch in enumerate(take(rows, 4, 3)):
@@ -236,7 +236,7 @@ def test_what_is_not_prepared_is_one_sentence(tmp_path, tokenizer):
 # Fake batches --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize('stage', STAGES)
 def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
     config, rows = open_rows(stage, 'data.batch_size=6')
     (real,) = take(rows, 1, 6)

@@ -51,7 +51,7 @@ def recipe(stage):
 
 @pytest.mark.parametrize('devices', [1, 2, 4, 8])
 @pytest.mark.parametrize('size', ['tiny', 'd2', 'd20'])
-@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize('stage', STAGES)
 def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
     cfg = parse(stage, size=size)
     rows = cfg.data.batch_size // cfg.optim.accumulate

@@ -7,10 +7,10 @@ import shutil
 import pytest
 from conftest import parse
 
-from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import STAGES
 
 
 def saved(folder, stage='sft', *overrides, **options):
@@ -20,7 +20,7 @@ def saved(folder, stage='sft', *overrides, **options):
     return config
 
 
-@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize('stage', STAGES)
 def test_json_and_back(stage, tmp_path):
     config = saved(tmp_path / 'x' / stage, stage, 'model.vision.std=(0.1, 0.2, 0.3)', 'optim.b1=0.7', size='d4')
     again = runconfig.read(tmp_path / 'x' / stage)

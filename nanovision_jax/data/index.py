@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import stage_of
 
 BLOCK = 64  # examples a thread takes at once
 WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so that it fits into a row
@@ -74,17 +75,16 @@ def encode_example(example, config, tokenizer):
 
 def _encode(example, config, tokenizer):
     """(ids, learned, pictures, what was done to make it fit: WHOLE, SHORTENED or CUT)."""
-    data = config.data
-    vision = config.stage.startswith('vision')
-    if config.stage == 'clip':
+    data, stage = config.data, stage_of(config)
+    if stage.data == 'pairs':
         if len(example.images) != 1:
-            raise conversation.BadExample(f'{len(example.images)} images where clip needs one')
+            raise conversation.BadExample(f'{len(example.images)} images where {stage.name} needs one')
         if not example.caption.strip():
             raise conversation.BadExample('no caption')
         words = tokenizer.encode(example.caption)[: data.length - 2]
         ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
         return ids, np.ones(len(ids), bool), example.images, WHOLE
-    slots, patches = data.slots if vision else 0, config.model.vision.patches
+    slots, patches = data.slots if stage.sees else 0, config.model.vision.patches
     whole = encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
     while tokenizer.template.opening and len(encoded.ends) > 1 and encoded.ends[-1] > data.length + 1:
         # The last answer is written otherwise than those before it: it is another one now.

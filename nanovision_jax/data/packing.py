@@ -16,6 +16,7 @@ from nanovision_jax.data.catalog import bounds
 from nanovision_jax.data.index import encode_example
 from nanovision_jax.data.text import open_shard
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import stage_of
 
 OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
 
@@ -148,7 +149,7 @@ class PackedRows:
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
-        self.slots = config.data.slots if config.stage.startswith('vision') else 0
+        self.slots = config.data.slots if stage_of(config).sees else 0
         self.shuffled = shuffled
         self._plans, self._starts, self._lock = {}, [0], threading.Lock()
 

@@ -22,6 +22,7 @@ from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tok
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.config_file import TRAINED, hub_id
 from nanovision_jax.runs.folder import file_digest, read_json, write_whole
+from nanovision_jax.stages import stage_of
 
 
 def family_tokenizer(config, inherited=None):
@@ -139,7 +140,8 @@ def open_rows(config, tokenizer, split='train'):
     Training rows are shuffled by config.seed; those of another split come in order.
     """
     shuffle = split == 'train'
-    if config.stage == 'pretrain':
+    kind = stage_of(config).data
+    if kind == 'text':
         shards = text.token_shards(config, tokenizer, split)
         subset = mixture.parse_source(config.data.source).subset if split == 'train' else ''
         key = text.key(config, tokenizer, split)
@@ -155,8 +157,8 @@ def open_rows(config, tokenizer, split='train'):
         shuffled = packing.Shuffled(len(index.rows), config.seed, shuffle)
     if shuffle:
         print(''.join(f'{line}\n' for line in index.told(config.data.length)), end='')
-    kind = packing.PairRows if config.stage == 'clip' else packing.PackedRows
-    return kind(source, index, config, tokenizer, shuffled), index.bad
+    rows = packing.PairRows if kind == 'pairs' else packing.PackedRows
+    return rows(source, index, config, tokenizer, shuffled), index.bad
 
 
 def batches(rows, batch_size, start=0, workers=0):
@@ -197,13 +199,13 @@ def fake_batch(config, vocab_size=512, seed=0):
     rng = np.random.default_rng(seed)
     data, vision = config.data, config.model.vision
     b, t, s = data.batch_size, data.length, vision.image_size
-    if config.stage == 'clip':
+    if stage_of(config).data == 'pairs':
         return {
             'images': rng.integers(0, 256, (b, s, s, 3), np.uint8),
             'tokens': rng.integers(0, vocab_size, (b, t), np.int32),
             'ends': rng.integers(0, t, b, np.int32),
         }
-    slots = data.slots if config.stage.startswith('vision') else 0
+    slots = data.slots if stage_of(config).sees else 0
     rows = []
     for _ in range(b):
         examples = []

@@ -20,6 +20,7 @@ from nanovision_jax.data.conversation import BadExample, side, text_of
 from nanovision_jax.data.image_names import Pictures, fetch, name_of
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import stage_of
 
 PREPARED_VERSION = '1.0.0'  # of what conversations_builder.py writes; a folder's name
 
@@ -275,7 +276,7 @@ def open_parts(config, split):
     """The prepared sets that a config names, opened."""
     if split not in ('train', 'validation'):
         raise UserError(f'prepared data has no {split} split: it has train and validation.')
-    parts, text_only = mixture.parts_of(config.data), config.stage == 'sft'
+    parts, text_only = mixture.parts_of(config.data), stage_of(config).data == 'chat'
     return [Prepared(config.data.path, part.name, split, part.subset, text_only) for part in parts]
 
 
@@ -291,13 +292,13 @@ def provenance(data):
 
 def open_source(config, split):
     """The conversations that a stage learns from, or, for another split, is evaluated on."""
-    data, stage = config.data, config.stage
+    data, kind = config.data, stage_of(config).data
     if mixture.parts_of(data):
         opened = open_parts(config, split)
         return opened[0] if len(opened) == 1 else Joined(opened)
     if data.source == 'tiny_world':
-        views = {'clip': 'caption', 'vision_pretrain': 'caption', 'vision_instruct': 'conversation', 'sft': 'chat'}
-        return TinyWorld(data.path, split, views[stage])
+        views = {'pairs': 'caption', 'captions': 'caption', 'conversations': 'conversation', 'chat': 'chat'}
+        return TinyWorld(data.path, split, views[kind])
     if split not in ('train', 'validation'):
         raise UserError(f'{data.path} has no {split} split: conversations have train and validation.')
-    return Conversations(data.path, data.images, text_only=stage == 'sft')
+    return Conversations(data.path, data.images, text_only=kind == 'chat')

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nanovision_jax import models
 from nanovision_jax.data import packing, text
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import stage_of
 
 BATCH = 16
 
@@ -36,8 +37,9 @@ def run(model_run, split='validation', data=None, limit=None):
     """
     config = copy.deepcopy(model_run.config)
     tokenizer = model_run.tokenizer
-    if config.stage == 'clip':
-        raise UserError('bpb takes a run with a decoder: a clip run compares pictures with captions.')
+    stage = stage_of(config)
+    if not stage.decodes:
+        raise UserError(f'bpb takes a run with a decoder: a {stage.name} run compares pictures with captions.')
     if split == 'heldout':
         raise UserError('text has no heldout split: bpb scores validation (or train).')
     if data:
@@ -45,7 +47,7 @@ def run(model_run, split='validation', data=None, limit=None):
         texts = [text.read_text(file) for file in files]
         config.data.path = data
         shards = [tokenizer.encode_documents(texts)]
-    elif config.stage != 'pretrain' and config.data.source != 'tiny_world':
+    elif stage.data != 'text' and config.data.source != 'tiny_world':
         raise UserError(f'{config.run_dir} was not trained on text: say which to score, with --data=FILE.')
     else:
         shards = text.token_shards(config, tokenizer, split)

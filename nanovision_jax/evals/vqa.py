@@ -23,6 +23,7 @@ from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import told_counts
 from nanovision_jax.inference import engine
+from nanovision_jax.stages import stage_of
 
 BATCH = 128
 GREY = 128
@@ -221,7 +222,7 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
     Raises UserError, before the model is asked, if over 1% are left out without allow_missing.
     """
     config, tokenizer, vision = model_run.config, model_run.tokenizer, model_run.config.model.vision
-    if not config.stage.startswith('vision'):
+    if not stage_of(config).sees:
         raise UserError(f'vqa takes a vision_pretrain or vision_instruct run: a {config.stage} run cannot answer it.')
     loaded = load_questions(config, split, data, images, limit)
     questions = askable(loaded, config, tokenizer)

@@ -7,6 +7,7 @@ from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import stage_of
 
 # What the data sets' own pages say. What is not here, the card says it does not know.
 LICENCES = {
@@ -22,7 +23,8 @@ NOT_KNOWN = 'not known'
 
 def card(run, architecture):
     """The text of README.md for a run (inference.Run) that was exported as `architecture`."""
-    config, vision = run.config, run.config.stage.startswith('vision')
+    config, stage = run.config, stage_of(run.config)
+    vision = stage.sees
     head = [
         '---',
         'library_name: transformers',
@@ -35,7 +37,7 @@ def card(run, architecture):
         'It is opened by plain `transformers`, without remote code:',
         '',
         '```python',
-        *(_VISION_USE if vision else _continue_use(run) if config.stage == 'pretrain' else _TEXT_USE),
+        *(_VISION_USE if vision else _continue_use(run) if not stage.answers else _TEXT_USE),
         '```',
         '',
         '## How it was trained',

@@ -15,6 +15,7 @@ from nanovision_jax.hf import card, decoders, llava
 from nanovision_jax.hf.weights import write_weights
 from nanovision_jax.runs.config_file import public
 from nanovision_jax.runs.folder import read_json
+from nanovision_jax.stages import stage_of
 
 CONFIG = 'nanovision_jax.json'
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  # the last is not always there
@@ -26,11 +27,11 @@ def export(run, output, dtype='float32'):
     Raises UserError for a clip run, which has no decoder, and for a folder that is there.
     """
     config, tokenizer, model = run.config, run.tokenizer, run.config.model
-    if config.stage == 'clip':
+    if not stage_of(config).decodes:
         raise UserError(f'{config.run_dir} is a clip run: only runs with a decoder are written as Hugging Face models.')
     if output.exists():
         raise UserError(f'{output} exists: name a folder that does not.')
-    vision = config.stage.startswith('vision')
+    vision = stage_of(config).sees
     tokens = dict(bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end, pad_token_id=tokenizer.end_of_text)
     if vision:
         content = llava.llava_json(model, tokenizer.size, tokenizer.image)

@@ -18,6 +18,7 @@ import numpy as np
 from nanovision_jax import models
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
+from nanovision_jax.stages import stage_of
 
 CHUNK = 16  # tokens decoded between looks at the result
 # Below COLD a temperature counts as 0, above HOT it is refused: the logits divided by it would leave float32.
@@ -151,7 +152,7 @@ class Engine:
     """Answers prompts with a model of any text or vision stage. `params`: nested dicts of arrays."""
 
     def __init__(self, config, graphdef, params, tokenizer):
-        if config.stage == 'clip':
+        if not stage_of(config).decodes:
             raise UserError('a clip run compares pictures with captions: it has no decoder to chat with.')
         self.config, self.graphdef, self.params, self.tokenizer = config, graphdef, params, tokenizer
 
@@ -200,7 +201,7 @@ class Engine:
 
     def _pictures(self, prompts):
         """uint8 [B, M, size, size, 3], or None for a model without a tower. M is the same power of two for all rows."""
-        if not self.config.stage.startswith('vision'):
+        if not stage_of(self.config).sees:
             return None
         size = self.config.model.vision.image_size
         slots = _bucket(max(1, *(len(prompt.images) for prompt in prompts), 1), least=1)

@@ -13,6 +13,7 @@ from nanovision_jax.inference import engine
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import stage_of
 
 
 @functools.partial(jax.jit, static_argnames='graphdef')
@@ -36,7 +37,7 @@ class Run:
 
     def check_sees(self):
         """Raises UserError for a run that cannot talk about pictures."""
-        if not self.config.stage.startswith('vision'):
+        if not stage_of(self.config).sees:
             raise UserError(
                 f'{self.config.run_dir} is a {self.config.stage} run: '
                 'talking about pictures takes a vision_pretrain or vision_instruct run.'
@@ -48,7 +49,7 @@ class Run:
             self.check_sees()
         ids = np.asarray(ids, np.int32)
         inputs = [ids, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape), np.ones_like(ids)]
-        if self.config.stage.startswith('vision'):
+        if stage_of(self.config).sees:
             size = self.config.model.vision.image_size
             inputs.append(np.zeros((len(ids), 1, size, size, 3), np.uint8) if images is None else np.asarray(images))
         return forward(self.graphdef, self.params, inputs)
@@ -61,8 +62,8 @@ class Run:
         pictures for which no message has a part go before the first question.
         Options: temperature, top_k, top_p, max_new_tokens, seed (see Engine.pieces).
         """
-        if self.config.stage == 'pretrain':
-            raise UserError('a pretrain run has not learned to answer: continue_text() continues text.')
+        if not stage_of(self.config).answers:
+            raise UserError(f'a {self.config.stage} run has not learned to answer: continue_text() continues text.')
         if images:
             self.check_sees()
         if isinstance(messages, str):

@@ -8,6 +8,7 @@ from nanovision_jax.models.clip import CLIP
 from nanovision_jax.models.decoder import GPT
 from nanovision_jax.models.layers import padded
 from nanovision_jax.models.vlm import VLM
+from nanovision_jax.stages import stage_of
 
 
 def compute_dtype(name: str):
@@ -20,9 +21,10 @@ def compute_dtype(name: str):
 def build(config, vocab_size: int, image_token: int, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a stage: CLIP, GPT or VLM. `config` is a config.Config."""
     dtype = compute_dtype(config.dtype)
-    if config.stage == 'clip':
+    kind = stage_of(config).model
+    if kind == 'clip':
         return CLIP(config.model, padded(vocab_size), config.data.length, dtype, rngs)
-    if config.stage.startswith('vision'):
+    if kind == 'vlm':
         return VLM(config.model, vocab_size, image_token, dtype, rngs)
     return GPT(config.model, vocab_size, dtype, rngs)
 

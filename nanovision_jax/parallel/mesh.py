@@ -12,9 +12,16 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
 from nanovision_jax.models.layers import padded
+from nanovision_jax.stages import stage_of
 
+PARTS = {  # the parts of a config that give each kind of model its widths
+    'clip': ('model.vision', 'model.text'),
+    'decoder': ('model',),
+    'vlm': ('model', 'model.vision'),
+}
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
 
@@ -76,13 +83,7 @@ def check_divides(config, mesh, vocab_size):
     splits = [
         ('data.batch_size', data.batch_size // config.optim.accumulate, rows, 'data × fsdp (per accumulated part)')
     ]
-    widths = {'model': model, 'model.vision': model.vision, 'model.text': model.text}
-    if config.stage == 'clip':
-        del widths['model']
-    elif config.stage.startswith('vision'):
-        del widths['model.text']
-    else:
-        widths = {'model': model}
+    widths = {name: configs.get(config, name) for name in PARTS[stage_of(config).model]}
     for name, part in widths.items():
         splits += [(f'{name}.{f}', getattr(part, f), shape['tensor'], 'tensor') for f in ('heads', 'ffn')]
         splits += [(f'{name}.width', part.width, shape['fsdp'], 'fsdp')]

@@ -9,9 +9,10 @@ import os
 import pathlib
 import typing
 
-from nanovision_jax.config import STAGES, Config, fields, get, put
+from nanovision_jax.config import Config, fields, get, put
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import STAGES
 
 TRAINED = 'train'  # the tokenizer that is no path and no hub id
 PATHS = ('init_from', 'data.path', 'data.images')

@@ -28,6 +28,7 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import stage_of
 from nanovision_jax.training import meter, objectives, optim
 from nanovision_jax.training import start as starts
 
@@ -118,7 +119,7 @@ def make_gradients(config, graphdef):
 
     if n == 1:
         return whole
-    return pairs_in_parts if config.stage == 'clip' else in_parts
+    return pairs_in_parts if stage_of(config).objective == 'contrastive' else in_parts
 
 
 def make_train_step(config, graphdef, optimizer, shardings):
@@ -316,7 +317,7 @@ def _train(config, folder, start, sources, mesh, stop):
                 writer.save(step, state['params'], state['optimizer'], {'position': position})
             if evaluating:
                 evaluate(config, step, eval_step, state['params'], held_out, mesh, log, bar)
-                if config.stage != 'clip':
+                if stage_of(config).decodes:
                     show_samples(config, graphdef, state['params'], tokenizer, held_out, bar)
         if last:
             break
@@ -363,7 +364,7 @@ def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
     for batch in itertools.islice(stream, config.eval.batches):
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
-    index = None if config.stage == 'pretrain' else held_out.index
+    index = None if stage_of(config).data == 'text' else held_out.index
     left_out = len(index.left_out) + index.dropped if index else 0
     log.write(step=step, eval_loss=total / count, left_out=left_out)
     without = f', without {left_out} examples that cannot be used' if left_out else ''
@@ -372,7 +373,7 @@ def evaluate(config, step, eval_step, params, held_out, mesh, log, bar):
 
 def show_samples(config, graphdef, params, tokenizer, held_out, bar, n=2):
     """A few held-out prompts answered by the model as it is now."""
-    n = min(n, held_out.rows_per_epoch() if config.stage == 'pretrain' else len(held_out.index.rows))
+    n = min(n, held_out.rows_per_epoch() if stage_of(config).data == 'text' else len(held_out.index.rows))
     prompts, asked = zip(*(held_out_prompt(config, tokenizer, held_out, i) for i in range(n)), strict=True)
     answers = engine.Engine(config, graphdef, params, tokenizer).answer(prompts, max_new_tokens=32)
     for text, answer in zip(asked, answers, strict=True):
@@ -381,7 +382,7 @@ def show_samples(config, graphdef, params, tokenizer, held_out, bar, n=2):
 
 def held_out_prompt(config, tokenizer, held_out, i):
     """(Prompt, its text) of the i-th held-out example: its first question, or the beginning of its text."""
-    if config.stage == 'pretrain':
+    if stage_of(config).data == 'text':
         text = tokenizer.decode(held_out[i]['tokens'][:24])
         return engine.text_prompt(tokenizer, text), text
     example = held_out.source[held_out.index.rows[i]]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from nanovision_jax.config import Model
 from nanovision_jax.models.layers import padded
+from nanovision_jax.stages import stage_of
 
 # Dense bf16 matrix products, FLOP/s per device, from the makers' data sheets. Device kinds as jax names them.
 PEAK = {
@@ -88,12 +89,13 @@ def step_flops(config, vocab_size, tokens, pictures):
         return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * attention_width(part) * length)
 
     patch, seen_tokens = vision.patch_size**2 * 3 * vision.width, vision.patches + vision.class_tokens
-    if config.stage == 'clip':
+    stage = stage_of(config)
+    if stage.model == 'clip':
         towers = pictures * seen_tokens * cost(vision, seen_tokens, patch)
         return towers + tokens * cost(model.text, config.data.length)
-    passes = 2 if config.stage == 'vision_pretrain' else 3  # gradients flow through a frozen decoder
+    passes = 3 if stage.learns('decoder/blocks') else 2  # gradients flow through a frozen decoder too
     total = tokens * cost(model, config.data.length, model.width * padded(vocab_size), passes)
-    if config.stage.startswith('vision'):
+    if stage.sees:
         seen = dataclasses.replace(vision, layers=vision.layers - 1)  # features are taken before the last layer
         total += pictures * seen_tokens * cost(seen, seen_tokens, patch, passes=1)
     return total

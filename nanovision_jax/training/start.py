@@ -29,9 +29,7 @@ from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
-
-# The stages that one may start from, the usual one first; each may start from a run of its own, too.
-PARENTS = {'sft': ('pretrain',), 'vision_pretrain': ('sft', 'pretrain'), 'vision_instruct': ('vision_pretrain',)}
+from nanovision_jax.stages import stage_of
 
 # Fields of config.Model that no decoder fixes.
 _FREE = ('decoder', 'tower', 'contrastive', 'projector', 'remat', 'unroll', 'vision', 'text')
@@ -66,15 +64,14 @@ class Run:
 
     def fixes(self, config):
         """{field: value} of what this source fixes in `config`."""
-        theirs, names = self.config, []
-        sees = theirs.stage.startswith('vision')
-        if sees or theirs.stage == 'clip':
+        theirs, stage, names = self.config, stage_of(self.config), []
+        if stage.model in ('clip', 'vlm'):
             names += VISION
-        if sees:
+        if stage.sees:
             names += ['model.projector', 'model.tower']
         if self.part == 'vision':
             return {name: configs.get(theirs, name) for name in names}
-        names += [*TEXT, 'model.contrastive'] if theirs.stage == 'clip' else [*DECODER, 'model.decoder']
+        names += [*TEXT, 'model.contrastive'] if stage.model == 'clip' else [*DECODER, 'model.decoder']
         names += ['data.tokenizer', 'data.template']
         names += ['data.vocab_size'] if theirs.data.tokenizer == runconfig.TRAINED else []
         return {name: configs.get(theirs, name) for name in names}
@@ -179,22 +176,22 @@ def _sources(config, anew):
     if not anew and is_run(own):
         yield Run(own)
         return
-    sees, model = config.stage.startswith('vision'), config.model
-    allowed = (*PARENTS.get(config.stage, ()), config.stage)
+    stage, model = stage_of(config), config.model
+    allowed = (*stage.parents, stage.name)
     before = pathlib.Path(config.init_from) if config.init_from else config.family / allowed[0]
     if config.init_from and os.path.abspath(before) == os.path.abspath(own):
         raise UserError(f'init_from is {config.init_from!r}, the run itself: choose another --config.name.')
-    if config.init_from or (config.stage in PARENTS and (is_run(before) or not model.decoder)):
+    if config.init_from or (stage.parents and (is_run(before) or not model.decoder)):
         first = _run(config, before, allowed)
-        sees_already = first.config.stage.startswith('vision')
-        first.target = 'decoder' if sees and not sees_already else ''
+        sees_already = stage_of(first.config).sees
+        first.target = 'decoder' if stage.sees and not sees_already else ''
         tower = model.tower or first.config.model.tower
-    elif model.decoder and config.stage != 'clip':
-        first, sees_already, tower = Published(model.decoder, '', 'decoder' if sees else ''), False, model.tower
+    elif model.decoder and stage.decodes:
+        first, sees_already, tower = Published(model.decoder, '', 'decoder' if stage.sees else ''), False, model.tower
     else:
         return
     yield first
-    if not sees or sees_already:
+    if not stage.sees or sees_already:
         return
     place = pathlib.Path(tower or config.family / 'clip')
     if tower and not is_run(place) and not (place / 'lineage.json').is_file():
