@@ -1,11 +1,10 @@
 """How a command line becomes one Config; every mistake is one sentence."""
 
 import contextlib
-import math
 import pathlib
 import sys
 
-from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get
+from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.training import start
@@ -39,13 +38,11 @@ def parse(argv, usage='', flags=()):
             raise UserError(f'no config field {field!r}.{nearest(field, known)}')
     if 'config.size' in options:
         raise UserError(f'the size goes behind the config file: --config={path}:{options["config.size"]}.')
-    for name in flags:
-        _check_type(name, bool, options.get(name, 'false'))
     if options.get('config.data.source', 'mixture') != 'mixture' and options.get('config.data.mixture'):
         raise UserError(
             'data.source and data.mixture are both given: a mixture names its sources, leave data.source out.'
         )
-    chosen = {name: options.get(name, 'false').lower() in ('true', '1') for name in flags}
+    chosen = {name: parse_value(f'--{name}', bool, options.get(name, 'false')) for name in flags}
     config = _read(file, size, given)
     fill(config)
     check_values(config)
@@ -120,7 +117,7 @@ def _read(file, size, given):
     for arg in overrides:
         name, _, value = arg.removeprefix('--config').removeprefix('.').partition('=')
         if name in known:
-            _check_type(f'config.{name}', known[name], value)
+            parse_field(name, value)
     try:
         values(['train', *overrides])
         config = values.config
@@ -132,21 +129,3 @@ def _read(file, size, given):
     if not isinstance(config, Config):
         raise UserError(f'{file} must define get_config(size) that returns a nanovision_jax.config.Config.')
     return config
-
-
-def _check_type(name, kind, text):
-    """Refuses a value that is not of the field's type, in one sentence."""
-    count = 4 if name.endswith('rope_scaling') else 3
-    try:
-        if kind is bool:
-            if text.lower() not in ('true', 'false', '1', '0'):
-                raise ValueError
-        elif kind in (int, float):
-            kind(text)
-        elif kind is tuple:
-            numbers = [float(n) for n in text.strip('()').split(',')]
-            if len(numbers) != count or not all(map(math.isfinite, numbers)):
-                raise ValueError
-    except ValueError:
-        wanted = f'{"three" if count == 3 else "four"} numbers' if kind is tuple else kind.__name__
-        raise UserError(f'--{name} takes {wanted}, not {text!r}.') from None

@@ -268,6 +268,30 @@ def put(config, name, value):
     setattr(get(config, part) if part else config, field, value)
 
 
+def parse_field(name, text):
+    """The value of a dotted field from its text on a command line. Raises UserError where it is none."""
+    known = fields(Config)
+    if name not in known:
+        raise UserError(f'no config field {name!r}.{nearest(name, known)}')
+    return parse_value(f'--config.{name}', known[name], text, numbers=4 if name.endswith('rope_scaling') else 3)
+
+
+def parse_value(option, kind, text, numbers=3):
+    """The value of a command line's option from its text. kind: its type; a tuple has so many `numbers`."""
+    try:
+        if kind is bool:
+            return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+        if kind is not tuple:
+            return kind(text)
+        values = tuple(float(number) for number in text.strip('()').split(','))
+        if len(values) == numbers and all(map(math.isfinite, values)):
+            return values
+    except (ValueError, KeyError):
+        pass
+    wanted = f'{"three" if numbers == 3 else "four"} numbers' if kind is tuple else kind.__name__
+    raise UserError(f'{option} takes {wanted}, not {text!r}.')
+
+
 def fill(config):
     """Sets the fields whose default follows from other fields: name, run_dir, data.source of a mixture, data.path."""
     config.name = config.name or config.size

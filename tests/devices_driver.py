@@ -6,8 +6,8 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/devices_driver.p
 import pathlib
 import sys
 
+from nanovision_jax import train
 from nanovision_jax.data.datasets import tiny_world
-from nanovision_jax.training import loop as train
 
 ROOT = pathlib.Path(__file__).parent.parent
 tiny_world.EXAMPLES = {

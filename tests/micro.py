@@ -6,17 +6,17 @@ import types
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from nanovision_jax import config as configs
 from nanovision_jax import models, stages
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
+from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
-from nanovision_jax.training import loop as train
-from nanovision_jax.training import meter, optim, start
+from nanovision_jax.training import optim, resume, start, step
 
 STAGES = tuple(stages.STAGES)
 TOKENIZER = types.SimpleNamespace(size=120, image=119)  # all that building a model asks of one
@@ -77,23 +77,21 @@ def run_config(stage, family, **fields):
 def parent_run(family, stage, cfg=None):
     """A run folder of a stage as training leaves it, of a model that never learned. Returns its path."""
     cfg, folder, tokenizer = cfg or run_config(stage, family), family / stage, Tokenizer(family / 'tokenizer')
-    train.write_run(cfg, tokenizer, [])
+    resume.write_run(cfg, tokenizer, [])
     writer = checkpoint.Checkpoints(folder, keep=1)
     writer.save(7, jax.device_put(params(cfg, tokenizer)[1]), {'count': np.zeros(())}, {})
     writer.wait()
     return folder
 
 
-def read(run_dir, step=None):
+def read(run_dir, at=None):
     """{'params', 'optimizer'} of a run's newest checkpoint, or of another, as numpy arrays."""
     cfg = runconfig.read(run_dir)
-    tokenizer, sharding = Tokenizer(pathlib.Path(run_dir) / 'tokenizer'), SingleDeviceSharding(jax.devices()[0])
-    shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
-    optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
-    state = {'params': shapes, 'optimizer': jax.eval_shape(optimizer.init, train.split_params(cfg.stage, shapes)[0])}
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
-    step = step or runfolder.newest(run_dir)
-    return jax.device_get({item: checkpoint.restore(run_dir, step, item, state[item]) for item in state})
+    tokenizer = Tokenizer(pathlib.Path(run_dir) / 'tokenizer')
+    mesh = parallel.make_mesh(configs.Mesh(), jax.devices()[:1])
+    state = step.abstract_state(cfg, tokenizer, optim.make_optimizer(cfg.optim, cfg.steps), mesh)[1]
+    at = at or runfolder.newest(run_dir)
+    return jax.device_get({item: checkpoint.restore(run_dir, at, item, state[item]) for item in state})
 
 
 def assert_same(found, wanted):
@@ -109,4 +107,4 @@ def quicken(patch, folder):
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-    patch.setattr(meter, 'peak_flops', lambda: (1e12, 'a figure for tests'))
+    patch.setattr(hardware, 'peak_flops', lambda: (1e12, 'a figure for tests'))

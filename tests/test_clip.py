@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 
 from nanovision_jax import models
-from nanovision_jax.models.clip import quick_gelu, sigmoid_loss, softmax_loss
+from nanovision_jax.models.clip import quick_gelu
+from nanovision_jax.training.objectives import sigmoid_contrastive, softmax_contrastive
 
 T = 13
 CFG = tiny.config('clip')
@@ -78,18 +79,18 @@ def test_logits_are_scaled_cosines(found):
 
 def test_the_contrastive_loss_is_the_numpy_one():
     pictures, captions = RNG.normal(size=(2, 7, 3))
-    logits, loss = pictures @ captions.T, jax.jit(softmax_loss)
+    logits, loss = pictures @ captions.T, jax.jit(softmax_contrastive)
     np.testing.assert_allclose(loss(logits), reference.contrastive(pictures, captions), rtol=1e-5)
     np.testing.assert_allclose(loss(logits.T), loss(logits), rtol=1e-6)
     np.testing.assert_allclose(loss(np.zeros((7, 7))), math.log(7), rtol=1e-6)
     assert loss(50 * np.eye(7)) < 1e-6
 
 
-def test_the_sigmoid_loss_is_the_sum_over_pairs_each_on_its_own():
+def test_the_sigmoid_contrastive_is_the_sum_over_pairs_each_on_its_own():
     logits = RNG.normal(size=(5, 5))
     wanted = sum(math.log1p(math.exp(-logits[i, j] if i == j else logits[i, j])) for i in range(5) for j in range(5))
-    np.testing.assert_allclose(jax.jit(sigmoid_loss)(logits), wanted / 5, rtol=1e-5)
-    assert jax.jit(sigmoid_loss)(100 * np.eye(5) - 50) < 1e-6
+    np.testing.assert_allclose(jax.jit(sigmoid_contrastive)(logits), wanted / 5, rtol=1e-5)
+    assert jax.jit(sigmoid_contrastive)(100 * np.eye(5) - 50) < 1e-6
 
 
 def test_sigmoid_towers_start_warm_and_unlikely():
@@ -98,7 +99,7 @@ def test_sigmoid_towers_start_warm_and_unlikely():
     model = models.build(cfg, 100, 99, nnx.Rngs(0))
     logits = model(*map(jax.numpy.asarray, (PICTURES, TOKENS, ENDS)))
     assert np.all(np.abs(np.asarray(logits) + 10) <= 10.001)  # cosines by 10, less 10
-    assert model.loss is sigmoid_loss
+    assert model.contrastive == 'sigmoid'
 
 
 def test_quick_gelu():

@@ -21,12 +21,12 @@ from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import engine
+from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
-from nanovision_jax.training import loop as train
-from nanovision_jax.training import start
+from nanovision_jax.training import resume, start
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def runs(tokenizer, tmp_path_factory):
 def write(cfg, tokenizer):
     """A run folder of random weights, as training leaves it."""
     _, params = params_of(cfg, tokenizer)
-    train.write_run(cfg, tokenizer, [])
+    resume.write_run(cfg, tokenizer, [])
     lineage.begin(cfg, tokenizer, [], parallel.make_mesh(configs.Mesh()), 'float32', {}, {}, 0)
     writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
     writer.save(7, jax.device_put(params), {'count': np.zeros(())}, {})
@@ -81,13 +81,13 @@ def test_transformers_generates_what_our_engine_does(kind, runs, tmp_path, capsy
         messages = [{'role': 'user', 'content': content}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=picture(), text=text, add_special_tokens=False, return_tensors='pt')
-        prompt = engine.chat_prompt(run.config, run.tokenizer, messages, [picture()])
+        prompt = chat_prompt(run.config, run.tokenizer, messages, [picture()])
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         messages = [{'role': 'user', 'content': content[0]['text']}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors='pt')
-        prompt = engine.chat_prompt(run.config, run.tokenizer, messages)
+        prompt = chat_prompt(run.config, run.tokenizer, messages)
     inputs.pop('token_type_ids', None)
     assert inputs['input_ids'][0].tolist() == prompt.ids.tolist()
     # Random weights stop nowhere in particular: stopping is left to another test, so that all 64 tokens count.
@@ -136,7 +136,8 @@ def greedy(run, prompt, n):
     """The n likeliest tokens after a prompt, none of which may end it, by our prefill and cached decoding."""
     params, graphdef, tokenizer = run.params, run.graphdef, run.tokenizer
     pictures = np.stack(prompt.images)[None] if prompt.images else None
-    logits, cache = engine.prefill(graphdef, params, prompt.ids[None], np.array([len(prompt.ids)]), pictures, 256)
+    features = None if pictures is None else engine.see(graphdef, params, pictures)
+    logits, cache = engine.prefill(graphdef, params, prompt.ids[None], np.array([len(prompt.ids)]), features, 256)
     found, model = [], models.merge(graphdef, params)
     decoder = getattr(model, 'decoder', model)
     extend = jax.jit(lambda token, at, cache: decoder.extend(decoder.embed(token), at, cache))
@@ -211,7 +212,7 @@ def test_a_published_template_goes_out_and_comes_back(tokenizer_folder, tmp_path
     settings = json.loads((out / 'generation_config.json').read_text())
     assert settings['eos_token_id'] == list(tokenizer.stops) and settings['eos_token_id'][0] == tokenizer.end
     asked = [{'role': 'user', 'content': 'the cat?'}]
-    prompt = engine.chat_prompt(run.config, run.tokenizer, asked).ids.tolist()
+    prompt = chat_prompt(run.config, run.tokenizer, asked).ids.tolist()
     fast = transformers.AutoTokenizer.from_pretrained(out)
     assert fast.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == prompt
     assert (fast.eos_token, fast.pad_token) == ('<|im_end|>', '<|endoftext|>')
@@ -221,7 +222,7 @@ def test_a_published_template_goes_out_and_comes_back(tokenizer_folder, tmp_path
         say(['--from=hf', f'--input={out}', f'--output={tmp_path / f"back{number}" / "sft"}'], capsys)
         back = nanovision_jax.load(tmp_path / f'back{number}' / 'sft')
         assert back.tokenizer.template == tokenizer.template
-        assert engine.chat_prompt(back.config, back.tokenizer, asked).ids.tolist() == prompt
+        assert chat_prompt(back.config, back.tokenizer, asked).ids.tolist() == prompt
 
 
 def test_the_jinja_that_goes_out_is_written_from_the_data(runs, tmp_path, capsys):

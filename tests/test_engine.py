@@ -12,10 +12,15 @@ from PIL import Image
 from nanovision_jax import models
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
-from nanovision_jax.inference import engine
+from nanovision_jax.inference import engine, sampling
+from nanovision_jax.inference.engine import Engine, Prompt
+from nanovision_jax.inference.prompt import chat_prompt, text_prompt
+from nanovision_jax.inference.run import Run
+from nanovision_jax.inference.sampling import Sampling
 
 STAGES = ('sft', 'vision_instruct')
 CONTEXT, P = 61, 9  # positions of the tiny models, tokens of a picture
+ENDLESS = (-1, -2, -3, -4, -5)  # stops that no model says
 
 
 @pytest.fixture(scope='module', params=STAGES)
@@ -34,24 +39,23 @@ def text(tokenizer):
 
 def make(stage, tokenizer):
     cfg = tiny.config(stage, positions=CONTEXT)
-    endless = types.SimpleNamespace(stops=(-1, -2, -3, -4, -5), decode=tokenizer.decode)
     rng, prompts = np.random.default_rng(0), []
     for length, pictures in ((32, 2), (17, 0), (23, 1)):
         ids = rng.integers(5, 250, length, np.int32)
-        prompts.append(engine.Prompt(ids, []))
+        prompts.append(Prompt(ids, []))
         if stage.startswith('vision'):
             ids[2 : 2 + pictures * P] = tokenizer.image
             prompts[-1].images = list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
     graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
     head = params.get('decoder', params)['head']
     head['kernel'] = head['kernel'].at[:, tokenizer.image].set(0)  # which is not to be said: no picture belongs to it
-    return engine.Engine(cfg, graphdef, params, endless), prompts
+    return Engine(cfg, graphdef, params, ENDLESS), prompts
 
 
 def answers(runner, prompts, **options):
     """The token ids of each answer."""
-    ids = [[] for _ in prompts]
-    for chunk in runner.pieces(prompts, **options):
+    ids, most = [[] for _ in prompts], options.pop('max_new_tokens', 256)
+    for chunk in runner.generate(prompts, most, Sampling(**options)):
         for row, new in zip(ids, chunk, strict=True):
             row += new
     return ids
@@ -85,7 +89,7 @@ def test_a_batch_of_unequal_prompts_answers_as_each_alone(case):
 def test_pictures_are_looked_at(tokenizer):
     runner, (prompt, *others) = make('vision_instruct', tokenizer)
     answer, *rest = answers(runner, [prompt, *others], max_new_tokens=20)
-    other, *same = answers(runner, [engine.Prompt(prompt.ids, prompt.images[::-1]), *others], max_new_tokens=20)
+    other, *same = answers(runner, [Prompt(prompt.ids, prompt.images[::-1]), *others], max_new_tokens=20)
     assert answer != other and rest == same
 
 
@@ -98,6 +102,15 @@ def test_sampled_answers_depend_on_the_rows_seed_alone(text):
     assert answers(runner, prompts[2:3], seed=6, **options) != together[2:3]
     assert answers(runner, prompts[:1] * 3, seed=3, **options)[0] == together[0]
     assert len({*map(tuple, answers(runner, prompts[:1] * 3, seed=3, **options))}) == 3
+
+
+def test_every_row_of_a_batch_has_options_of_its_own(text):
+    runner, prompts = text
+    options = [Sampling(), Sampling(0.8, seed=4), Sampling(1.3, top_k=3, top_p=0.9, seed=9)]
+    chunks = list(runner.generate(prompts, 20, options))
+    together = [[token for chunk in chunks for token in chunk[row]] for row in range(3)]
+    for prompt, one, answer in zip(prompts, options, together, strict=True):
+        assert answers(runner, [prompt], max_new_tokens=20, **one._asdict()) == [answer]
 
 
 def test_the_one_likeliest_token_is_the_greedy_one(text):
@@ -151,7 +164,7 @@ def test_options_that_make_no_sense_are_one_sentence(text, option, value):
 def test_text_that_is_none_is_not_continued(tokenizer):
     for text in ('h\udce9llo', '\ud83d', b'bytes', None, 3):
         with pytest.raises(UserError, match=r'cannot be continued: text that is not Unicode\.$') as error:
-            engine.text_prompt(tokenizer, text)
+            text_prompt(tokenizer, text)
         assert str(error.value).isascii()
 
 
@@ -161,11 +174,8 @@ def test_every_stop_token_ends_its_row_and_no_other(text):
     stops = plain[0][3], plain[1][19], plain[2][10]
 
     for special in ((*stops, -1, -2), (-1, -2, *stops)):
-        runner.tokenizer.stops = special
-        try:
-            chunks = list(runner.pieces(prompts, max_new_tokens=29))
-        finally:
-            runner.tokenizer.stops = (-1, -2, -3, -4, -5)
+        stopping = Engine(runner.config, runner.graphdef, runner.params, special)
+        chunks = list(stopping.generate(prompts, max_new_tokens=29))
         found = [[token for chunk in chunks for token in chunk[row]] for row in range(3)]
         assert found == [row[: first(row, stops)] for row in plain]
         assert len(chunks) == 1 + max(map(len, found)) // 16  # and when all have ended, so does the work
@@ -192,13 +202,13 @@ def test_prompt_and_answer_fill_the_context_and_no_more(text):
     assert [row[:29] for row in found] == answers(runner, prompts, max_new_tokens=29)
     for length in (CONTEXT, 2000):
         with pytest.raises(UserError, match=rf'{length} tokens long, and the context holds {CONTEXT}'):
-            list(runner.pieces([prompts[1], engine.Prompt(np.ones(length, np.int32), [])]))
+            list(runner.generate([prompts[1], Prompt(np.ones(length, np.int32), [])]))
 
 
 def test_a_prompt_one_short_of_the_context_gets_one_token(tokenizer):
     runner, _ = make('vision_instruct', tokenizer)
     ids = np.random.default_rng(1).integers(5, 250, CONTEXT - 1, np.int32)
-    assert [len(row) for row in answers(runner, [engine.Prompt(ids, [])])] == [1]
+    assert [len(row) for row in answers(runner, [Prompt(ids, [])])] == [1]
 
 
 def test_prompts_of_one_bucket_compile_nothing_new(text):
@@ -206,10 +216,8 @@ def test_prompts_of_one_bucket_compile_nothing_new(text):
     answers(runner, prompts, max_new_tokens=20)
     before = engine.prefill._cache_size(), engine.decode._cache_size()
     for lengths in ((18, 25, 31), (13, 19, 32), (1, 2, 29)):
-        other = [engine.Prompt(np.full(n, 7, np.int32), []) for n in lengths]
-        answers(
-            engine.Engine(runner.config, runner.graphdef, runner.params, runner.tokenizer), other, max_new_tokens=29
-        )
+        other = [Prompt(np.full(n, 7, np.int32), []) for n in lengths]
+        answers(Engine(runner.config, runner.graphdef, runner.params, ENDLESS), other, max_new_tokens=29)
     assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
 
 
@@ -217,10 +225,10 @@ def test_sampling_follows_the_distribution():
     probability = np.array([0.06, 0.4, 0, 0.15, 0.04, 0.25, 0.1])
     logits = jnp.log(jnp.float32(probability))
     keys = jax.vmap(jax.random.key)(jnp.arange(20_000))
-    draw = jax.jit(lambda sampling: jax.vmap(engine.sample, in_axes=(0, None, None))(keys, logits, sampling))
+    draw = jax.jit(lambda *options: jax.vmap(sampling.sample, in_axes=(0, *[None] * 4))(keys, logits, *options))
 
     def check(expected, temperature=1.0, top_k=0, top_p=1.0):
-        found = draw((jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)))
+        found = draw(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
         expected = np.array(expected) / np.sum(expected)
         share = np.bincount(found, minlength=7) / len(found)
         assert (share[expected == 0] == 0).all()
@@ -241,13 +249,15 @@ def test_sampling_follows_the_distribution():
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_answer(text, tokenizer, monkeypatch):
     runner, prompts = text
+    endless = types.SimpleNamespace(stops=ENDLESS, decode=tokenizer.decode)
+    run = Run(runner.config, 1, runner.graphdef, runner.params, endless)
     options = {'max_new_tokens': 40, 'temperature': 1.0}
-    assert ''.join(runner.stream(prompts[1], **options)) == runner.answer(prompts[1:2], **options)[0] != ''
+    assert ''.join(run.stream(prompts[1], **options)) == run.answer(prompts[1:2], **options)[0] != ''
 
     def stream(ids, size):
         chunks = [[ids[i : i + size]] for i in range(0, len(ids), size)]
-        monkeypatch.setattr(runner, 'pieces', lambda *_, **__: iter(chunks))
-        return list(runner.stream(prompts[0]))
+        monkeypatch.setattr(run.engine, 'generate', lambda *_, **__: iter(chunks))
+        return list(run.stream(prompts[0]))
 
     said = 'The 🦔 and the 日本 über\n naïve — fine'
     ids, hedgehog = list(tokenizer.encode(said)), list(tokenizer.encode('a 🦔'))
@@ -264,23 +274,23 @@ def test_prompts_are_what_training_sees(tokenizer):
     cfg = tiny.config('vision_instruct')
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8))
     messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'a cat?'}]}]
-    prompt = engine.chat_prompt(cfg, tokenizer, messages, [picture])
+    prompt = chat_prompt(cfg, tokenizer, messages, [picture])
     answered = [*messages, {'role': 'assistant', 'content': 'the dog'}]
     ids, learned, *_ = conversation.encode(answered, tokenizer, P, 1)
     assert prompt.ids.tolist() == ids[: int(learned.argmax())].tolist() and prompt.ids[-1] == tokenizer.assistant
     np.testing.assert_array_equal(prompt.images, [images.prepare(picture, cfg.model.vision)])
-    continued = engine.text_prompt(tokenizer, 'the cat runs').ids
+    continued = text_prompt(tokenizer, 'the cat runs').ids
     assert continued.tolist() == tokenizer.encode_documents(['the cat runs']).tolist()
 
 
 def test_a_system_message_leads_and_pictures_go_with_the_question(tokenizer):
     cfg, picture = tiny.config('vision_instruct'), Image.new('RGB', (9, 9))
     system, question = {'role': 'system', 'content': 'the dog'}, {'role': 'user', 'content': 'a cat?'}
-    ids = engine.chat_prompt(cfg, tokenizer, [system, question], [picture]).ids.tolist()
+    ids = chat_prompt(cfg, tokenizer, [system, question], [picture]).ids.tolist()
     t = tokenizer
     wanted = [t.end_of_text, t.user, *t.encode('the dog'), *[t.image] * P, *t.encode('a cat?'), t.end, t.assistant]
     assert ids == wanted
-    ids = engine.chat_prompt(tiny.config('sft'), tokenizer, [system, question]).ids.tolist()
+    ids = chat_prompt(tiny.config('sft'), tokenizer, [system, question]).ids.tolist()
     assert ids == [t.end_of_text, t.user, *t.encode('the dog\n\na cat?'), t.end, t.assistant]
 
 
@@ -299,6 +309,6 @@ def test_what_cannot_be_answered_is_said(tokenizer):
         ([{'role': 'user'}], []),
     ):
         with pytest.raises(UserError, match='cannot be answered'):
-            engine.chat_prompt(cfg, tokenizer, messages, pictures)
+            chat_prompt(cfg, tokenizer, messages, pictures)
     with pytest.raises(UserError, match='no decoder to chat with'):
-        engine.Engine(tiny.config('clip'), None, None, tokenizer)
+        Engine(tiny.config('clip'), None, None, tokenizer.stops)

@@ -111,7 +111,7 @@ def squares(tmp_path):
 
 
 class Stub:
-    """Stands for an engine: answers by the mean colour of a prompt's picture, or always as if it were red."""
+    """Stands for a model: answers by the mean colour of a prompt's picture, or always as if it were red."""
 
     def __init__(self, tokenizer, looks):
         self.tokenizer, self.looks = tokenizer, looks
@@ -130,12 +130,11 @@ class Stub:
 
 @pytest.fixture
 def model_run(tokenizer, monkeypatch):
-    """A function (looks) → evaluates a run that has the stub for an engine."""
+    """A function (looks) → evaluates a run that has the stub for a model."""
 
     def use(looks, stage='vision_instruct'):
-        opened = types.SimpleNamespace(
-            config=tiny.config(stage), tokenizer=tokenizer, engine=Stub(tokenizer, looks), run_dir='nowhere'
-        )
+        stub = Stub(tokenizer, looks)
+        opened = types.SimpleNamespace(config=tiny.config(stage), tokenizer=tokenizer, answer=stub.answer)
         monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
 
     return use
@@ -244,7 +243,7 @@ def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(mode
     kept = {file: file.read_bytes() for file in (tmp_path / 'run/eval').iterdir()}
     (tmp_path / 'many' / '5.png').unlink()  # four of 300 now
     argv = [f'--run={tmp_path}/run', '--task=vqa', f'--data={files["data"]}', f'--images={files["images"]}']
-    monkeypatch.setattr(Stub, 'answer', lambda *_, **__: pytest.fail('the model was asked'))
+    monkeypatch.setattr(Stub, 'say', lambda *_, **__: pytest.fail('the model was asked'))
     monkeypatch.setattr(sys, 'argv', ['evaluate', *argv])
     with pytest.raises(SystemExit) as stop:
         errors.run(evaluate.main)

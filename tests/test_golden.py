@@ -28,8 +28,8 @@ def test_our_model_says_what_transformers_said(kind):
         features = model.vision.features(model.vision.normalize(inputs[-1][0]))
         np.testing.assert_allclose(features, wanted['features'], atol=1e-4)
     np.testing.assert_allclose(model(*inputs)[..., :size], wanted['logits'], atol=1e-4)
-    pictures = None if picture is None else inputs[-1]
-    logits, cache = engine.prefill(graphdef, params, inputs[0], jnp.array([golden.PROMPT]), pictures, 128)
+    features = None if picture is None else engine.see(graphdef, params, inputs[-1])
+    logits, cache = engine.prefill(graphdef, params, inputs[0], jnp.array([golden.PROMPT]), features, 128)
     decoder, found = getattr(model, 'decoder', model), []
 
     @jax.jit

@@ -10,7 +10,7 @@ from PIL import Image
 
 import nanovision_jax
 from nanovision_jax.errors import UserError
-from nanovision_jax.inference import engine
+from nanovision_jax.inference import prompt
 from nanovision_jax.inference import run as inference
 from nanovision_jax.models import padded
 
@@ -69,8 +69,8 @@ def test_logits_see_text_and_pictures(vlm, tokenizer):
 
 def test_chat_answers_what_the_engine_answers(vlm):
     given = [{'role': 'user', 'content': image_then('a cat?')}]
-    prompt = engine.chat_prompt(vlm.config, vlm.tokenizer, given, [picture(0)])
-    (expected,) = vlm.engine.answer([prompt], **OPTIONS)
+    given_prompt = prompt.chat_prompt(vlm.config, vlm.tokenizer, given, [picture(0)])
+    (expected,) = vlm.answer([given_prompt], **OPTIONS)
     assert expected
     for messages in ('a cat?', [{'role': 'user', 'content': 'a cat?'}], given):
         assert vlm.chat(messages, images=[picture(0)], **OPTIONS) == expected
@@ -87,7 +87,7 @@ def test_pictures_go_where_the_messages_say(vlm, monkeypatch):
         seen.append((prompt, options))
         return iter(['fine'])
 
-    monkeypatch.setattr(engine.Engine, 'stream', stream)
+    monkeypatch.setattr(inference.Run, 'stream', stream)
     token, pictures = vlm.tokenizer.image, [picture(0), picture(1)]
     answer = {'role': 'assistant', 'content': 'red'}
     late = [{'role': 'user', 'content': 'a?'}, answer, {'role': 'user', 'content': image_then('b?')}]
@@ -107,8 +107,8 @@ def test_pictures_go_where_the_messages_say(vlm, monkeypatch):
 
 
 def test_a_pretrain_run_continues_text(gpt):
-    prompt = engine.text_prompt(gpt.tokenizer, 'the cat sees')
-    assert ''.join(gpt.continue_text('the cat sees', **OPTIONS)) == gpt.engine.answer([prompt], **OPTIONS)[0] != ''
+    given_prompt = prompt.text_prompt(gpt.tokenizer, 'the cat sees')
+    assert ''.join(gpt.continue_text('the cat sees', **OPTIONS)) == gpt.answer([given_prompt], **OPTIONS)[0] != ''
     with pytest.raises(UserError, match='continue_text'):
         gpt.chat('a cat?')
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from nanovision_jax import config as configs
+from nanovision_jax.parallel import hardware
+from nanovision_jax.runs import metrics
 from nanovision_jax.training import meter
 
 D20 = configs.base_config('pretrain', 'd20')
@@ -70,7 +72,7 @@ def test_clip_counts_both_towers():
 def test_peaks_are_looked_up_by_device_kind(monkeypatch, kind, peak):
     monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)] * 8)
     monkeypatch.setattr(jax, 'device_count', lambda: 8)
-    found, source = meter.peak_flops()
+    found, source = hardware.peak_flops()
     assert found == 8 * peak and 'data sheet' in source
 
 
@@ -80,15 +82,15 @@ def test_a_device_that_no_sheet_names_is_measured(monkeypatch, kind, backend, ti
     monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=kind)] * 8)
     monkeypatch.setattr(jax, 'device_count', lambda: 8)
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    monkeypatch.setattr(meter, 'measured_flops', lambda n, dtype: 1e12)
-    found, source = meter.peak_flops()
+    monkeypatch.setattr(hardware, 'measured_flops', lambda n, dtype: 1e12)
+    found, source = hardware.peak_flops()
     assert found == times * 1e12 and source.startswith('measured')
 
 
 def test_a_measured_product_takes_the_time_of_its_arithmetic(monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr(meter.time, 'perf_counter', lambda: float(next(ticks)))  # a product a second
-    assert meter.measured_flops(8, 'float32') == 2 * 8**3
+    monkeypatch.setattr(hardware.time, 'perf_counter', lambda: float(next(ticks)))  # a product a second
+    assert hardware.measured_flops(8, 'float32') == 2 * 8**3
 
 
 def test_heads_of_another_size_than_width_over_heads_count_as_they_are():
@@ -105,19 +107,19 @@ def test_heads_of_another_size_than_width_over_heads_count_as_they_are():
 
 
 def write(folder, steps, start=0):
-    log = meter.Metrics(folder, start=start)
+    log = metrics.Metrics(folder, start=start)
     for step in steps:
         log.write(step=step, loss=1.0 / step, tokens=100 * step, seconds=0.5 * step)
         if step % 3 == 0:
             log.write(step=step, eval_loss=2.0)
-    return [line['step'] for line in meter.read_metrics(folder / 'metrics.jsonl')]
+    return [line['step'] for line in metrics.read_metrics(folder / 'metrics.jsonl')]
 
 
 def test_lines_past_the_point_of_resuming_are_dropped(tmp_path):
     assert write(tmp_path, (1, 2, 3, 4, 5)) == [1, 2, 3, 3, 4, 5]
     assert write(tmp_path, (4, 5, 6), start=3) == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert meter.Metrics(tmp_path, start=6).last == {'step': 6, 'loss': 1 / 6, 'tokens': 600, 'seconds': 3.0}
-    assert meter.Metrics(tmp_path, start=0).last == {'tokens': 0, 'seconds': 0.0}
+    assert metrics.Metrics(tmp_path, start=6).last == {'step': 6, 'loss': 1 / 6, 'tokens': 600, 'seconds': 3.0}
+    assert metrics.Metrics(tmp_path, start=0).last == {'tokens': 0, 'seconds': 0.0}
     assert (tmp_path / 'metrics.jsonl').read_text() == ''
 
 
@@ -125,12 +127,12 @@ def test_a_half_written_last_line_is_forgotten(tmp_path):
     write(tmp_path, (1, 2))
     file = tmp_path / 'metrics.jsonl'
     file.write_text(file.read_text() + '{"step": 3, "lo')
-    assert [line['step'] for line in meter.read_metrics(file)] == [1, 2]
+    assert [line['step'] for line in metrics.read_metrics(file)] == [1, 2]
     assert write(tmp_path, (3, 4), start=2) == [1, 2, 3, 3, 4]
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
 def test_tensorboard_gets_the_numbers_too(tmp_path):
     pytest.importorskip('tensorboardX')
-    meter.Metrics(tmp_path, to='tensorboard').write(step=1, loss=np.float64(0.5), word='left out')
+    metrics.Metrics(tmp_path, to='tensorboard').write(step=1, loss=np.float64(0.5), word='left out')
     assert list((tmp_path / 'tensorboard').glob('events*'))

@@ -10,10 +10,11 @@ import pytest
 
 import nanovision_jax
 from nanovision_jax import convert
+from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import meter
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'run'
 
@@ -50,7 +51,7 @@ def test_it_goes_on_with_the_same_rows(run, tmp_path, monkeypatch):
         one = train.parallel.make_mesh(config.mesh, train.jax.devices()[:1])
         patch.setattr(train.parallel, 'make_mesh', lambda *_, **__: one)
         train.train(config)
-    lines = meter.read_metrics(run / 'metrics.jsonl')
+    lines = read_metrics(run / 'metrics.jsonl')
     found = {str(line['step']): line['loss'] for line in lines if 'loss' in line and line['step'] > 2}
     assert found.keys() == EXPECTED['losses'].keys()
     for step, loss in EXPECTED['losses'].items():
@@ -67,7 +68,7 @@ def test_it_does_not_go_on_over_another_tower(run, tmp_path, monkeypatch):
     (run / 'lineage.json').write_text(json.dumps(record))
     micro.quicken(monkeypatch, tmp_path / 'compiled')
     config = runconfig.read(run)
-    with monkeypatch.context() as patch, pytest.raises(train.UserError, match='another frozen_before'):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='another frozen_before'):
         one = train.parallel.make_mesh(config.mesh, train.jax.devices()[:1])
         patch.setattr(train.parallel, 'make_mesh', lambda *_, **__: one)
         train.train(config)

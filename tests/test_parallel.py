@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import micro
@@ -13,8 +14,7 @@ from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.training import loop as train
-from nanovision_jax.training import optim
+from nanovision_jax.training import optim, step
 
 MESHES = {
     'data8': configs.Mesh(8, 1, 1),
@@ -27,12 +27,7 @@ MESHES = {
 QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
-def abstract_state(cfg, optimizer, mesh, vocab_size=50261):
-    """(shapes, shardings) of a whole training state; nothing is allocated."""
-    params = models.abstract(cfg, vocab_size, vocab_size - 1)[1]
-    trained = train.split_params(cfg.stage, params)[0]
-    shapes = {'params': params, 'optimizer': jax.eval_shape(optimizer.init, trained)}
-    return shapes, parallel.shardings(shapes, mesh)
+VOCABULARY = types.SimpleNamespace(size=50261, image=50260)
 
 
 # The mesh ------------------------------------------------------------------------------------------------------------
@@ -122,14 +117,14 @@ def test_a_stage_is_only_asked_about_the_parts_it_has():
 def test_fsdp_splits_every_large_leaf_and_its_moments(stage):
     cfg, mesh = configs.base_config(stage, 'd20'), parallel.make_mesh(configs.Mesh(1, 8, 1))
     cfg.data.length = 77
-    shapes, shardings = abstract_state(cfg, optim.make_optimizer(cfg.optim, 10), mesh)
+    shapes = step.abstract_state(cfg, VOCABULARY, optim.make_optimizer(cfg.optim, 10), mesh)[1]
     parts = {}
-    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
-        parts[parallel.path_name(path)] = leaf.size // np.prod(sharding.shard_shape(leaf.shape), dtype=int)
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        parts[parallel.path_name(path)] = leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)
         small = leaf.size < 300_000  # the tower's positions are the largest of what each device has whole
         assert parts[parallel.path_name(path)] == 8 or small, f'{parallel.path_name(path)} {leaf.shape} is not split'
     moments = [name for name in parts if name.startswith('optimizer') and re.search(r'/(mu|nu)/', name)]
-    trained = jax.tree.leaves(train.split_params(stage, shapes['params'])[0])
+    trained = jax.tree.leaves(step.partition(cfg, shapes['params'])[0])
     assert len(moments) == 2 * len(trained)
     for name in moments:
         assert parts[name] == parts['params/' + re.split('/(?:mu|nu)/', name)[1]]
@@ -138,9 +133,9 @@ def test_fsdp_splits_every_large_leaf_and_its_moments(stage):
 def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
     """Both the same way round gave wrong gradients on a mesh of all three axes (jax 0.10)."""
     cfg, mesh = configs.base_config('pretrain', 'd20'), parallel.make_mesh(configs.Mesh(2, 2, 2))
-    blocks = abstract_state(cfg, optim.make_optimizer(cfg.optim, 10), mesh)[1]['params']['blocks']
-    assert blocks['ffn_in']['kernel'].spec == P(None, 'fsdp', 'tensor')
-    assert blocks['ffn_out']['kernel'].spec == P(None, 'tensor', 'fsdp')
+    blocks = step.abstract_state(cfg, VOCABULARY, optim.make_optimizer(cfg.optim, 10), mesh)[1]['params']['blocks']
+    assert blocks['ffn_in']['kernel'].sharding.spec == P(None, 'fsdp', 'tensor')
+    assert blocks['ffn_out']['kernel'].sharding.spec == P(None, 'tensor', 'fsdp')
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -158,8 +153,8 @@ def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax'):
     mesh = parallel.make_mesh(configs.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parallel.shardings(params, mesh))
-        step = jax.jit(train.make_gradients(cfg, graphdef), compiler_options=QUICK)
-        return jax.device_get(step(*train.split_params(stage, placed), parallel.put_batch(micro.batch(cfg), mesh)))
+        gradients = jax.jit(step.make_gradients(cfg, graphdef), compiler_options=QUICK)
+        return jax.device_get(gradients(*step.partition(cfg, placed), parallel.put_batch(micro.batch(cfg), mesh)))
 
 
 def assert_equal(found, wanted):

@@ -14,8 +14,8 @@ from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import pipeline
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.training import loop as train
-from nanovision_jax.training import optim
+from nanovision_jax.stages import STAGES
+from nanovision_jax.training import optim, step
 
 TOKENIZER = types.SimpleNamespace(size=50261, image=50260)  # GPT-2's, and ours on top
 QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # the machine code is never run
@@ -61,16 +61,12 @@ def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
 
 
 def abstract(cfg, optimizer, mesh):
-    """(graphdef, state, shardings, batch) as shapes with shardings; nothing is allocated."""
-    graphdef, params = models.abstract(cfg, TOKENIZER.size, TOKENIZER.image)
-    moments = jax.eval_shape(optimizer.init, train.split_params(cfg.stage, params)[0])
-    state = {'params': params, 'optimizer': moments}
-    shardings = parallel.shardings(state, mesh)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    """(graphdef, state, batch) as shapes with shardings; nothing is allocated."""
+    graphdef, state = step.abstract_state(cfg, TOKENIZER, optimizer, mesh)
     row = pipeline.fake_batch(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=1)))
     rows, sharding = cfg.data.batch_size, NamedSharding(mesh, parallel.BATCH)
     batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in row.items()}
-    return graphdef, state, shardings, batch
+    return graphdef, state, batch
 
 
 def per_device(tree):
@@ -88,7 +84,7 @@ def test_the_reference_model_has_522_million_parameters():
 @pytest.mark.parametrize('stage', COUNTS)
 def test_parameters_are_as_many_as_counted_by_hand(stage):
     params = models.abstract(recipe(stage), TOKENIZER.size, TOKENIZER.image)[1]
-    for part, wanted in zip((params, train.split_params(stage, params)[0]), COUNTS[stage], strict=True):
+    for part, wanted in zip((params, step.partition(recipe(stage), params)[0]), COUNTS[stage], strict=True):
         assert sum(leaf.size for leaf in jax.tree.leaves(part)) == wanted
 
 
@@ -101,9 +97,9 @@ def test_the_step_compiles_for_eight_devices(stage, mesh, record_property):
     optimizer, mesh, began = optim.make_optimizer(cfg.optim, 1000), parallel.make_mesh(mesh), time.perf_counter()
     with jax.set_mesh(mesh):
         parallel.check_divides(cfg, mesh, TOKENIZER.size)
-        graphdef, state, shardings, batch = abstract(cfg, optimizer, mesh)
-        step = train.make_train_step(cfg, graphdef, optimizer, shardings).lower(state, batch)
-        memory = step.compile(compiler_options=QUICK).memory_analysis()
+        graphdef, state, batch = abstract(cfg, optimizer, mesh)
+        lowered = step.make_train_step(cfg, graphdef, optimizer, step.shardings_of(state)).lower(state, batch)
+        memory = lowered.compile(compiler_options=QUICK).memory_analysis()
     record_property('seconds', round(time.perf_counter() - began, 1))
     # Parameters and two moments of what learns, float32, and the batch: all there is beside the step's own work.
     every, learning = COUNTS[stage]

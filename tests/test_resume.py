@@ -14,8 +14,8 @@ from conftest import ROOT
 from nanovision_jax.data import pipeline
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import meter
 
 STEPS = 9
 RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves
@@ -97,7 +97,7 @@ def went(go):
 def assert_as(folder, wanted):
     """Parameters and optimizer are those of the run that was never stopped, and so are the lines of metrics."""
     micro.assert_same(micro.read(folder, STEPS), micro.read(wanted, STEPS))
-    lines = [meter.read_metrics(run / 'metrics.jsonl') for run in (folder, wanted)]
+    lines = [read_metrics(run / 'metrics.jsonl') for run in (folder, wanted)]
     told = [
         [[line.get(k) for k in ('step', 'loss', 'eval_loss', 'tokens', 'grad_norm')] for line in run] for run in lines
     ]
@@ -154,7 +154,7 @@ def test_the_number_of_workers_changes_nothing(whole, crashed, go):
 
 def test_evaluation_changes_nothing(whole, go):
     folder, seen = go(eval__every=1, eval__batches=2)
-    lines = meter.read_metrics(folder / 'metrics.jsonl')
+    lines = read_metrics(folder / 'metrics.jsonl')
     assert sum('eval_loss' in line for line in lines) == STEPS
     micro.assert_same(micro.read(folder), micro.read(whole[0]))
     n = min(len(seen), len(whole[1]))
@@ -179,7 +179,7 @@ def drive(family, cache, *stages, until=None, send=None):
 
 def logged(folder, step):
     """Whether a run has logged a step."""
-    return any(line['step'] >= step for line in meter.read_metrics(folder / 'metrics.jsonl'))
+    return any(line['step'] >= step for line in read_metrics(folder / 'metrics.jsonl'))
 
 
 def saving(folder, step):
@@ -193,7 +193,7 @@ def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, cache, tmp_pa
     code = drive(family, cache, 'vision_instruct', until=lambda: logged(run, 4), send=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, (family / 'log').read_text()
     stopped = runfolder.newest(run)
-    assert 4 <= stopped < 9 and meter.read_metrics(run / 'metrics.jsonl')[-1]['step'] == stopped
+    assert 4 <= stopped < 9 and read_metrics(run / 'metrics.jsonl')[-1]['step'] == stopped
     assert (
         f'stopped by signal 15 at step {stopped}; the same command goes on from there' in (family / 'log').read_text()
     )

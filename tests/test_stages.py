@@ -5,9 +5,8 @@ import micro
 import numpy as np
 import pytest
 
-from nanovision_jax.models.clip import softmax_loss
-from nanovision_jax.training import loop as train
-from nanovision_jax.training import objectives
+from nanovision_jax.stages import STAGES
+from nanovision_jax.training import objectives, step
 
 # What learns ---------------------------------------------------------------------------------------------------------
 
@@ -24,7 +23,7 @@ from nanovision_jax.training import objectives
 )
 def test_what_learns_and_what_is_frozen(stage, trained, frozen):
     params = micro.params(micro.config(stage))[1]
-    parts = train.split_params(stage, params)
+    parts = step.partition(micro.config(stage), params)
     assert (set(parts[0]), set(parts[1])) == (trained, frozen)
     assert parts[0] | parts[1] == params
 
@@ -37,10 +36,7 @@ def test_the_loss_of_tokens_is_summed_over_what_is_learned():
     logits = rng.normal(size=(b, t, v)).astype(np.float32)
     logits[..., 5:] = -np.inf  # the padded vocabulary
     targets, weights = rng.integers(0, 5, (b, t)), rng.integers(0, 2, (b, t)).astype(np.float32)
-    batch = {name: jnp.zeros((b, t), jnp.int32) for name in ('tokens', 'positions', 'segments')}
-    total, count = objectives.loss(
-        'sft', lambda *_: jnp.asarray(logits), batch | {'targets': targets, 'weights': weights}
-    )
+    total, count = objectives.next_token(lambda hidden: hidden, jnp.asarray(logits), targets, weights)
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = [-np.log(chances[i, j, targets[i, j]]) for i, j in zip(*np.nonzero(weights), strict=True)]
     np.testing.assert_allclose(total, sum(wanted), rtol=1e-5)
@@ -51,11 +47,15 @@ def test_only_vision_stages_hand_pictures_to_the_model():
     for stage, given in (('pretrain', 3), ('vision_instruct', 4)):
         batch, seen = micro.batch(micro.config(stage)), []
 
-        def model(*inputs):
-            seen.extend(inputs)
-            return jnp.zeros((*inputs[0].shape, 128))
+        class Model:
+            def hidden(self, *inputs, seen=seen):
+                seen.extend(inputs)
+                return jnp.zeros((*inputs[0].shape, 128))
 
-        objectives.loss(stage, model, batch)
+            def logits(self, hidden):
+                return hidden
+
+        objectives.OBJECTIVES[STAGES[stage].objective].total(Model(), batch)
         names = ('tokens', 'positions', 'segments', 'images')
         assert len(seen) == given and all(x is batch[name] for x, name in zip(seen, names, strict=False))
 
@@ -66,12 +66,15 @@ def test_the_loss_of_pairs_counts_pairs():
     batch['images'] = batch['images'][:4]
 
     class Towers:
-        loss = staticmethod(softmax_loss)
+        contrastive = 'softmax'
 
-        def __call__(self, *_):
+        def embed(self, *_):
+            return ()
+
+        def logits(self):
             return jnp.asarray(logits)
 
-    total, count = objectives.loss('clip', Towers(), batch)
+    total, count = objectives.OBJECTIVES['contrastive'].total(Towers(), batch)
     rows, columns = (np.exp(logits) / np.exp(logits).sum(axis, keepdims=True) for axis in (1, 0))
     wanted = -(np.log(np.diag(rows)) + np.log(np.diag(columns))).mean() / 2
     np.testing.assert_allclose(total / count, wanted, rtol=1e-5)

@@ -16,6 +16,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.training import start
+from nanovision_jax.training.load import load_parameters
 
 
 @pytest.fixture(scope='module')
@@ -260,7 +261,7 @@ def test_parents_parameters_are_inherited_bit_for_bit(family, stage):
     params = fresh
     for source in start.find(cfg, anew=True):
         source.prove()
-        params = source.load(params, tokenizer.size)
+        params = load_parameters([source], params, tokenizer.size)
     theirs = {name: micro.params(micro.run_config(name, family), tokenizer)[1] for name in micro.STAGES}
     if stage == 'vision_pretrain':
         wanted = {'decoder': theirs['sft'], 'vision': theirs['clip']['vision'], 'projector': fresh['projector']}
@@ -278,4 +279,4 @@ def test_shapes_can_inherit_too(family):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
     (source,) = start.find(cfg, anew=True)
     source.prove()
-    micro.assert_same(source.load(shapes, tokenizer.size), micro.params(cfg, tokenizer)[1])
+    micro.assert_same(load_parameters([source], shapes, tokenizer.size), micro.params(cfg, tokenizer)[1])

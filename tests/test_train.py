@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, is_held_out
 
 from nanovision_jax import config as configs
+from nanovision_jax import train as verb
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
@@ -18,8 +19,9 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import meter, optim
+from nanovision_jax.training import optim, resume, step
 from nanovision_jax.training import start as starts
 
 
@@ -40,8 +42,9 @@ MESH = configs.Mesh(2, 2, 2)
 def born(cfg, mesh):
     """(the step, a state, the state's shardings)."""
     optimizer = optim.make_optimizer(cfg.optim, STEPS)
-    graphdef, state, shardings = train.init_state(cfg, micro.TOKENIZER, optimizer, mesh)
-    return train.make_train_step(cfg, graphdef, optimizer, shardings), state, shardings
+    graphdef, shapes = step.abstract_state(cfg, micro.TOKENIZER, optimizer, mesh)
+    state, shardings = step.init_state(cfg, micro.TOKENIZER, optimizer, shapes), step.shardings_of(shapes)
+    return step.make_train_step(cfg, graphdef, optimizer, shardings), state, shardings
 
 
 @pytest.fixture(scope='module', params=[*micro.STAGES, 'vision_instruct with muon'])
@@ -51,19 +54,19 @@ def trained(request):
     cfg, mesh, losses = micro.config(stage), parallel.make_mesh(MESH), []
     cfg.optim.name = optimizer or cfg.optim.name
     with jax.set_mesh(mesh):
-        step, state, shardings = born(cfg, mesh)
+        take_step, state, shardings = born(cfg, mesh)
         before = jax.device_get(state['params'])
         batch = parallel.put_batch(micro.batch(cfg), mesh)
         for _ in range(STEPS):
-            state, metrics = step(state, batch)
+            state, metrics = take_step(state, batch)
             losses.append(float(metrics['loss']))
         others = [micro.batch(cfg, seed) for seed in (1, 2)]
         if 'images' in batch:
             others[1]['images'] *= 0  # rows without pictures go the same way
             others[1]['tokens'] %= micro.TOKENIZER.image
         for other in others:
-            state, metrics = step(state, parallel.put_batch(other, mesh))
-    return stage, losses, before, state, shardings, step, metrics
+            state, metrics = take_step(state, parallel.put_batch(other, mesh))
+    return stage, losses, before, state, shardings, take_step, metrics
 
 
 def test_one_batch_is_learned_by_heart(trained):
@@ -78,7 +81,7 @@ def test_the_step_is_compiled_once(trained):
 def test_what_is_frozen_keeps_its_bytes_and_what_learns_moves(trained):
     stage, _, before, state = trained[:4]
     (old, frozen), (new, still) = (
-        train.split_params(stage, tree) for tree in (before, jax.device_get(state['params']))
+        step.partition(micro.config(stage), tree) for tree in (before, jax.device_get(state['params']))
     )
     micro.assert_same(still, frozen)
     for (path, a), b in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(old), strict=True):
@@ -88,7 +91,7 @@ def test_what_is_frozen_keeps_its_bytes_and_what_learns_moves(trained):
 def test_the_optimizer_knows_nothing_of_what_is_frozen(trained):
     stage, _, before, state = trained[:4]
     names = [parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(state['optimizer'])]
-    learning, frozen = train.split_params(stage, before)
+    learning, frozen = step.partition(micro.config(stage), before)
     learn = sorted(parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(learning))
     first, second = (sorted(name.split(f'/{m}/')[1] for name in names if f'/{m}/' in name) for m in ('mu', 'nu'))
     single = [name.split('/mu/')[1] for name in names if '/muon/' in name and '/mu/' in name]  # Muon has one moment
@@ -150,7 +153,7 @@ def test_a_run_folder_is_complete(road, stage):
 
 @pytest.mark.parametrize('stage', micro.STAGES)
 def test_every_line_of_metrics_has_its_fields(road, stage):
-    lines = meter.read_metrics(road / stage / 'metrics.jsonl')
+    lines = read_metrics(road / stage / 'metrics.jsonl')
     logged = [line for line in lines if 'loss' in line]
     evaluated = [line for line in lines if 'eval_loss' in line]
     names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu seconds'
@@ -169,7 +172,7 @@ def test_tokens_counts_what_is_not_padding(road):
     cfg = micro.run_config('sft', road)
     rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
     first, second = (int(sum((rows[i]['segments'] > 0).sum() for i in range(*span))) for span in ((0, 8), (8, 16)))
-    lines = meter.read_metrics(road / 'sft' / 'metrics.jsonl')
+    lines = read_metrics(road / 'sft' / 'metrics.jsonl')
     assert [line['tokens'] for line in lines[:2]] == [first, first + second]
     assert first < 8 * 128
 
@@ -247,7 +250,7 @@ def test_a_missing_parent_is_named_with_its_command(tmp_path):
     (tmp_path / 'tiny').mkdir()
     argv = [f'--config={ROOT}/configs/vision_instruct.py:tiny', f'--config.run_dir={tmp_path}/tiny/vision_instruct']
     with pytest.raises(UserError, match=r'Make it: python -m nanovision_jax.train --config=configs/vision_pretrain.py'):
-        train.main(argv)
+        verb.main(argv)
     assert not list((tmp_path / 'tiny').iterdir())
 
 
@@ -259,7 +262,7 @@ def test_a_run_with_another_config_is_not_overwritten(family, capsys):
     assert f'pretrain goes on from {family}/pretrain, step 4' in capsys.readouterr().out
     assert runconfig.read(family / 'pretrain') == cfg
     assert runfolder.whole_steps(family / 'pretrain') == [6, 4]
-    assert [line['step'] for line in meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')] == [
+    assert [line['step'] for line in read_metrics(family / 'pretrain' / 'metrics.jsonl')] == [
         1,
         2,
         3,
@@ -289,7 +292,7 @@ def test_checkpoints_without_a_config_are_not_gone_on_with(family):
     (family / 'pretrain' / 'config.json').unlink()
     cfg = micro.config('pretrain', family / 'pretrain')
     with pytest.raises(UserError, match=r'has checkpoints but no config.json'):
-        train.open_run(cfg, resume=False, anew=False)
+        resume.open_run(cfg, resume=False, anew=False)
 
 
 def test_a_run_does_not_start_from_itself(family):
@@ -309,7 +312,7 @@ def test_anew_keeps_the_old_run(family, capsys):
 def test_where_and_how_often_may_change_without_a_word(family):
     cfg = micro.run_config('pretrain', family, log__every=3, eval__every=9, checkpoint__keep=1, data__workers=1)
     cfg.mesh = configs.Mesh(1, 8, 1)
-    assert train.open_run(cfg, resume=False, anew=False) == 4
+    assert resume.open_run(cfg, resume=False, anew=False) == 4
 
 
 def test_another_batch_size_goes_on_at_the_same_row(family, monkeypatch):
@@ -350,7 +353,7 @@ def test_one_held_out_example_is_enough_and_one_that_is_left_out_is_counted(fami
     (tmp_path / 'x.json').write_text(json.dumps([{'conversations': talk} for talk in rows]))
     place = {'data__source': 'conversations', 'data__path': str(tmp_path / 'x.json')}
     train.train(micro.run_config('sft', family, steps=1, eval__every=1, **place))
-    line = meter.read_metrics(family / 'sft' / 'metrics.jsonl')[-1]
+    line = read_metrics(family / 'sft' / 'metrics.jsonl')[-1]
     assert line['eval_loss'] > 0 and line['left_out'] == 1
     assert 'on held-out data, without 1 examples that cannot be used' in capsys.readouterr().out
 
@@ -409,9 +412,9 @@ def test_a_diverged_run_stops_and_saves_no_nonsense(family):
     with pytest.raises(UserError, match=sentence) as error:
         train.train(cfg, anew=True)
     assert re.search('nan|inf', str(error.value))
-    for step in runfolder.whole_steps(family / 'pretrain'):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(family / 'pretrain', step)))
-    lines = meter.read_metrics(family / 'pretrain' / 'metrics.jsonl')
+    for at in runfolder.whole_steps(family / 'pretrain'):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(micro.read(family / 'pretrain', at)))
+    lines = read_metrics(family / 'pretrain' / 'metrics.jsonl')
     assert all(np.isfinite(line['loss']) for line in lines if 'loss' in line)
 
 

@@ -90,7 +90,8 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass(plain):
 
     @jax.jit
     def first(params, tokens, images):
-        return models.merge(GRAPHDEF, params).embed(tokens, images)
+        model = models.merge(GRAPHDEF, params)
+        return model.embed(tokens, model.image_features(images))
 
     @jax.jit
     def step(params, cache, x, position):

@@ -9,13 +9,13 @@ import math
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from nanovision_jax import models
 from nanovision_jax.data import packing, text
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import stage_of
+from nanovision_jax.training import objectives
 
 BATCH = 16
 
@@ -25,8 +25,8 @@ def losses(graphdef, params, batch):
     """The loss of every target of a batch, in nats: float32 [B, T]."""
     model = models.merge(graphdef, params)
     decoder = getattr(model, 'decoder', model)
-    logits = decoder(batch['tokens'], batch['positions'], batch['segments'])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
+    hidden = decoder.hidden(batch['tokens'], batch['positions'], batch['segments'])
+    return objectives.token_losses(decoder.logits, hidden, batch['targets'])
 
 
 def run(model_run, split='validation', data=None, limit=None):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import told_counts
-from nanovision_jax.inference import engine
+from nanovision_jax.inference.engine import Prompt
 from nanovision_jax.stages import stage_of
 
 BATCH = 128
@@ -186,7 +186,7 @@ def prompt_ids(question, config, tokenizer):
     return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True).ids
 
 
-def ask(runner, questions, prompt, title):
+def ask(run, questions, prompt, title):
     """The answers to questions. prompt(i) is the engine's prompt of question i, made when its batch is asked."""
     order = sorted(range(len(questions)), key=lambda i: (questions[i].kind, i))  # kinds have answers of like length
     answers = [''] * len(questions)
@@ -194,7 +194,7 @@ def ask(runner, questions, prompt, title):
         chosen = order[start : start + BATCH]
         prompts = [prompt(i) for i in chosen]
         filled = prompts + prompts[-1:] * (BATCH - len(prompts))  # one shape, one compilation
-        for i, answer in zip(chosen, runner.answer(filled, max_new_tokens=64), strict=False):
+        for i, answer in zip(chosen, run.answer(filled, max_new_tokens=64), strict=False):
             answers[i] = answer
     return answers
 
@@ -229,15 +229,15 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
     check_left_out(loaded, len(questions), allow_missing)
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
-    runner, picture = model_run.engine, reader(loaded.source, vision)
+    picture = reader(loaded.source, vision)
     others = other_places(questions)
     grey = np.full((vision.image_size, vision.image_size, 3), GREY, np.uint8)
 
     def asked(picture_of, title):
         def prompt(i):
-            return engine.Prompt(prompt_ids(questions[i], config, tokenizer), [picture_of(i)])
+            return Prompt(prompt_ids(questions[i], config, tokenizer), [picture_of(i)])
 
-        answers = ask(runner, questions, prompt, title)
+        answers = ask(model_run, questions, prompt, title)
         return answers, np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
 
     answers, scores = asked(lambda i: picture(questions[i].place), 'vqa')

@@ -5,11 +5,15 @@ import pathlib
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from nanovision_jax import models
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
-from nanovision_jax.inference import engine
+from nanovision_jax.inference.engine import Engine
+from nanovision_jax.inference.prompt import chat_prompt, text_prompt
+from nanovision_jax.inference.sampling import Sampling
+from nanovision_jax.parallel import hosts
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -23,28 +27,31 @@ def forward(graphdef, params, inputs):
 
 
 class Run:
-    """A trained model with its tokenizer: `model` (the live nnx module), `tokenizer`, `config`, `step`."""
+    """A trained model with its tokenizer: `model` (the live nnx module), `params`, `tokenizer`, `config`, `step`.
+
+    Options of an answer, everywhere: temperature, top_k, top_p, seed (see sampling.Sampling) and max_new_tokens.
+    """
 
     def __init__(self, config, step, graphdef, params, tokenizer):
         self.config, self.step, self.tokenizer, self.params = config, step, tokenizer, params
         self.graphdef = graphdef
         self.model = models.merge(graphdef, params)
 
-    @property
-    def engine(self):
+    @functools.cached_property
+    def engine(self) -> Engine:
         """The engine that decodes with this model."""
-        return engine.Engine(self.config, self.graphdef, self.params, self.tokenizer)
+        return Engine(self.config, self.graphdef, self.params, self.tokenizer.stops)
 
     def check_sees(self):
-        """Raises UserError for a run that cannot talk about pictures."""
+        """Raises UserError for a run that cannot talk about images."""
         if not stage_of(self.config).sees:
             raise UserError(
                 f'{self.config.run_dir} is a {self.config.stage} run: '
                 'talking about pictures takes a vision_pretrain or vision_instruct run.'
             )
 
-    def logits(self, ids, images=None):
-        """Token ids [B, T] (images: uint8 [B, M, height, width, 3]) → float32 logits [B, T, V]; one segment a row."""
+    def logits(self, ids, images=None) -> Float[jax.Array, 'B T V']:
+        """Token ids [B, T] (images: uint8 [B, M, height, width, 3]) → float32 logits; one segment a row."""
         if images is not None:
             self.check_sees()
         ids = np.asarray(ids, np.int32)
@@ -58,27 +65,49 @@ class Run:
         """The answer to a conversation, or with stream=True an iterator of its pieces.
 
         messages: [{'role': 'user' | 'assistant', 'content': text or parts}], ending with a question, or just that
-        question's text; the first may have the role 'system'. images: PIL pictures, in the order of the image parts;
-        pictures for which no message has a part go before the first question.
-        Options: temperature, top_k, top_p, max_new_tokens, seed (see Engine.pieces).
+        question's text; the first may have the role 'system'. images: PIL images, in the order of the image parts;
+        those for which no message has a part go before the first question.
         """
-        if not stage_of(self.config).answers:
+        stage = stage_of(self.config)
+        if stage.decodes and not stage.answers:
             raise UserError(f'a {self.config.stage} run has not learned to answer: continue_text() continues text.')
         if images:
             self.check_sees()
         if isinstance(messages, str):
             messages = [{'role': 'user', 'content': messages}]
-        prompt = engine.chat_prompt(self.config, self.tokenizer, messages, images)
-        pieces = self.engine.stream(prompt, **options)
+        pieces = self.stream(chat_prompt(self.config, self.tokenizer, messages, images), **options)
         return pieces if stream else ''.join(pieces)
 
     def continue_text(self, text, **options):
-        """An iterator of the pieces of text that continue a document. Options as in chat()."""
-        return self.engine.stream(engine.text_prompt(self.tokenizer, text), **options)
+        """An iterator of the pieces of text that continue a document."""
+        return self.stream(text_prompt(self.tokenizer, text), **options)
+
+    def answer(self, prompts, **options) -> list[str]:
+        """The answers to a batch of Prompts, as text."""
+        ids = [[] for _ in prompts]
+        for chunk in self._generate(prompts, **options):
+            for row, new in zip(ids, chunk, strict=True):
+                row += new
+        return [self.tokenizer.decode(row) for row in ids]
+
+    def stream(self, prompt, **options):
+        """An iterator of the answer to one Prompt, piece by piece as text, never cut inside a character."""
+        ids, said = [], ''
+        for chunk in self._generate([prompt], **options):
+            ids += chunk[0]
+            text = self.tokenizer.decode(ids)
+            if not text.endswith('\ufffd') and len(text) > len(said):
+                yield text[len(said) :]
+                said = text
+        if (text := self.tokenizer.decode(ids)) != said:
+            yield text[len(said) :]
+
+    def _generate(self, prompts, max_new_tokens=256, **sampling):
+        return self.engine.generate(prompts, max_new_tokens, Sampling(**sampling))
 
 
-def load(run_dir):
-    """Opens a run folder: the newest whole checkpoint, on one device. Raises UserError if there is none."""
+def load(run_dir) -> Run:
+    """Opens a run folder: the newest intact checkpoint, on one device. Raises UserError if there is none."""
     folder = pathlib.Path(run_dir)
     if not (folder / 'config.json').is_file():
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
@@ -90,6 +119,6 @@ def load(run_dir):
         raise UserError(f'{folder} has no whole checkpoint yet.')
     tokenizer = Tokenizer(folder / 'tokenizer')
     graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    device = jax.sharding.SingleDeviceSharding(hosts.first_device())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     return Run(config, step, graphdef, checkpoint.restore(folder, step, 'params', target), tokenizer)

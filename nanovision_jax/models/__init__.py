@@ -1,11 +1,11 @@
-"""The models: decoder (gpt), CLIP towers (clip), and both joined by a projector (vlm)."""
+"""The models: decoder, CLIP towers (clip), and both joined by a projector (vlm)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from nanovision_jax.models.clip import CLIP
-from nanovision_jax.models.decoder import GPT
+from nanovision_jax.models.decoder import Decoder
 from nanovision_jax.models.layers import padded
 from nanovision_jax.models.vlm import VLM
 from nanovision_jax.stages import stage_of
@@ -19,14 +19,14 @@ def compute_dtype(name: str):
 
 
 def build(config, vocab_size: int, image_token: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The model of a stage: CLIP, GPT or VLM. `config` is a config.Config."""
+    """The model of a stage: CLIP, Decoder or VLM. `config` is a config.Config."""
     dtype = compute_dtype(config.dtype)
     kind = stage_of(config).model
     if kind == 'clip':
         return CLIP(config.model, padded(vocab_size), config.data.length, dtype, rngs)
     if kind == 'vlm':
         return VLM(config.model, vocab_size, image_token, dtype, rngs)
-    return GPT(config.model, vocab_size, dtype, rngs)
+    return Decoder(config.model, vocab_size, dtype, rngs)
 
 
 def abstract(config, vocab_size: int, image_token: int):

@@ -1,4 +1,4 @@
-"""Vision towers as CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343) have them, CLIP's text tower, their losses.
+"""Vision towers as CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343) have them, and CLIP's text tower.
 
 Axes: B batch, T text length, N heads, H head dim, D width, P patches, E embedding, L layers.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from nanovision_jax.models.attention import attend, causal_mask, over_batch
+from nanovision_jax.models.attention import Structure, attend, over_batch
 from nanovision_jax.models.layers import matrix_init
 
 
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 }
 
 
-class Block(nnx.Module):
+class TowerBlock(nnx.Module):
     """Pre-norm attention and an MLP, with biases throughout."""
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs, activation: str = 'quick_gelu', epsilon: float = 1e-5):
@@ -42,18 +42,18 @@ class Block(nnx.Module):
         self.ffn_in = nnx.Linear(d, cfg.ffn, **into)
         self.ffn_out = nnx.Linear(cfg.ffn, d, **out)
 
-    def __call__(self, x, mask):
-        """x [B, T, D] → [B, T, D]."""
+    def __call__(self, x: Float[Array, 'B T D'], structure: Structure) -> Float[Array, 'B T D']:
+        """x → x."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        x = x + self.out(attend(q, k, v, mask))
+        x = x + self.out(attend(q, k, v, structure))
         return x + self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 
-def run_blocks(blocks, x, mask, layers, remat):
-    """The first `layers` of the stacked blocks over x [B, T, D]; remat recomputes them in the backward pass."""
+def run_blocks(blocks, x: Float[Array, 'B T D'], structure: Structure, layers: int, remat: bool):
+    """The first `layers` of the stacked blocks over x; remat recomputes them in the backward pass."""
 
     def body(x, block):
-        return block(over_batch(x), mask), None
+        return block(over_batch(x), structure), None
 
     first = jax.tree.map(lambda leaf: leaf[:layers], blocks)
     unroll = layers if layers <= 4 else 1
@@ -77,7 +77,7 @@ class VisionTower(nnx.Module):
         self.position = nnx.Param(places(rngs.params(), (cfg.patches + with_class, d)))
         self.norm_in = norm() if with_class else None
         self.norm_out = norm()
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
+        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
 
     def normalize(self, images: UInt8[Array, 'B height width 3']) -> Float[Array, 'B height width 3']:
         """Bytes to the normalised pixels that the tower was trained on."""
@@ -94,7 +94,7 @@ class VisionTower(nnx.Module):
                 x = jnp.concatenate([first, x], axis=1)
             x = x + self.position[...].astype(x.dtype)
             x = x if self.norm_in is None else self.norm_in(x)
-            return run_blocks(self.blocks, x, None, layers, self.remat)
+            return run_blocks(self.blocks, x, Structure(), layers, self.remat)
 
     def features(self, pixels: Float[Array, 'B height width 3'], layer: int = -2) -> Float[Array, 'B P D']:
         """Patch tokens as LLaVA takes them: the last layer but one, without the class token, before the final norm."""
@@ -115,7 +115,7 @@ class TextTower(nnx.Module):
         scale = nnx.initializers.normal(d**-0.5)
         self.embedding = nnx.Embed(rows, d, embedding_init=scale, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(scale(rngs.params(), (length, d)))
-        self.blocks = nnx.vmap(lambda r: Block(cfg, dtype, r))(rngs.split(cfg.layers))
+        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r))(rngs.split(cfg.layers))
         self.norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
         self.layers, self.remat = cfg.layers, remat
 
@@ -123,12 +123,12 @@ class TextTower(nnx.Module):
         """The state at each caption's end token, which has seen the whole caption."""
         with jax.named_scope('text_tower'):
             x = over_batch(self.embedding(tokens) + self.position[...][: tokens.shape[1]])
-            x = self.norm(run_blocks(self.blocks, x, causal_mask(tokens.shape[1]), self.layers, self.remat))
+            x = self.norm(run_blocks(self.blocks, x, Structure(causal=True), self.layers, self.remat))
             return x[jnp.arange(x.shape[0]), ends]
 
 
 class CLIP(nnx.Module):
-    """Both towers and the projections to the space in which pictures and captions are compared."""
+    """Both towers and the projections to the space in which images and captions are compared."""
 
     def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs):
         project = functools.partial(nnx.Linear, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
@@ -137,42 +137,27 @@ class CLIP(nnx.Module):
         self.vision_projection = project(cfg.vision.width, cfg.text.embed)
         self.text_projection = project(cfg.text.width, cfg.text.embed)
         # Where the losses' papers start: CLIP at a temperature of 0.07, SigLIP at 0.1 and with all pairs unlikely.
+        self.contrastive = cfg.contrastive
         sigmoid = cfg.contrastive == 'sigmoid'
         self.logit_scale = nnx.Param(jnp.array(math.log(10 if sigmoid else 1 / 0.07), jnp.float32))
         self.logit_bias = nnx.Param(jnp.array(-10.0, jnp.float32)) if sigmoid else None
-        self.loss = sigmoid_loss if sigmoid else softmax_loss
 
     def __call__(
         self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
     ) -> Float[Array, 'B B']:
-        """float32 similarity of each picture (rows) with each caption (columns), scaled by the learned temperature."""
+        """float32 similarity of each image (rows) with each caption (columns), scaled by the learned temperature."""
         return self.logits(*self.embed(images, tokens, ends))
 
     def embed(
         self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
     ) -> tuple[Float[Array, 'B E'], Float[Array, 'B E']]:
-        """Pictures and captions as float32 unit vectors of the space in which they are compared."""
-        picture = self.vision_projection(self.vision.pooled(self.vision.normalize(images))).astype(jnp.float32)
+        """Images and captions as float32 unit vectors of the space in which they are compared."""
+        image = self.vision_projection(self.vision.pooled(self.vision.normalize(images))).astype(jnp.float32)
         caption = self.text_projection(self.text.pooled(tokens, ends)).astype(jnp.float32)
-        return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (picture, caption))
+        return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, caption))
 
-    def logits(self, picture: Float[Array, 'B E'], caption: Float[Array, 'B E']) -> Float[Array, 'B B']:
+    def logits(self, image: Float[Array, 'B E'], caption: Float[Array, 'B E']) -> Float[Array, 'B B']:
         """What __call__ returns, of embed()'s vectors."""
         # Clipped at 100 as in CLIP: above it, training becomes unstable.
-        logits = jnp.exp(jnp.minimum(self.logit_scale[...], math.log(100))) * picture @ caption.T
+        logits = jnp.exp(jnp.minimum(self.logit_scale[...], math.log(100))) * image @ caption.T
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
-
-
-def softmax_loss(logits: Float[Array, 'B B']) -> Float[Array, '']:
-    """CLIP's loss: each picture finds its caption among the batch's, each caption its picture; the mean of both."""
-    diagonal = jnp.diagonal(logits)
-    to_caption = jax.nn.logsumexp(logits, axis=1) - diagonal
-    to_picture = jax.nn.logsumexp(logits, axis=0) - diagonal
-    return (to_caption.mean() + to_picture.mean()) / 2
-
-
-def sigmoid_loss(logits: Float[Array, 'B B']) -> Float[Array, '']:
-    """SigLIP's loss (arXiv:2303.15343): each pair on its own, matching or not; the sum over captions, the mean over
-    pictures."""
-    matches = 2 * jnp.eye(logits.shape[0]) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(matches * logits)) / logits.shape[0]

@@ -1,6 +1,7 @@
-"""The text decoder: a GPT as in nanoGPTVision, or with Llama's blocks; segment masks and a key-value cache.
+"""The text decoder: a GPT as in nanoGPTVision, or with Llama's blocks; packed rows and a key-value cache.
 
-Axes: B batch, T query, S key (cache slots), N heads, H head dim, D width, V vocabulary (padded), L layers.
+Axes: B batch, T query, S key (in a cache: its length), N heads, K key-value heads, H head dim, D width, V vocabulary
+(padded), L layers.
 """
 
 import functools
@@ -9,16 +10,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from nanovision_jax.models.attention import attend, cache_mask, over_batch, segment_mask
-from nanovision_jax.models.layers import extend_cache, matrix_init, padded
-from nanovision_jax.models.llama import LlamaBlock
+from nanovision_jax.models.attention import Structure, attend, extend_cache, over_batch
+from nanovision_jax.models.layers import matrix_init, padded
 
-Cache = dict[str, Float[Array, 'L B S N H']]
+Cache = dict[str, Float[Array, 'L B S K H']]
+
+# GPT -----------------------------------------------------------------------------------------------------------------
 
 
-def rotate(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: float) -> Float[Array, 'B T N H']:
+def rotate_pairs(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: float) -> Float[Array, 'B T N H']:
     """Rotary position embedding over interleaved pairs (0, 1), (2, 3), … (RoFormer, arXiv:2104.09864)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -28,8 +30,8 @@ def rotate(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: floa
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and a ReLU feed-forward layer. `layers` sets the scale of the output matrices."""
+class GPTBlock(nnx.Module):
+    """Pre-norm attention and a ReLU feed-forward layer. `cfg` is a config.Model."""
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.heads
@@ -44,18 +46,82 @@ class Block(nnx.Module):
         self.ffn_in = nnx.Linear(d, cfg.ffn, **into)
         self.ffn_out = nnx.Linear(cfg.ffn, d, use_bias=False, **out)
 
-    def __call__(self, x, positions, mask, cache=None):
-        """x [B, T, D] → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys at slots `positions`."""
+    def __call__(self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure, cache=None):
+        """x → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys and values at `positions`."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        q, k = rotate_pairs(q, positions, self.theta), rotate_pairs(k, positions, self.theta)
         k, v, cache = extend_cache(cache, k, v, positions)
-        x = x + self.out(attend(q, k, v, mask))
+        x = x + self.out(attend(q, k, v, structure))
         with jax.named_scope('ffn'):
             return x + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(x)))), cache
 
 
-class GPT(nnx.Module):
-    """The decoder. `cfg` is a config.Model; `vocab_size` counts real tokens, padded rows stay zero and never score."""
+# Llama and its kin (arXiv:2302.13971): SmolLM2, Qwen2 and Qwen3 ------------------------------------------------------
+
+
+def frequencies(cfg) -> Float[Array, ' half']:
+    """Rotary frequencies, of which Llama 3.1 slows the long waves down. cfg: config.Model."""
+    half = cfg.head_size // 2
+    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not cfg.rope_scaling:
+        return frequency
+    factor, low, high, original = cfg.rope_scaling
+    waves = original * frequency / (2 * math.pi)  # how often each turns within the original context
+    smooth = jnp.clip((waves - low) / (high - low), 0, 1)
+    return frequency * (smooth + (1 - smooth) / factor)
+
+
+def rotate_halves(
+    x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], frequency: Float[Array, ' half']
+) -> Float[Array, 'B T N H']:
+    """Rotary position embedding over pairs (i, i + H/2), as Hugging Face's decoders have it."""
+    angle = positions[:, :, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
+
+
+class LlamaBlock(nnx.Module):
+    """Pre-norm attention with grouped key-value heads, and a SwiGLU feed-forward layer. `cfg` is a config.Model."""
+
+    def __init__(self, cfg, dtype, rngs: nnx.Rngs):
+        d, n, k, h = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_size
+        norm = dict(epsilon=cfg.epsilon, dtype=dtype, rngs=rngs)
+        bias = dict(use_bias=cfg.qkv_bias, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
+        into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
+        out = dict(use_bias=False, kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
+        self.cfg = cfg
+        self.attention_norm, self.ffn_norm = nnx.RMSNorm(d, **norm), nnx.RMSNorm(d, **norm)
+        self.q, self.kv = nnx.LinearGeneral(d, (n, h), **bias), nnx.LinearGeneral(d, (2, k, h), **bias)
+        self.q_norm = nnx.RMSNorm(h, **norm) if cfg.qk_norm else None
+        self.k_norm = nnx.RMSNorm(h, **norm) if cfg.qk_norm else None
+        self.out = nnx.LinearGeneral((n, h), d, axis=(-2, -1), **out)
+        self.ffn_gate, self.ffn_in = nnx.Linear(d, cfg.ffn, **into), nnx.Linear(d, cfg.ffn, **into)
+        self.ffn_out = nnx.Linear(cfg.ffn, d, **out)
+
+    def __call__(self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure, cache=None):
+        """x → (x, cache). A cache {k, v: [B, S, K, H]} gets this call's keys and values at `positions`."""
+        normed = self.attention_norm(x)
+        q, (k, v) = self.q(normed), jnp.moveaxis(self.kv(normed), 2, 0)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequency = frequencies(self.cfg)
+        q, k = rotate_halves(q, positions, frequency), rotate_halves(k, positions, frequency)
+        k, v, cache = extend_cache(cache, k, v, positions)
+        x = x + self.out(attend(q, k, v, structure))
+        with jax.named_scope('ffn'):
+            normed = self.ffn_norm(x)
+            return x + self.ffn_out(jax.nn.silu(self.ffn_gate(normed)) * self.ffn_in(normed)), cache
+
+
+# The decoder ---------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, norm and output layer. `cfg` is a config.Model, whose flavour says which blocks.
+
+    `vocab_size` counts real tokens; the padded rows of the vocabulary stay zero and never score.
+    """
 
     def __init__(self, cfg, vocab_size: int, dtype, rngs: nnx.Rngs):
         rows = padded(vocab_size)
@@ -69,7 +135,7 @@ class GPT(nnx.Module):
 
         self.cfg, self.vocab_size, self.dtype = cfg, vocab_size, dtype
         llama = cfg.flavour == 'llama'
-        block = LlamaBlock if llama else Block
+        block = LlamaBlock if llama else GPTBlock
         norm = nnx.RMSNorm if llama else functools.partial(nnx.LayerNorm, use_fast_variance=False)
         self.embedding = nnx.Embed(rows, cfg.width, embedding_init=embed_init, dtype=dtype, rngs=rngs)
         self.blocks = nnx.vmap(lambda r: block(cfg, dtype, r))(rngs.split(cfg.layers))
@@ -85,39 +151,51 @@ class GPT(nnx.Module):
         self,
         x: Float[Array, 'B T D'],
         positions: Int[Array, 'B T'],
-        mask: Bool[Array, 'B T S'],
+        structure: Structure,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, 'B T D'], Cache | None]:
         """All blocks over embedded tokens; with a cache, this call's keys and values are written to it."""
 
         def body(x, layer):
             block, cache = layer
-            return block(over_batch(x), positions, mask, cache)
+            return block(over_batch(x), positions, structure, cache)
 
         body = jax.checkpoint(body) if self.cfg.remat else body
         return jax.lax.scan(body, x, (self.blocks, cache), unroll=self.cfg.unroll)
 
-    def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    def over_rows(
+        self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
+    ) -> Float[Array, 'B T D']:
+        """Embedded packed rows to hidden states; attention never crosses a segment."""
+        return self.trunk(x, positions, Structure(causal=True, segments=segments))[0]
+
+    def hidden(
+        self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
+    ) -> Float[Array, 'B T D']:
+        """Packed rows of tokens to hidden states, which logits() scores."""
+        return self.over_rows(self.embed(tokens), positions, segments)
+
+    def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
         """Hidden states to float32 scores of the next token; padded vocabulary rows are -inf."""
         with jax.named_scope('head'):
-            x = self.norm(x)
+            x = self.norm(hidden)
             scores = (self.embedding.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)
             return jnp.where(jnp.arange(scores.shape[-1]) < self.vocab_size, scores, -jnp.inf)
 
     def __call__(
         self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
     ) -> Float[Array, 'B T V']:
-        """Packed token rows to logits; attention never crosses a segment."""
-        return self.logits(self.trunk(self.embed(tokens), positions, segment_mask(segments))[0])
+        """Packed rows of tokens to logits."""
+        return self.logits(self.hidden(tokens, positions, segments))
 
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A key-value cache of zeros for `batch` rows of up to `slots` positions."""
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A key-value cache of zeros for `batch` rows of up to `length` positions."""
         cfg = self.cfg
-        shape = (cfg.layers, batch, slots, cfg.kv_heads or cfg.heads, cfg.head_size)
+        shape = (cfg.layers, batch, length, cfg.kv_heads or cfg.heads, cfg.head_size)
         return {name: jnp.zeros(shape, self.dtype) for name in ('k', 'v')}
 
     def extend(
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], cache: Cache
     ) -> tuple[Float[Array, 'B T D'], Cache]:
         """Runs T further embedded tokens a row against the cache, and adds them to it."""
-        return self.trunk(x, positions, cache_mask(positions, cache['k'].shape[2]), cache)
+        return self.trunk(x, positions, Structure(positions=positions), cache)

@@ -1,6 +1,6 @@
 """The vision-language model: a frozen tower, a projector, and the decoder they speak to (LLaVA, arXiv:2304.08485).
 
-Axes: B batch, T length, M image slots a row, P patches, D width, V vocabulary.
+Axes: B batch, T length, M image slots a row, P patches, F = M · P features a row, E tower width, D width, V vocabulary.
 """
 
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from nanovision_jax.models.attention import over_batch, segment_mask
+from nanovision_jax.models.attention import over_batch
 from nanovision_jax.models.clip import VisionTower
-from nanovision_jax.models.decoder import GPT
+from nanovision_jax.models.decoder import Decoder
 from nanovision_jax.models.layers import matrix_init
 
 
@@ -30,33 +30,47 @@ class Projector(nnx.Module):
 
 
 def splice(
-    embedded: Float[Array, 'B T D'], is_image: Bool[Array, 'B T'], features: Float[Array, 'B K D']
+    embedded: Float[Array, 'B T D'], is_image: Bool[Array, 'B T'], features: Float[Array, 'B F D']
 ) -> Float[Array, 'B T D']:
-    """Puts the k-th feature of a row in the place of the row's k-th image token. K = M · P."""
+    """Puts the i-th feature of a row in the place of the row's i-th image token."""
     index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
     spread = jnp.take_along_axis(features, index[:, :, None], axis=1)
     return jnp.where(is_image[:, :, None], spread.astype(embedded.dtype), embedded)
 
 
 class VLM(nnx.Module):
-    """Tower, projector and decoder. `cfg` is a config.Model; `image_token` is the id whose runs stand for pictures."""
+    """Tower, projector and decoder. `cfg` is a config.Model; `image_token` is the id whose runs stand for images."""
 
     def __init__(self, cfg, vocab_size: int, image_token: int, dtype, rngs: nnx.Rngs):
         self.image_token = image_token
         self.vision = VisionTower(cfg.vision, dtype, rngs)
         self.projector = Projector(cfg.projector, cfg.vision.width, cfg.width, dtype, rngs)
-        self.decoder = GPT(cfg, vocab_size, dtype, rngs)
+        self.decoder = Decoder(cfg, vocab_size, dtype, rngs)
 
-    def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B K D']:
-        """Every slot's picture through tower and projector, in token order: K = M · P."""
+    def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B F D']:
+        """Every slot's image through tower and projector, in token order."""
         b, m = images.shape[:2]
         flat = over_batch(images.reshape(b * m, *images.shape[2:]))
         features = jax.lax.stop_gradient(self.vision.features(self.vision.normalize(flat)))
         return over_batch(self.projector(features).reshape(b, m * features.shape[1], -1))
 
-    def embed(self, tokens: Int[Array, 'B T'], images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B T D']:
-        """Embeds tokens, with the pictures' features in place of the image tokens."""
-        return splice(self.decoder.embed(tokens), tokens == self.image_token, self.image_features(images))
+    def embed(self, tokens: Int[Array, 'B T'], features: Float[Array, 'B F D']) -> Float[Array, 'B T D']:
+        """Token ids to vectors, with the images' features in place of the image tokens."""
+        return splice(self.decoder.embed(tokens), tokens == self.image_token, features)
+
+    def hidden(
+        self,
+        tokens: Int[Array, 'B T'],
+        positions: Int[Array, 'B T'],
+        segments: Int[Array, 'B T'],
+        images: UInt8[Array, 'B M height width 3'],
+    ) -> Float[Array, 'B T D']:
+        """Packed rows of text and images to hidden states. Rows without images go the same way, with empty slots."""
+        return self.decoder.over_rows(self.embed(tokens, self.image_features(images)), positions, segments)
+
+    def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+        """As Decoder.logits()."""
+        return self.decoder.logits(hidden)
 
     def __call__(
         self,
@@ -65,6 +79,5 @@ class VLM(nnx.Module):
         segments: Int[Array, 'B T'],
         images: UInt8[Array, 'B M height width 3'],
     ) -> Float[Array, 'B T V']:
-        """Packed rows of text and pictures to logits. Rows without pictures go the same way, with empty slots."""
-        x = self.embed(tokens, images)
-        return self.decoder.logits(self.decoder.trunk(x, positions, segment_mask(segments))[0])
+        """Packed rows of text and images to logits."""
+        return self.logits(self.hidden(tokens, positions, segments, images))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hosts
 from nanovision_jax.parallel.mesh import path_name
 from nanovision_jax.runs.folder import file_digest, whole_steps, write_whole
 
@@ -50,7 +51,7 @@ class Checkpoints:
     def _finish(self, step, extra):
         try:
             self._writer.wait_until_finished()
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 write_manifest(self.folder / str(step), {'step': step} | extra)
                 # A later one is damaged, else the run had gone on from it; it must not push out a good one.
                 for old in [s for s in whole_steps(self.folder.parent) if s <= step][self.keep :]:

@@ -110,6 +110,14 @@ def file_digest(file):
         return hashlib.file_digest(handle, 'sha256').hexdigest()
 
 
+def weights_digest(source):
+    """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
+    if source.is_file():
+        return file_digest(source)
+    digests = map(file_digest, sorted(source.glob('*.safetensors')))
+    return hashlib.sha256(''.join(digests).encode()).hexdigest()
+
+
 def whole_steps(run_dir):
     """The steps whose checkpoint has a manifest, newest first."""
     manifests = pathlib.Path(run_dir).glob('checkpoints/*/manifest.json')

@@ -12,9 +12,7 @@ import jax
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.checkpoint import former_tree_digest, tree_digest
-from nanovision_jax.runs.config_file import hub_id
-from nanovision_jax.runs.folder import locate, portable, read_json, write_whole
-from nanovision_jax.training.start import Published, weights_digest
+from nanovision_jax.runs.folder import locate, portable, read_json, weights_digest, write_whole
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
 
@@ -29,7 +27,7 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
     file = pathlib.Path(config.run_dir) / 'lineage.json'
     record = _record(config, tokenizer) | {
         'parents': [_parent(config, source) for source in sources],
-        'frozen_before': {name: tree_digest(part) for name, part in frozen.items()},
+        'frozen_before': digests(frozen),
         'rows': rows,
         'sessions': [],
     }
@@ -53,16 +51,21 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
     return record['frozen_before']
 
 
+def digests(frozen):
+    """{part: digest} of the parts of a tree of parameters."""
+    return {name: tree_digest(part) for name, part in frozen.items()}
+
+
 def _going_on(config, before, now, frozen, former):
     """lineage.json of a run that goes on, after what must not have changed was compared.
 
     former: {name: other digests that mean the same}.
     """
-    digests = {name: tree_digest(part) for name, part in frozen.items()}
+    same = digests(frozen)
     if not all(digest.startswith('2:') for digest in before['frozen_before'].values()):  # of an older run
-        digests = {name: former_tree_digest(part) for name, part in frozen.items()}
+        same = {name: former_tree_digest(part) for name, part in frozen.items()}
     for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
-        if before[name] not in (digests if name == 'frozen_before' else now[name], *former.get(name, ())):
+        if before[name] not in (same if name == 'frozen_before' else now[name], *former.get(name, ())):
             raise UserError(
                 f'{config.run_dir} was trained with another {name} than it would go on with (lineage.json): '
                 'say --anew to start again.'
@@ -79,12 +82,8 @@ def _going_on(config, before, now, frozen, former):
 
 
 def _parent(config, source):
-    place = (
-        source.name
-        if isinstance(source, Published) and hub_id(source.name)
-        else portable(source.folder, config.run_dir)
-    )
-    return {'run': place, 'step': source.step, 'part': source.part or 'all', 'manifest': source.digest()}
+    place, part = source.place(config.run_dir), source.part or 'all'
+    return {'run': place, 'step': source.step, 'part': part, 'manifest': source.digest()}
 
 
 def imported(config, tokenizer, source, step):

@@ -21,7 +21,6 @@ where it is not given; what is given and contradicts is an error. jax loads only
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import pathlib
 
@@ -80,16 +79,9 @@ class Run:
         """Finds the newest checkpoint whose parameters are whole. Raises UserError where there is none."""
         self.step = runfolder.newest(self.folder, 'params')
 
-    def load(self, params, vocab_size):
-        """`params` (nested dicts of arrays, or of ShapeDtypeStructs with shardings) with this source's part read in."""
-        del vocab_size
-        from nanovision_jax.runs import checkpoint
-
-        target = params[self.target] if self.target else params
-        wrapped = {self.part: target} if self.part else target
-        read = checkpoint.restore(self.folder, self.step, 'params', checkpoint.like(wrapped))
-        read = read[self.part] if self.part else read
-        return params | {self.target: read} if self.target else read
+    def place(self, run_dir):
+        """What lineage.json of the run in `run_dir` says of where these parameters are."""
+        return runfolder.portable(self.folder, run_dir)
 
     def digest(self):
         """What proves which parameters these are: the digest of the checkpoint's manifest."""
@@ -133,34 +125,16 @@ class Published:
     def prove(self):
         """Nothing to prove: what does not fit is found on reading."""
 
-    def load(self, params, vocab_size):
-        """As Run.load()."""
-        import jax
-
-        from nanovision_jax import hf
-
-        target = params[self.target] if self.target else params
-        if self.part == 'vision':
-            read = hf.tower_weights(self.folder, target)
-        else:
-            read = hf.read_decoder(self.folder, target, vocab_size)
-        read = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), read, target)
-        return params | {self.target: read} if self.target else read
+    def place(self, run_dir):
+        """As Run.place()."""
+        return self.name if runconfig.hub_id(self.name) else runfolder.portable(self.folder, run_dir)
 
     def digest(self):
         """What proves which parameters these are: a digest over the files of weights."""
-        return weights_digest(self.folder)
+        return runfolder.weights_digest(self.folder)
 
     def __str__(self):
         return f'the published weights {self.name}'
-
-
-def weights_digest(source):
-    """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
-    if source.is_file():
-        return runfolder.file_digest(source)
-    digests = map(runfolder.file_digest, sorted(source.glob('*.safetensors')))
-    return hashlib.sha256(''.join(digests).encode()).hexdigest()
 
 
 def find(config, anew=False):

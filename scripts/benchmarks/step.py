@@ -4,73 +4,98 @@
 
 Prints one JSON object: tokens/s, MFU (full-attention convention), compile seconds, peak memory where the device tells,
 devices and versions. On CPU the MFU is the share of a matrix product's speed measured in the same run: a ratio.
+Takes jax, flax, optax, numpy and jaxtyping, no more.
 """
 
 import json
+import pathlib
+import runpy
 import statistics
-import sys
 import time
+from typing import NamedTuple
 
 import jax
 import optax
+from nanovision_jax.data.batch import fake_batch
 
-from nanovision_jax import cli
-from nanovision_jax.data import pipeline
+from nanovision_jax import config as configs
+from nanovision_jax.errors import UserError, run
+from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.training import meter, optim
-from nanovision_jax.training.loop import init_state, make_train_step
+from nanovision_jax.training.step import abstract_state, init_state, make_train_step, shardings_of
 
 
-class Vocabulary:
-    """What the step needs to know of a tokenizer: GPT-2's size with our special tokens, unless the config says less."""
+class Vocabulary(NamedTuple):
+    """What the step needs to know of a tokenizer."""
 
-    def __init__(self, config):
-        self.size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
-        self.image = self.size - 1
+    size: int
+    image: int
 
 
-def main(argv):
-    steps = next((int(arg.partition('=')[2]) for arg in argv if arg.startswith('--steps=')), 20)
-    config, _ = cli.parse([arg for arg in argv if not arg.startswith('--steps=')], __doc__)
+def read(argv):
+    """(Config, steps) of a command line. It is read here, as ml_collections is not needed to run a step."""
+    options = dict(arg.removeprefix('--').partition('=')[::2] for arg in argv)
+    file, _, size = options.pop('config', '').partition(':')
+    if not pathlib.Path(file).is_file():
+        raise UserError(f'no config file {file!r}: say --config=FILE, as in --config=configs/pretrain.py:tiny.')
+    config, steps = runpy.run_path(file)['get_config'](*([size] if size else [])), options.pop('steps', '20')
+    for name, value in options.items():
+        name = name.removeprefix('config.')
+        configs.put(config, name, configs.parse_field(name, value))
+    configs.fill(config)
+    configs.check(config)
+    return config, int(steps)
+
+
+def measure(config, steps):
+    """What main() prints, of `steps` steps."""
     mesh = parallel.make_mesh(config.mesh)
-    jax.set_mesh(mesh)
-    vocabulary = Vocabulary(config)
-    parallel.check_divides(config, mesh, vocabulary.size)
-    optimizer = optim.make_optimizer(config.optim, steps + 2)
-    graphdef, state, shardings = init_state(config, vocabulary, optimizer, mesh)
-    host = pipeline.fake_batch(config, vocabulary.size)
-    batch = parallel.put_batch(host, mesh)
-    began = time.perf_counter()
-    step = make_train_step(config, graphdef, optimizer, shardings).lower(state, batch).compile()
-    compiled = time.perf_counter() - began
-    state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
+    # GPT-2's tokenizer with our special tokens, unless the config says less.
+    size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
+    vocabulary = Vocabulary(size, image=size - 1)
+    parallel.check_divides(config, mesh, size)
+    optimizer, host = optim.make_optimizer(config.optim, steps + 2), fake_batch(config, size)
+    with jax.set_mesh(mesh):
+        graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
+        state, batch = init_state(config, vocabulary, optimizer, shapes), parallel.put_batch(host, mesh)
+        began = time.perf_counter()
+        step = make_train_step(config, graphdef, optimizer, shardings_of(shapes)).lower(state, batch).compile()
+        compiled = time.perf_counter() - began
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    second = statistics.median(seconds)
-    tokens = host['tokens'].size
-    pictures = host['images'].reshape(-1, *host['images'].shape[-3:]).shape[0] if 'images' in host else 0
-    peak, source = meter.peak_flops()
-    result = {
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - start)
+    second, tokens = statistics.median(seconds), host['tokens'].size
+    images = host['images'].reshape(-1, *host['images'].shape[-3:]).shape[0] if 'images' in host else 0
+    peak, source = hardware.peak_flops()
+    return {
         'stage': config.stage,
         'size': config.size,
         'batch': {name: list(value.shape) for name, value in host.items()},
         'step_seconds': round(second, 4),
         'tokens_per_second': round(tokens / second),
-        'mfu': round(meter.step_flops(config, vocabulary.size, tokens, pictures) / second / peak, 4),
+        'mfu': round(meter.step_flops(config, size, tokens, images) / second / peak, 4),
         'mfu_of': source,
         'compile_seconds': round(compiled, 1),
-        'peak_device_bytes': meter.peak_memory(),
+        'peak_device_bytes': hardware.peak_memory(),
         'loss': float(metrics['loss']),
         'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
         'versions': {'jax': jax.__version__, 'optax': optax.__version__},
     }
-    print(json.dumps(result))
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    if '--help' in argv:
+        print(__doc__)
+        return
+    print(json.dumps(measure(*read(argv))))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    run(main)

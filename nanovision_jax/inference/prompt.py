@@ -1,0 +1,46 @@
+"""Prompts: conversations and texts as the ids and images that the engine takes."""
+
+import re
+
+import numpy as np
+
+from nanovision_jax.data import conversation, images
+from nanovision_jax.errors import UserError
+from nanovision_jax.inference.engine import Prompt
+
+
+def text_prompt(tokenizer, text: str) -> Prompt:
+    """The beginning of a document, for a model to continue. Raises UserError for what is no text."""
+    if not isinstance(text, str) or re.search('[\ud800-\udfff]', text):  # a byte that was no character, say
+        raise UserError(f'{text!a:.60} cannot be continued: text that is not Unicode.')
+    return Prompt(np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32), [])
+
+
+def chat_prompt(config, tokenizer, messages: list[dict], pictures=()) -> Prompt:
+    """A conversation that ends with a question. pictures: PIL images, in the order of the messages' image parts.
+
+    Images for which no message has a part go before the first question. Raises UserError for a conversation that makes
+    no sense.
+    """
+    vision = config.model.vision
+    try:
+        conversation.check(messages)
+        messages = with_image_parts(messages, len(pictures))
+        ids = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True).ids
+    except conversation.BadExample as error:
+        raise UserError(f'this conversation cannot be answered: {error}.') from error
+    return Prompt(ids, [images.prepare(images.to_rgb(picture), vision) for picture in pictures])
+
+
+def with_image_parts(messages: list[dict], count: int) -> list[dict]:
+    """Messages with an image part for each of `count` images: those without one go before the first question."""
+    if messages and messages[0]['role'] == 'system':
+        return [messages[0], *with_image_parts(messages[1:], count)]
+    parts = [p for m in messages if not isinstance(m['content'], str) for p in m['content'] if p['type'] == 'image']
+    missing = count - len(parts)
+    if missing <= 0 or not messages:
+        return messages
+    first, *rest = messages
+    content = first['content']
+    content = [{'type': 'text', 'text': content}] if isinstance(content, str) else list(content)
+    return [first | {'content': [{'type': 'image'}] * missing + content}, *rest]

@@ -1,0 +1,95 @@
+"""How the next token is drawn from a model's scores.
+
+Axes: B batch, V vocabulary.
+"""
+
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from nanovision_jax.errors import UserError
+
+# Below COLD a temperature counts as 0, above HOT it is refused: the logits divided by it would leave float32.
+COLD, HOT = 1e-6, 1e6
+
+
+class Sampling(NamedTuple):
+    """The options of one answer. temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all of them.
+
+    seed: any int; those that differ by a multiple of 2**32 are the same one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def checked(self) -> 'Sampling':
+        """The same as plain numbers. Raises UserError for options that make no sense."""
+        made = Sampling(
+            as_number('temperature', self.temperature), as_whole('top_k', self.top_k),
+            as_number('top_p', self.top_p), as_whole('seed', self.seed),
+        )  # fmt: skip
+        if not 0 <= made.temperature <= HOT or made.top_k < 0 or not 0 < made.top_p <= 1:
+            raise UserError(f'sampling wants temperature in [0, {HOT:.0f}], top_k of at least 0 and top_p in (0, 1].')
+        return made
+
+
+class Sampler(NamedTuple):
+    """The Sampling of every row of a batch, as arrays."""
+
+    temperature: Float[Array, ' B']
+    top_k: Int[Array, ' B']
+    top_p: Float[Array, ' B']
+    keys: Key[Array, ' B']
+
+
+def make_sampler(rows: list[Sampling], vocab_size: int) -> Sampler:
+    """The Sampler of checked options, one a row."""
+    temperature, top_k, top_p, seeds = zip(*rows, strict=True)
+    return Sampler(
+        jnp.array(temperature, jnp.float32),
+        jnp.array([min(k, vocab_size) for k in top_k], jnp.int32),
+        jnp.array(top_p, jnp.float32),
+        jax.vmap(jax.random.key)(np.array([seed % 2**32 for seed in seeds], np.uint32)),
+    )
+
+
+def draw(sampler: Sampler, logits: Float[Array, 'B V'], greedy: bool) -> tuple[Int[Array, ' B'], Sampler]:
+    """(a token id for every row, the sampler to go on with). greedy: all rows take the likeliest one."""
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if greedy:
+        return likeliest, sampler
+    both = jax.vmap(jax.random.split)(sampler.keys)
+    drawn = jax.vmap(sample)(both[:, 1], logits, sampler.temperature, sampler.top_k, sampler.top_p).astype(jnp.int32)
+    return jnp.where(sampler.temperature < COLD, likeliest, drawn), sampler._replace(keys=both[:, 0])
+
+
+def sample(key, logits: Float[Array, ' V'], temperature, top_k, top_p) -> Int[Array, '']:
+    """One token id of one row; top_k 0 and top_p 1 keep everything."""
+    order = jnp.argsort(-logits)
+    scores = logits[order] / jnp.maximum(temperature, COLD)
+    probability = jax.nn.softmax(scores)
+    before = jnp.cumsum(probability) - probability  # mass of the likelier tokens: the likeliest one always stays
+    kept = (before < top_p) & ((top_k == 0) | (jnp.arange(len(scores)) < top_k))
+    return order[jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))]
+
+
+def as_whole(name: str, value) -> int:
+    """An option as an int. Raises UserError where it is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f'{name} takes a whole number, not {value!r}.') from None
+
+
+def as_number(name: str, value) -> float:
+    """An option as a float. Raises UserError where it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'{name} takes a number, not {value!r}.') from None

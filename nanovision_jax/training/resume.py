@@ -1,0 +1,59 @@
+"""Whether and where a run goes on, and what its folder holds beside checkpoints and metrics."""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.training import start as starts
+
+
+def open_run(config, resume: bool, anew: bool) -> int:
+    """The step to go on from (0 for a new run), after checking what the run folder holds.
+
+    Raises UserError if it holds another config and neither `resume` nor `anew` says what to do, and for a run that
+    cannot go on: a converted one, or one whose config is lost.
+    """
+    folder = pathlib.Path(config.run_dir)
+    if folder.exists() and anew:
+        kept = next(f'{folder}.{n}' for n in itertools.count(1) if not os.path.exists(f'{folder}.{n}'))
+        folder.rename(kept)
+        print(f'the run that was in {folder} is kept as {kept}')
+        return 0
+    steps = runfolder.whole_steps(folder)
+    if not (folder / 'config.json').exists():
+        if steps:
+            raise UserError(f'{folder} has checkpoints but no config.json: bring it back, or start again with --anew.')
+        return 0
+    if steps and not (folder / 'checkpoints' / str(steps[0]) / 'optimizer').is_dir():
+        raise UserError(
+            f'{folder} is a converted run, without an optimizer to go on with: start another run from it, with '
+            f'--config.init_from={folder} and another --config.name.'
+        )
+    changed = runconfig.differences(runconfig.read(folder), config)
+    if changed and not resume:
+        raise UserError(
+            f'{folder} holds a run with another config ({", ".join(changed)} differ): '
+            'say --resume to go on with the new one, --anew to start again, or choose another --config.name.'
+        )
+    if steps and (moved := [name for name in starts.WHERE if name in changed]):
+        raise UserError(
+            f'{", ".join(moved)} would change in {folder}, which goes on from its own checkpoint: where a run started '
+            'stays as it was; leave it out, or choose another --config.name.'
+        )
+    return runfolder.newest(folder) or 0
+
+
+def write_run(config, tokenizer, bad: list[dict]):
+    """Writes what a run folder holds beside checkpoints and metrics: config, tokenizer, the list of bad examples."""
+    folder = pathlib.Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    runconfig.save(config)
+    shutil.copytree(tokenizer.folder, folder / 'tokenizer', dirs_exist_ok=True)
+    if bad:
+        (folder / 'bad_rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in bad))
+        print(f'{len(bad)} bad examples are left out, listed in {folder / "bad_rows.jsonl"}')
