@@ -9,15 +9,12 @@ counted. If this is more than 1%, nothing is scored or written unless --allow-mi
 """
 
 import importlib
-import json
 import pathlib
 
-from nanovision_jax import evals
 from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
-from nanovision_jax.runs.folder import write_whole
+from nanovision_jax.evals import base
 
-TASKS = ('bpb', 'vqa')
-SPLITS = ('train', 'validation', 'heldout')
+TASKS = tuple(base.RESULTS)
 
 
 def evaluate(run_dir, task, split='validation', data=None, images=None, output=None, limit=None, allow_missing=False):
@@ -27,8 +24,8 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
     """
     if task not in TASKS:
         raise UserError(f'no task {task!r}.{nearest(task, TASKS)}')
-    if split not in SPLITS:
-        raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
+    if split not in base.SPLITS:
+        raise UserError(f'no split {split!r}.{nearest(split, base.SPLITS)}')
     if limit is not None and limit < 1:
         raise UserError(f'--limit takes a number above 0, not {limit}.')
     if task != 'vqa' and (images or allow_missing):
@@ -43,37 +40,8 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
     module = importlib.import_module(f'nanovision_jax.evals.{task}')
     options = {'images': images, 'allow_missing': allow_missing} if task == 'vqa' else {}
     result, rows = module.run(load(run_dir), split=split, data=data, limit=limit, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = task if split == 'validation' else f'{task}-{split}'
-    if rows:
-        write_whole(folder / f'{name}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
-    write_whole(folder / f'{name}.json', json.dumps(result, indent=1) + '\n')
+    base.write_result(result, rows, folder, split)
     return result
-
-
-def lines(result):
-    """A result as lines of text."""
-    if 'by_kind' not in result:
-        counted = {name: value for name, value in result.items() if name not in ('asked', 'left_out', 'other')}
-        text = [
-            f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}'
-            for name, value in counted.items()
-        ]
-        return [*text, *filter(None, [evals.coverage(result)])]
-    low, high = result['interval']
-    controls = result['controls']
-    text = [
-        f'{result["task"]}: {result["accuracy"]:.1%} of {result["n"]} questions (95% interval {low:.1%} to {high:.1%})'
-    ]
-    for kind, row in result['by_kind'].items():
-        text.append(
-            f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  blank {row["blank"]:6.1%}  n {row["n"]}'
-        )
-    text += [
-        f'  {name + " pictures":24} {value:6.1%}  ({100 * (result["accuracy"] - value):.0f} points below)'
-        for name, value in controls.items()
-    ]
-    return [*text, *filter(None, [evals.coverage(result)])]
 
 
 def main(argv):
@@ -90,7 +58,7 @@ def main(argv):
     parser.add_argument('--limit', type=int, help='at most this many questions (vqa) or windows (bpb)')
     parser.add_argument('--allow-missing', action='store_true', help='score the rest if over 1% cannot be asked (vqa)')
     args = vars(parser.parse(argv))
-    print('\n'.join(lines(evaluate(args.pop('run'), args.pop('task'), **args))))
+    print('\n'.join(evaluate(args.pop('run'), args.pop('task'), **args).lines()))
 
 
 if __name__ == '__main__':

@@ -22,11 +22,12 @@ import shlex
 import statistics
 
 from nanovision_jax import config as configs
-from nanovision_jax import evals, report_page
+from nanovision_jax import report_page
 from nanovision_jax.data import catalog as mixture
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, check_writable, run
+from nanovision_jax.evals.base import read_results
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import STAGES
@@ -75,11 +76,11 @@ def read(file):
 
 
 def results(runs, task):
-    """Every (Run, split, result) of an evaluation; the file of the validation split has no split in its name."""
+    """Every (Run, split, Result) of an evaluation task, the validation split's first."""
     for run_ in runs:
-        for file in sorted(run_.folder.glob(f'eval/{task}*.json'), key=lambda file: (len(file.name), file)):
-            for result in read(file):
-                yield run_, file.stem.removeprefix(task).strip('-') or 'validation', result
+        for split, result in read_results(run_.folder):
+            if result.task == task:
+                yield run_, split, result
 
 
 def parameters(run_):
@@ -166,9 +167,7 @@ def tell(family, runs):
         yield from evaluation(*found)
     if found := list(results(runs, 'bpb')):
         yield 'heading', 'Held-out text'
-        rows = [
-            (f'{r.stage}, {s}', f'{b["n"]:,}', f'{b["loss"]:.3f}', f'{b["bits_per_byte"]:.3f}') for r, s, b in found
-        ]
+        rows = [(f'{r.stage}, {s}', f'{b.n:,}', f'{b.loss:.3f}', f'{b.bits_per_byte:.3f}') for r, s, b in found]
         yield 'table', ('Run, split', 'Tokens', 'Loss (nats a token)', 'Bits per byte'), rows
     yield from answers(family, runs)
     yield from origin(runs)
@@ -183,8 +182,8 @@ def tell(family, runs):
 
 def headline(run_, split, result):
     """The result of an evaluation in a sentence."""
-    (low, high), n = result['interval'], f'{result["n"]:,} questions about pictures of the {split} split'
-    return f'{run_.stage} answers {result["accuracy"]:.1%} of {n} right (95% interval {low:.1%} to {high:.1%}).'
+    (low, high), n = result.interval, f'{result.n:,} questions about pictures of the {split} split'
+    return f'{run_.stage} answers {result.accuracy:.1%} of {n} right (95% interval {low:.1%} to {high:.1%}).'
 
 
 def training(runs):
@@ -239,9 +238,9 @@ def evaluation(run_, split, result):
     """Blocks: accuracy by kind, what becomes of it without the pictures, and what that means."""
     yield 'heading', f'Questions about pictures: {run_.stage}, {split} split'
     yield 'text', headline(run_, split, result), ''
-    if told := evals.coverage(result):
+    if told := result.coverage():
         yield 'text', f'Questions {told}.', 'note'
-    kinds = sorted(result['by_kind'].items(), key=lambda item: -item[1]['n'])
+    kinds = sorted(result.by_kind.items(), key=lambda item: -item[1]['n'])
     others = ('chance', 'blank', 'shuffled')
     rows = [
         (kind, f'{r["n"]:,}', f'{r["accuracy"]:.1%}', (r['accuracy'], r['chance']), *(f'{r[x]:.1%}' for x in others))
@@ -254,23 +253,12 @@ def evaluation(run_, split, result):
     note += ' In heldout are the pairs of colour and shape that training never shows.' if split == 'heldout' else ''
     note += f' {len(kinds) - 16} rarer kinds are left out.' if len(kinds) > 16 else ''
     yield 'text', note, 'note'
-    right = result['accuracy']
+    right = result.accuracy
     rows = [('as they are', f'{right:.1%}', (right, 0), '')]
-    for name, share in result['controls'].items():
+    for name, share in result.controls.items():
         rows.append((name, f'{share:.1%}', (share, 0), f'{100 * (share - right):+.1f} points'.replace('-', '−')))
     yield 'table', ('Pictures', 'Accuracy', '', 'Difference'), rows
-    yield 'text', looks(result), 'verdict'
-
-
-def looks(result):
-    """Whether the model looks at its pictures: it must lose by 5 points, and surely, when they are blank or others."""
-    name, best = max(result['controls'].items(), key=lambda item: item[1])
-    lost = round(100 * (result['accuracy'] - best), 1)
-    if lost <= 5:
-        return f'The model does not look at its pictures: with {name} ones its answers are about as good ({best:.1%}).'
-    if best >= result['interval'][0]:
-        return f'{result["n"]:,} questions are too few to tell whether the model looks at its pictures.'
-    return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
+    yield 'text', result.verdict(), 'verdict'
 
 
 def answered(file):

@@ -15,7 +15,7 @@ from PIL import Image
 from nanovision_jax import errors, evaluate
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
-from nanovision_jax.evals import vqa
+from nanovision_jax.evals import base, vqa
 from nanovision_jax.inference import run as inference
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
@@ -72,23 +72,22 @@ def test_chance_is_the_commonest_answer():
 
 def test_the_interval_is_that_of_the_mean_over_pictures():
     scores = np.arange(400) % 4 > 0  # three quarters
-    low, high = vqa.interval(scores, np.arange(400))
+    low, high = base.interval(scores, np.arange(400))
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.008)
-    low, high = vqa.interval(np.repeat(scores[:100], 4), np.repeat(np.arange(100), 4))  # four alike of each picture
+    low, high = base.interval(np.repeat(scores[:100], 4), np.repeat(np.arange(100), 4))  # four alike of each picture
     assert (low, high) == pytest.approx((0.75 - 2 * half, 0.75 + 2 * half), abs=0.016)
-    assert vqa.interval(scores, np.arange(400)) == vqa.interval(scores, [f'{i:03}' for i in range(400)])
-    assert vqa.interval(np.full(7, 0.5), np.arange(7)) == [0.5, 0.5]
+    assert base.interval(scores, np.arange(400)) == base.interval(scores, [f'{i:03}' for i in range(400)])
+    assert base.interval(np.full(7, 0.5), np.arange(7)) == [0.5, 0.5]
 
 
 def test_other_pictures_are_never_the_own_one():
     for count in (2, 3, 7):
-        asked = [question(f'{i}.png', 'x', place=10 * i) for i in range(count)] * 3
+        names = [f'{i}.png' for i in range(count)]
         for seed in range(5):
-            given = vqa.other_places(asked, seed)
-            assert all(i != q.place for i, q in zip(given, asked, strict=True))
-            assert sorted(given) == sorted([10 * i for i in range(count)] * 3)  # each as often as before
-            assert given[:count] == given[count : 2 * count]
+            given = base.others(names * 3, seed)
+            assert all(name != other for name, other in given.items())
+            assert sorted(given) == sorted(given.values()) == names  # each as often as before
 
 
 @pytest.fixture
@@ -143,16 +142,16 @@ def model_run(tokenizer, monkeypatch):
 def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
     model_run(looks=True)
     found = evaluate.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
-    assert (found['task'], found['n'], found['accuracy'], found['interval']) == ('vqa', 24, 1.0, [1.0, 1.0])
-    assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found
-    shuffled = [found['by_kind'][kind].pop('shuffled') for kind in ('is it dark', 'what colour is')]
-    assert found['by_kind'] == {
+    assert (found.task, found.n, found.accuracy, found.interval) == ('vqa', 24, 1.0, [1.0, 1.0])
+    assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found.to_json()
+    shuffled = [found.by_kind[kind].pop('shuffled') for kind in ('is it dark', 'what colour is')]
+    assert found.by_kind == {
         'is it dark': {'n': 12, 'accuracy': 1.0, 'chance': 0.75, 'blank': 0.75},  # only that it is not dark
         'what colour is': {'n': 12, 'accuracy': 1.0, 'chance': 0.25, 'blank': 0.0},
     }
-    assert found['controls']['shuffled'] == pytest.approx(sum(shuffled) / 2)
-    assert found['controls']['blank'] == 9 / 24 and found['too_long'] == 0
-    assert found['controls']['shuffled'] < 0.7
+    assert found.controls['shuffled'] == pytest.approx(sum(shuffled) / 2)
+    assert found.controls['blank'] == 9 / 24 and found.too_long == 0
+    assert found.controls['shuffled'] < 0.7
     rows = [json.loads(line) for line in (squares / 'run/eval/vqa.jsonl').read_text().splitlines()]
     assert len(rows) == 24 and len({row['id'] for row in rows}) == 24
     assert rows[2] | {'id': ''} == {
@@ -170,10 +169,10 @@ def test_a_model_that_does_not_look_does_as_well_without_its_picture(model_run, 
     model_run(looks=False)
     argv = [f'--run={squares}/run', '--task=vqa', '--split=heldout', f'--data={squares}/squares.json', '--limit=20']
     evaluate.main([*argv, f'--output={squares}/elsewhere'])
-    found = json.loads((squares / 'elsewhere/vqa-heldout.json').read_text())
-    assert found['n'] == 20 and found['controls'] == {'blank': found['accuracy'], 'shuffled': found['accuracy']}
-    assert found['accuracy'] == pytest.approx((3 + 8) / 20)
-    assert all(kind['accuracy'] <= kind['chance'] for kind in found['by_kind'].values())
+    found = base.Accuracy(**json.loads((squares / 'elsewhere/vqa-heldout.json').read_text()))
+    assert found.n == 20 and found.controls == {'blank': found.accuracy, 'shuffled': found.accuracy}
+    assert found.accuracy == pytest.approx((3 + 8) / 20)
+    assert all(kind['accuracy'] <= kind['chance'] for kind in found.by_kind.values())
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith('vqa: 55.0% of 20 questions (95% interval ')
     assert sum('(0 points below)' in line for line in said) == 2
@@ -185,9 +184,9 @@ def test_a_question_beyond_the_context_is_not_asked_but_counted(model_run, squar
     rows[0]['conversations'][2]['value'] = 'dark ' * 61
     (squares / 'long.json').write_text(json.dumps(rows))
     evaluate.main([f'--run={squares}/run', '--task=vqa', f'--data={squares}/long.json', '--allow-missing'])
-    found = json.loads((squares / 'run/eval/vqa.json').read_text())
-    assert (found['n'], found['too_long'], found['accuracy']) == (23, 1, 1.0)
-    assert (found['asked'], found['left_out']) == (24, {'longer than the context': 1})
+    found = base.Accuracy(**json.loads((squares / 'run/eval/vqa.json').read_text()))
+    assert (found.n, found.too_long, found.accuracy) == (23, 1, 1.0)
+    assert (found.asked, found.left_out) == (24, {'longer than the context': 1})
     assert 'asked 24, answered 23, left out 1 (1 × longer than the context); not' in capsys.readouterr().out
 
 
@@ -213,9 +212,9 @@ def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, cap
     two = {'image': ['0.png', '1.png'], 'conversations': turns * 3}
     files = many(tmp_path, {7: 'missing', 8: 'missing', 250: 'damaged'}, 302, row300=two, row301={'image': []})
     found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
-    assert (found['asked'], found['n'], found['accuracy'], found['too_long']) == (300, 297, 1.0, 0)
-    assert found['left_out'] == {'missing image': 2, 'image does not decode': 1}
-    assert found['other'] == {'question about 2 pictures': 3, 'question about no pictures': 1}
+    assert (found.asked, found.n, found.accuracy, found.too_long) == (300, 297, 1.0, 0)
+    assert found.left_out == {'missing image': 2, 'image does not decode': 1}
+    assert found.other == {'question about 2 pictures': 3, 'question about no pictures': 1}
     rows = [json.loads(line) for line in (tmp_path / 'run/eval/vqa.jsonl').read_text().splitlines()]
     assert len(rows) == 300 and len({row['id'] for row in rows}) == 300
     assert rows[-3] == {
@@ -230,7 +229,7 @@ def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, cap
         ('8.png', "missing image '8.png'"),
         ('250.png', 'image does not decode'),
     ]
-    assert evaluate.lines(found)[-1] == (
+    assert found.lines()[-1] == (
         'asked 300, answered 297, left out 3 (2 × missing image, 1 × image does not decode); '
         'not counted: 3 × question about 2 pictures, 1 × question about no pictures'
     )
@@ -255,8 +254,8 @@ def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(mode
 
     model_run(looks=True)
     evaluate.main([*argv, '--allow-missing'])
-    found = json.loads((tmp_path / 'run/eval/vqa.json').read_text())
-    assert (found['asked'], found['n'], old['n']) == (300, 296, 297)
+    found = base.Accuracy(**json.loads((tmp_path / 'run/eval/vqa.json').read_text()))
+    assert (found.asked, found.n, old.n) == (300, 296, 297)
 
 
 def test_where_nothing_can_be_read_nothing_is_scored(model_run, tmp_path):
@@ -274,7 +273,7 @@ def test_a_row_that_is_no_conversation_is_one_lost_question(model_run, tmp_path)
     model_run(looks=True)
     files = many(tmp_path, {}, 200, row9={'conversations': [{'from': 'nobody', 'value': 'x'}]})
     found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
-    assert (found['asked'], found['n'], found['left_out']) == (200, 199, {'unknown speaker': 1})
+    assert (found.asked, found.n, found.left_out) == (200, 199, {'unknown speaker': 1})
 
 
 def test_a_missing_picture_counts_on_one_side_alone(llava_folder, tmp_path):
@@ -314,7 +313,7 @@ def test_pictures_are_read_a_batch_at_a_time(model_run, tmp_path, monkeypatch):
     for count in (40, 120):
         found[count] = evaluate.evaluate(tmp_path / f'{count}', 'vqa', **many(tmp_path / f'{count}', {}, count))
     assert len(most) >= 3 * 160 and max(most) <= 2 * 8
-    assert found[120]['accuracy'] == 1.0 and found[120]['controls']['blank'] == 0.0
+    assert found[120].accuracy == 1.0 and found[120].controls['blank'] == 0.0
 
 
 def test_a_picture_that_vanishes_is_said(model_run, tmp_path, monkeypatch):
@@ -325,10 +324,18 @@ def test_a_picture_that_vanishes_is_said(model_run, tmp_path, monkeypatch):
         evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
 
 
-def test_a_result_of_older_code_is_still_told():
-    result = {'task': 'vqa', 'n': 9, 'accuracy': 0.75, 'interval': [0.4, 0.9], 'by_kind': {}, 'controls': {}}
-    assert len(evaluate.lines(result | {'too_long': 0})) == 1
-    assert evaluate.lines({'task': 'bpb', 'n': 9}) == ['task: bpb', 'n: 9']
+def test_a_result_of_older_code_is_still_told(tmp_path):
+    values = {'task': 'vqa', 'n': 9, 'accuracy': 0.75, 'interval': [0.4, 0.9], 'by_kind': {}, 'controls': {}}
+    (tmp_path / 'eval').mkdir()
+    (tmp_path / 'eval/vqa-heldout.json').write_text(json.dumps(values | {'too_long': 0}))
+    (tmp_path / 'eval/bpb.json').write_text(json.dumps({'task': 'bpb', 'n': 9}))
+    (tmp_path / 'eval/vqa-of-somebody.json').write_text('no result')
+    (compressed, text), (split, questions) = ((split, result) for split, result in base.read_results(tmp_path))
+    assert (compressed, text.lines()) == ('validation', ['task: bpb', 'n: 9'])
+    assert split == 'heldout' and len(questions.lines()) == 1 and questions.to_json() == values | {'too_long': 0}
+    (tmp_path / 'eval/vqa.json').write_text(json.dumps({'task': 'vqa', 'n': 9}))
+    with pytest.raises(UserError, match=r'eval/vqa\.json is damaged'):
+        base.read_results(tmp_path)
 
 
 def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, tokenizer):
@@ -427,13 +434,13 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
         logits -= logits.max(1, keepdims=True)
         nats += sum(np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, here[1:], strict=True))
     size = len(tokenizer.decode(ids[1 : windows * length + 1]).encode())
-    assert (found['task'], found['n'], found['bytes']) == ('bpb', windows * length, size)
-    assert found['loss'] == pytest.approx(nats / (windows * length), rel=1e-4)
-    assert found['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
-    assert json.loads((tmp_path / 'run/eval/bpb.json').read_text()) == found
+    assert (found.task, found.n, found.bytes) == ('bpb', windows * length, size)
+    assert found.loss == pytest.approx(nats / (windows * length), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert json.loads((tmp_path / 'run/eval/bpb.json').read_text()) == found.to_json()
     assert not (tmp_path / 'run/eval/bpb.jsonl').exists()
     rest, beyond = (len(ids) - 1) % length, (len(ids) - 1) // length * length - windows * length
     other = {'token behind the last whole window': rest} | ({'token beyond the limit': beyond} if beyond else {})
-    assert (found['asked'], found['left_out'], found['other']) == (windows * length, {}, other)
+    assert (found.asked, found.left_out, found.other) == (windows * length, {}, other)
     assert rest and bool(beyond) == bool(limit)
-    assert evaluate.lines(found)[0] == 'task: bpb' and f'bytes: {size}' in evaluate.lines(found)
+    assert found.lines()[0] == 'task: bpb' and f'bytes: {size}' in found.lines()

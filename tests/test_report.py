@@ -13,6 +13,7 @@ from PIL import Image
 
 from nanovision_jax import config as configs
 from nanovision_jax import report, report_page
+from nanovision_jax.evals import base
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
 
@@ -159,8 +160,8 @@ def test_whether_it_looks(family, blank, shuffled, said):
 
 
 def test_too_few_questions_to_tell_whether_it_looks():
-    result = {'n': 9, 'accuracy': 0.75, 'interval': [0.4, 0.9], 'controls': {'blank': 0.6, 'shuffled': 0.2}}
-    assert 'too few' in report.looks(result)
+    result = base.Accuracy('vqa', 9, 0.75, [0.4, 0.9], {}, {'blank': 0.6, 'shuffled': 0.2})
+    assert 'too few' in result.verdict()
 
 
 def test_page_is_whole_and_harmless(family):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nanovision_jax import models
 from nanovision_jax.data import packing, text
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals.base import Compression
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import objectives
 
@@ -30,7 +31,7 @@ def losses(graphdef, params, batch):
 
 
 def run(model_run, split='validation', data=None, limit=None):
-    """{task, n (tokens), bytes, loss (nats a token), bits_per_byte, …} of a run's held-out text, or of the file `data`.
+    """(Compression, no rows) of a run's held-out text, or of the file `data`; n counts tokens.
 
     limit: at most this many windows. asked is n and left_out is empty: text that cannot be read is a UserError. `other`
     counts the tokens that fill no window.
@@ -67,6 +68,13 @@ def run(model_run, split='validation', data=None, limit=None):
         'token behind the last whole window': sum(max(0, len(shard) - 1) for shard in shards) - scored,
         'token beyond the limit': scored - tokens,
     }
-    result = {'task': 'bpb', 'n': tokens, 'bytes': size, 'loss': nats / tokens, 'asked': tokens, 'left_out': {}}
-    result['other'] = {what: count for what, count in other.items() if count}
-    return result | {'bits_per_byte': nats / math.log(2) / size}, []
+    return Compression(
+        'bpb',
+        tokens,
+        size,
+        nats / tokens,
+        asked=tokens,
+        left_out={},
+        other={what: count for what, count in other.items() if count},
+        bits_per_byte=nats / math.log(2) / size,
+    ), []

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
-from nanovision_jax.evals import told_counts
+from nanovision_jax.evals.base import Accuracy, interval, others, told_counts
 from nanovision_jax.inference.engine import Prompt
 from nanovision_jax.stages import stage_of
 
@@ -68,17 +68,6 @@ def chance(questions):
     """The score of always giving the kind's commonest answer."""
     commonest = collections.Counter(q.reference for q in questions).most_common(1)[0][0]
     return float(np.mean([score(q.kind, commonest, q.reference) for q in questions]))
-
-
-def interval(scores, groups, seed=0, resamples=1000):
-    """The 95% bootstrap interval of the mean score, resampling pictures: questions on one picture go together."""
-    _, group = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(group, scores), np.bincount(group)
-    rng, means = np.random.default_rng(seed), np.empty(resamples)
-    for i in range(resamples):  # one at a time: all at once would take 8 kB a picture
-        drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 @dataclasses.dataclass
@@ -230,7 +219,7 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
     picture = reader(loaded.source, vision)
-    others = other_places(questions)
+    place, other = {q.image: q.place for q in questions}, others([q.image for q in questions])
     grey = np.full((vision.image_size, vision.image_size, 3), GREY, np.uint8)
 
     def asked(picture_of, title):
@@ -243,7 +232,7 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
     answers, scores = asked(lambda i: picture(questions[i].place), 'vqa')
     controls = {
         'blank': asked(lambda _: grey, 'vqa, blank pictures')[1],
-        'shuffled': asked(lambda i: picture(others[i]), 'vqa, shuffled pictures')[1],
+        'shuffled': asked(lambda i: picture(place[other[questions[i].image]]), 'vqa, shuffled pictures')[1],
     }
     by_kind = {}
     for kind in sorted({q.kind for q in questions}):
@@ -251,18 +240,18 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
         row = {'n': len(members), 'accuracy': scores[members].mean(), 'chance': chance([questions[i] for i in members])}
         row |= {name: values[members].mean() for name, values in controls.items()}
         by_kind[kind] = {name: value if name == 'n' else float(value) for name, value in row.items()}
-    result = {
-        'task': 'vqa',
-        'n': len(questions),
-        'accuracy': float(scores.mean()),
-        'interval': interval(scores, [q.image for q in questions]),
-        'by_kind': by_kind,
-        'controls': {name: float(values.mean()) for name, values in controls.items()},
-        'asked': len(questions) + len(loaded.lost),
-        'left_out': loaded.reasons(),
-        'other': dict(loaded.other),
-        'too_long': loaded.reasons().get(TOO_LONG, 0),
-    }
+    result = Accuracy(
+        'vqa',
+        len(questions),
+        float(scores.mean()),
+        interval(scores, [q.image for q in questions]),
+        by_kind,
+        {name: float(values.mean()) for name, values in controls.items()},
+        asked=len(questions) + len(loaded.lost),
+        left_out=loaded.reasons(),
+        other=dict(loaded.other),
+        too_long=loaded.reasons().get(TOO_LONG, 0),
+    )
     rows = [
         row_of(q, answer=answer, correct=correct)
         for q, answer, correct in zip(questions, answers, scores.tolist(), strict=True)
@@ -293,12 +282,3 @@ def check_left_out(loaded, answered, allow_missing):
             f'{n} of {n + answered} questions cannot be asked, and at most 1% may be left out: '
             f'{told_counts(loaded.reasons())}; {hint}.'
         )
-
-
-def other_places(questions, seed=0):
-    """For each question the place of a picture that belongs to another one: all in a random circle, one step on."""
-    by_name = {q.image: q.place for q in questions}
-    names = sorted(by_name)
-    order = np.random.default_rng(seed).permutation(len(names))
-    after = {names[a]: names[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-    return [by_name[after[q.image]] for q in questions]

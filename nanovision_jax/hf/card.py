@@ -1,10 +1,10 @@
 """The model card of an exported run, written from what its run folder knows: lineage, recipe and results."""
 
-import json
 import pathlib
 
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals.base import read_results
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
@@ -47,9 +47,10 @@ def card(run, architecture):
     ]
     lines += [_stage(folder) for folder in reversed(ancestors(pathlib.Path(config.run_dir)))]
     lines += ['', '## What was measured', '']
-    results = sorted(pathlib.Path(config.run_dir).glob('eval/*.json'))
-    for file in results:
-        lines += [f'### {file.stem}', '', *_result(json.loads(file.read_text())), '']
+    found = read_results(pathlib.Path(config.run_dir))
+    results = {runfolder.result_file('', result.task, split): result for split, result in found}
+    for file in sorted(results):
+        lines += [f'### {file.stem}', '', *results[file].markdown(), '']
     if not results:
         lines += ['Nothing yet.', '']
     return '\n'.join(lines)
@@ -117,14 +118,3 @@ def _stage(folder):
     else:  # a run that was made of somebody's weights
         recipe = (NOT_KNOWN,) * 5
     return f'| {" | ".join(map(str, (*cells, *recipe)))} |'
-
-
-def _result(result):
-    """A result of evaluate as lines of Markdown."""
-    if 'by_kind' not in result:
-        return [f'- {name}: {value}' for name, value in result.items()]
-    low, high = result['interval']
-    lines = [f'{result["accuracy"]:.1%} of {result["n"]} questions (95% interval {low:.1%} to {high:.1%})', '']
-    lines += ['| kind | accuracy | chance | questions |', '|---|---|---|---|']
-    lines += [f'| {k} | {r["accuracy"]:.1%} | {r["chance"]:.1%} | {r["n"]} |' for k, r in result['by_kind'].items()]
-    return lines + [f'| all, {name} pictures | {value:.1%} | | |' for name, value in result['controls'].items()]

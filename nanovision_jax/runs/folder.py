@@ -101,6 +101,12 @@ def locate(run_dir, path):
     return path if os.path.exists(path) or not beside.exists() else str(beside)
 
 
+def result_file(folder, task, split):
+    """Where the result of an evaluation lies in a folder of results: <task>.json, or for other splits than validation
+    <task>-<split>.json. Its rows are beside it, as .jsonl."""
+    return pathlib.Path(folder) / (f'{task}.json' if split == 'validation' else f'{task}-{split}.json')
+
+
 # Checkpoints, as far as a manifest proves them -----------------------------------------------------------------------
 
 

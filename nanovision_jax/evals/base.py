@@ -1,0 +1,167 @@
+"""What evaluations share: their results, intervals and controls. No jax is imported here: reports read results too.
+
+A task is a module of this folder named as the task is. It has a run(run, split, data, limit, …) that returns a Result
+and a list of rows, one for each question; RESULTS says of which kind its results are.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import read_json, result_file, write_whole
+
+SPLITS = ('train', 'validation', 'heldout')
+
+
+class Result:
+    """What a task measured of a run; a dataclass for each kind of task, whose fields are those of its JSON file.
+
+    n: how many were scored; asked: n and what was left out; left_out: {reason: how many}; other: {what: how many} of
+    what is there and is not asked. These three are None in results that are older than they.
+    """
+
+    def to_json(self) -> dict:
+        """The result as <task>.json holds it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def coverage(self) -> str:
+        """How much of what was asked this result is about, in a sentence; '' where that was not counted."""
+        if self.asked is None:
+            return ''
+        told = f'asked {self.asked:,}, answered {self.n:,}, left out {self.asked - self.n:,}'
+        told += f' ({told_counts(self.left_out)})' if self.left_out else ''
+        return told + (f'; not counted: {told_counts(self.other)}' if self.other else '')
+
+
+@dataclasses.dataclass
+class Compression(Result):
+    """Of text: bytes of it, and the loss in nats a token and in bits a byte."""
+
+    task: str
+    n: int
+    bytes: int | None = None
+    loss: float | None = None
+    asked: int | None = None
+    left_out: dict | None = None
+    other: dict | None = None
+    bits_per_byte: float | None = None
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        counted = {name: x for name, x in self.to_json().items() if name not in ('asked', 'left_out', 'other')}
+        told = [f'{name}: {x:.4f}' if isinstance(x, float) else f'{name}: {x}' for name, x in counted.items()]
+        return [*told, *filter(None, [self.coverage()])]
+
+    def markdown(self) -> list[str]:
+        """The result as lines of Markdown."""
+        return [f'- {name}: {value}' for name, value in self.to_json().items()]
+
+
+@dataclasses.dataclass
+class Accuracy(Result):
+    """Of questions: the share that is right, with its 95% interval, by kind of question, and under the controls."""
+
+    task: str
+    n: int
+    accuracy: float
+    interval: list[float]
+    by_kind: dict[str, dict]  # {kind: {n, accuracy, chance, and the accuracy under each control}}
+    controls: dict[str, float]  # {control: accuracy}: with images blanked, with those of other questions
+    asked: int | None = None
+    left_out: dict | None = None
+    other: dict | None = None
+    too_long: int | None = None
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        told = [f'{self.task}: {self._headline()}']
+        for kind, row in self.by_kind.items():
+            told.append(
+                f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  blank {row["blank"]:6.1%}  '
+                f'n {row["n"]}'
+            )
+        for name, value in self.controls.items():
+            told.append(f'  {name + " pictures":24} {value:6.1%}  ({100 * (self.accuracy - value):.0f} points below)')
+        return [*told, *filter(None, [self.coverage()])]
+
+    def markdown(self) -> list[str]:
+        """The result as lines of Markdown."""
+        told = [self._headline(), '', '| kind | accuracy | chance | questions |', '|---|---|---|---|']
+        for kind, row in self.by_kind.items():
+            told.append(f'| {kind} | {row["accuracy"]:.1%} | {row["chance"]:.1%} | {row["n"]} |')
+        return told + [f'| all, {name} pictures | {value:.1%} | | |' for name, value in self.controls.items()]
+
+    def _headline(self):
+        low, high = self.interval
+        return f'{self.accuracy:.1%} of {self.n} questions (95% interval {low:.1%} to {high:.1%})'
+
+    def verdict(self) -> str:
+        """Whether the model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
+        name, best = max(self.controls.items(), key=lambda item: item[1])
+        lost = round(100 * (self.accuracy - best), 1)
+        if lost <= 5:
+            told = f'with {name} ones its answers are about as good ({best:.1%})'
+            return f'The model does not look at its pictures: {told}.'
+        if best >= self.interval[0]:
+            return f'{self.n:,} questions are too few to tell whether the model looks at its pictures.'
+        return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
+
+
+RESULTS = {'bpb': Compression, 'vqa': Accuracy}  # by task
+
+
+def write_result(result: Result, rows: list[dict], folder: pathlib.Path, split: str):
+    """Writes a result and, where there are any, its rows into a folder."""
+    file = result_file(folder, result.task, split)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rows:
+        write_whole(file.with_suffix('.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
+    write_whole(file, json.dumps(result.to_json(), indent=1) + '\n')
+
+
+def read_results(run_dir: pathlib.Path) -> list[tuple[str, Result]]:
+    """(split, Result) of every evaluation of a run, by task and split. Raises UserError for a damaged file."""
+    found = []
+    for task, kind in RESULTS.items():
+        for split in ('validation', *(other for other in SPLITS if other != 'validation')):
+            file = result_file(run_dir / 'eval', task, split)
+            if file.is_file():
+                found.append((split, _parse(kind, read_json(file), file)))
+    return found
+
+
+def _parse(kind, values, file):
+    known = {field.name for field in dataclasses.fields(kind)}
+    try:
+        return kind(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise UserError(f'{file} is damaged: it is no result of {kind.__name__.lower()}.') from error
+
+
+def told_counts(counts: dict) -> str:
+    """{what: how many} as '3 × this, 1 × that'."""
+    return ', '.join(f'{count:,} × {what}' for what, count in counts.items())
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def interval(scores, groups, seed: int = 0, resamples: int = 1000) -> list[float]:
+    """The 95% bootstrap interval of the mean of `scores`, resampling groups: questions on one image go together."""
+    _, group = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(group, scores), np.bincount(group)
+    rng, means = np.random.default_rng(seed), np.empty(resamples)
+    for i in range(resamples):  # one at a time: all at once would take 8 kB an image
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
+
+
+def others(names: list[str], seed: int = 0) -> dict[str, str]:
+    """{name: another name} for the control that swaps images: all names in a random circle, one step on."""
+    ordered = sorted(set(names))
+    order = np.random.default_rng(seed).permutation(len(ordered))
+    return {ordered[a]: ordered[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
