@@ -13,8 +13,8 @@ from PIL import Image
 
 from nanovision_jax import config as configs
 from nanovision_jax import report, report_page
-from nanovision_jax.evals import base
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals import base
 from nanovision_jax.runs import config_file as runconfig
 
 HOSTILE = '<script>alert("1")</script> | & *b*'
