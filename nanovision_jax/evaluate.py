@@ -13,6 +13,7 @@ import pathlib
 
 from nanovision_jax.errors import Parser, UserError, check_writable, nearest, run
 from nanovision_jax.evals import base
+from nanovision_jax.runs.folder import Paths
 
 TASKS = tuple(base.RESULTS)
 
@@ -32,7 +33,7 @@ def evaluate(run_dir, task, split='validation', data=None, images=None, output=N
         raise UserError(f'{"--images" if images else "--allow-missing"} is for vqa: {task} reads text alone.')
     if images and not data:
         raise UserError('--images is where the pictures of --data are: it takes --data too.')
-    folder = pathlib.Path(output or pathlib.Path(run_dir) / 'eval')
+    folder = pathlib.Path(output or Paths(run_dir).results)
     if output or folder.parent.is_dir():  # else there is no run, which is said below
         check_writable(folder)
     from nanovision_jax.inference.run import load

@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import io
 import itertools
-import json
 import math
 import pathlib
 import runpy
@@ -30,6 +29,7 @@ from nanovision_jax.errors import Parser, UserError, check_writable, run
 from nanovision_jax.evals.base import read_results
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.stages import STAGES
 from nanovision_jax.training import start
 
@@ -56,23 +56,14 @@ def open_runs(family):
     """The Runs of a family folder, in the order of the stages. Raises UserError if there is none."""
     runs = []
     for folder in (family / stage for stage in STAGES):
-        if any((folder / name).exists() for name in ('config.json', 'metrics.jsonl', 'lineage.json')):
-            config = runconfig.read(folder) if (folder / 'config.json').exists() else None
+        paths = runfolder.Paths(folder)
+        if any(file.exists() for file in (paths.config, paths.metrics, paths.lineage)):
+            config = runconfig.read(folder) if paths.config.exists() else None
             lineage = runfolder.read_lineage(folder)
-            runs.append(Run(folder.name, folder, config, list(read(folder / 'metrics.jsonl')), lineage))
+            runs.append(Run(folder.name, folder, config, read_metrics(paths.metrics), lineage))
     if not runs:
         raise UserError(f'{family} holds no run: give a family folder, with {", ".join(STAGES)} in it.')
     return runs
-
-
-def read(file):
-    """The objects of a .jsonl file, or the one of a .json file; a line cut off by a crash ends them."""
-    text = file.read_text() if file.exists() else ''
-    for line in text.splitlines() if file.suffix == '.jsonl' else [text]:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 def results(runs, task):
@@ -86,7 +77,8 @@ def results(runs, task):
 def parameters(run_):
     """How many parameters a run has and trains, from the shapes that its checkpoint lists; None without one."""
     sizes = collections.Counter()
-    for tree in itertools.chain(*map(read, [*run_.folder.glob('checkpoints/*/params/_METADATA')][:1])):
+    for file in [*runfolder.Paths(run_.folder).checkpoints.glob('*/params/_METADATA')][:1]:
+        tree = runfolder.read_json(file)
         for leaf in tree['tree_metadata'].values():
             sizes[leaf['key_metadata'][0]['key']] += math.prod(leaf['value_metadata']['write_shape'])
     learn = sum(n for part, n in sizes.items() if part not in run_.lineage.get('frozen_before', ()))
@@ -263,12 +255,12 @@ def evaluation(run_, split, result):
 
 def answered(file):
     """The rows of an evaluation's .jsonl that have an answer: the others tell why they were left out."""
-    return [row for row in read(file) if 'answer' in row]
+    return [row for row in runfolder.read_lines(file) if 'answer' in row]
 
 
 def answers(family, runs):
     """Blocks: a dozen questions with their pictures, and the conversations of chat.jsonl."""
-    asked = [(run_, rows) for run_ in runs if (rows := answered(run_.folder / 'eval' / 'vqa.jsonl'))]
+    asked = [(run_, rows) for run_ in runs if (rows := answered(runfolder.Paths(run_.folder).results / 'vqa.jsonl'))]
     for run_, rows in asked[-1:]:
         chosen = choose(rows)
         found = find_pictures(run_.config, {row['image'] for row in chosen}) if run_.config else {}
@@ -282,7 +274,7 @@ def answers(family, runs):
         turns = [[(r['question'], r['answer'], r['reference'], r['correct'])] for r in chosen]
         yield 'cards', [(found.get(r['image']), r['image'], r['kind'], t) for r, t in zip(chosen, turns, strict=True)]
     cards = []
-    for name, rows in itertools.groupby(read(family / 'chat.jsonl'), key=lambda row: row['image']):
+    for name, rows in itertools.groupby(runfolder.read_lines(family / 'chat.jsonl'), key=lambda row: row['image']):
         file = next((path for path in (family / name, pathlib.Path(name)) if path.is_file()), None)
         turns = [(row['question'], row['answer'], '', 1) for row in rows]
         cards.append((data_uri(file.read_bytes()) if file else '', pathlib.Path(name).name, '', turns))

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.runs.folder import read_json, result_file, write_whole
+from nanovision_jax.runs.folder import Paths, read_json, result_file, write_lines, write_whole
 
 SPLITS = ('train', 'validation', 'heldout')
 
@@ -118,7 +118,7 @@ def write_result(result: Result, rows: list[dict], folder: pathlib.Path, split: 
     file = result_file(folder, result.task, split)
     folder.mkdir(parents=True, exist_ok=True)
     if rows:
-        write_whole(file.with_suffix('.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
+        write_lines(file.with_suffix('.jsonl'), rows)
     write_whole(file, json.dumps(result.to_json(), indent=1) + '\n')
 
 
@@ -127,7 +127,7 @@ def read_results(run_dir: pathlib.Path) -> list[tuple[str, Result]]:
     found = []
     for task, kind in RESULTS.items():
         for split in ('validation', *(other for other in SPLITS if other != 'validation')):
-            file = result_file(run_dir / 'eval', task, split)
+            file = result_file(Paths(run_dir).results, task, split)
             if file.is_file():
                 found.append((split, _parse(kind, read_json(file), file)))
     return found

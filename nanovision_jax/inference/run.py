@@ -108,8 +108,8 @@ class Run:
 
 def load(run_dir) -> Run:
     """Opens a run folder: the newest intact checkpoint, on one device. Raises UserError if there is none."""
-    folder = pathlib.Path(run_dir)
-    if not (folder / 'config.json').is_file():
+    folder, paths = pathlib.Path(run_dir), runfolder.Paths(run_dir)
+    if not paths.config.is_file():
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
         hint = f' There are: {", ".join(str(p) for p in beside)}.' if beside else ''
         raise UserError(f'{folder} is no run folder: it has no config.json.{hint}')
@@ -117,7 +117,7 @@ def load(run_dir) -> Run:
     step = runfolder.newest(folder, 'params')
     if step is None:
         raise UserError(f'{folder} has no whole checkpoint yet.')
-    tokenizer = Tokenizer(folder / 'tokenizer')
+    tokenizer = Tokenizer(paths.tokenizer)
     graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
     device = jax.sharding.SingleDeviceSharding(hosts.first_device())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)

@@ -21,14 +21,14 @@ import orbax.checkpoint as ocp
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hosts
 from nanovision_jax.parallel.mesh import path_name
-from nanovision_jax.runs.folder import file_digest, whole_steps, write_whole
+from nanovision_jax.runs.folder import MANIFEST, Paths, file_digest, whole_steps, write_whole
 
 
 class Checkpoints:
     """Writes a run's checkpoints in the background, keeping the newest `keep`."""
 
     def __init__(self, run_dir, keep):
-        self.folder, self.keep = pathlib.Path(run_dir).absolute() / 'checkpoints', keep
+        self.folder, self.keep = Paths(pathlib.Path(run_dir).absolute()).checkpoints, keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread, self._error = None, None
 
@@ -55,7 +55,7 @@ class Checkpoints:
                 write_manifest(self.folder / str(step), {'step': step} | extra)
                 # A later one is damaged, else the run had gone on from it; it must not push out a good one.
                 for old in [s for s in whole_steps(self.folder.parent) if s <= step][self.keep :]:
-                    (self.folder / str(old) / 'manifest.json').unlink()  # from here on it does not count
+                    (self.folder / str(old) / MANIFEST).unlink()  # from here on it does not count
                     shutil.rmtree(self.folder / str(old))
         except Exception as error:  # raised on the thread that trains
             self._error = error
@@ -79,7 +79,7 @@ def write_manifest(folder, content):
     """Writes manifest.json: `content` and the sha256 of every file in the folder. The rename makes it whole."""
     files = sorted(file for file in folder.rglob('*') if file.is_file())
     digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
-    write_whole(folder / 'manifest.json', json.dumps(content | {'files': digests}, indent=1) + '\n')
+    write_whole(folder / MANIFEST, json.dumps(content | {'files': digests}, indent=1) + '\n')
 
 
 def restore(run_dir, step, item, target):
@@ -88,7 +88,7 @@ def restore(run_dir, step, item, target):
     target: a tree of jax.ShapeDtypeStruct; for params it may be a part of what was saved. Raises UserError where a
     leaf is missing or has another shape or dtype.
     """
-    folder = pathlib.Path(run_dir).absolute() / 'checkpoints' / str(step) / item
+    folder = Paths(pathlib.Path(run_dir).absolute()).checkpoint(step, item)
     if not folder.is_dir():
         raise UserError(f'{run_dir} has no {item} at step {step}: a converted run is a start for others (init_from).')
     # The handler itself: an ocp.Checkpointer would warn, at each reading, of a file that only whole checkpoints have.

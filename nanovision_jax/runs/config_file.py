@@ -43,12 +43,12 @@ def to_json(config):
 
 def save(config):
     """Writes config.json into config.run_dir."""
-    runfolder.write_whole(pathlib.Path(config.run_dir) / 'config.json', to_json(config))
+    runfolder.write_whole(runfolder.Paths(config.run_dir).config, to_json(config))
 
 
 def read(run_dir):
     """The Config of a run folder, its paths as they are from here. Raises UserError where there is none, or damaged."""
-    values = runfolder.read_json(pathlib.Path(run_dir) / 'config.json')
+    values = runfolder.read_json(runfolder.Paths(run_dir).config)
     config = from_dict(values, run_dir)
     origin = runfolder.origin_of(run_dir, config.run_dir)
     for name in (*PATHS, *NAMES):

@@ -15,6 +15,31 @@ import sys
 
 from nanovision_jax.errors import UserError
 
+MANIFEST = 'manifest.json'
+
+
+class Paths:
+    """Where the files of the run in `run_dir` lie."""
+
+    def __init__(self, run_dir):
+        self.folder = folder = pathlib.Path(run_dir)
+        self.config, self.lineage, self.metrics = (
+            folder / name for name in ('config.json', 'lineage.json', 'metrics.jsonl')
+        )
+        self.tokenizer, self.checkpoints, self.results = (
+            folder / name for name in ('tokenizer', 'checkpoints', 'eval')
+        )
+        self.bad_rows = folder / 'bad_rows.jsonl'
+
+    def checkpoint(self, step, item=''):
+        """The folder of a checkpoint, or of an item in it: params or optimizer."""
+        return self.checkpoints / str(step) / item
+
+    def manifest(self, step):
+        """The file that proves a checkpoint."""
+        return self.checkpoint(step) / MANIFEST
+
+
 # Whole files ---------------------------------------------------------------------------------------------------------
 
 
@@ -46,6 +71,23 @@ def read_json(file):
     if not isinstance(content, dict):
         raise UserError(f'{file} is damaged: it holds no JSON object.')
     return content
+
+
+def read_lines(file):
+    """Yields the objects of a JSON-lines file, none where there is no file; a line cut off by a crash ends them."""
+    if not pathlib.Path(file).exists():
+        return
+    with open(file, encoding='utf-8') as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def write_lines(file, rows):
+    """Writes objects as a JSON-lines file, whole as write_whole() does."""
+    write_whole(file, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 # Paths ---------------------------------------------------------------------------------------------------------------
@@ -83,7 +125,7 @@ def origin_of(run_dir, recorded):
 
 def read_lineage(run_dir):
     """lineage.json of a run, with the places of its parents as they are from here; {} where there is none."""
-    file = pathlib.Path(run_dir) / 'lineage.json'
+    file = Paths(run_dir).lineage
     record = read_json(file) if file.exists() else {}
     parents = record.get('parents', [])
     if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
@@ -126,25 +168,25 @@ def weights_digest(source):
 
 def whole_steps(run_dir):
     """The steps whose checkpoint has a manifest, newest first."""
-    manifests = pathlib.Path(run_dir).glob('checkpoints/*/manifest.json')
+    manifests = Paths(run_dir).checkpoints.glob(f'*/{MANIFEST}')
     return sorted((int(m.parent.name) for m in manifests if m.parent.name.isdigit()), reverse=True)
 
 
 def manifest(run_dir, step):
     """The manifest of one checkpoint."""
-    return json.loads((pathlib.Path(run_dir) / 'checkpoints' / str(step) / 'manifest.json').read_text())
+    return json.loads(Paths(run_dir).manifest(step).read_text())
 
 
 def damage(run_dir, step, item=''):
     """The first file of a checkpoint that is not what its manifest says, or None. item: params or optimizer alone."""
-    folder = pathlib.Path(run_dir) / 'checkpoints' / str(step)
+    folder = Paths(run_dir).checkpoint(step)
     try:
         for name, digest in manifest(run_dir, step)['files'].items():
             ours = not item or name.startswith(f'{item}/')
             if ours and (not (folder / name).is_file() or file_digest(folder / name) != digest):
                 return folder / name
     except (ValueError, KeyError, TypeError, AttributeError):
-        return folder / 'manifest.json'
+        return folder / MANIFEST
     return None
 
 

@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import pathlib
 import resource
 
 import jax
@@ -12,7 +11,7 @@ import jax
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.checkpoint import former_tree_digest, tree_digest
-from nanovision_jax.runs.folder import locate, portable, read_json, weights_digest, write_whole
+from nanovision_jax.runs.folder import Paths, locate, portable, read_json, weights_digest, write_whole
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
 
@@ -24,7 +23,7 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
     what the rows' identity() says. Returns the digests of the frozen parts. Raises UserError if a run that goes on
     would do so with another tokenizer, template, preprocessing or frozen part, or other data, order or packing of rows.
     """
-    file = pathlib.Path(config.run_dir) / 'lineage.json'
+    file = Paths(config.run_dir).lineage
     record = _record(config, tokenizer) | {
         'parents': [_parent(config, source) for source in sources],
         'frozen_before': digests(frozen),
@@ -92,7 +91,7 @@ def imported(config, tokenizer, source, step):
     parent = {'run': portable(source, config.run_dir), 'step': None, 'part': 'all'}
     parent |= {'manifest': weights_digest(source)}
     record |= {'parents': [parent], 'frozen_before': {}, 'sessions': [], 'finished': step}
-    _write(pathlib.Path(config.run_dir) / 'lineage.json', record)
+    _write(Paths(config.run_dir).lineage, record)
 
 
 def _record(config, tokenizer):
@@ -112,7 +111,7 @@ def _record(config, tokenizer):
 
 def end(config, step, frozen, peak_memory):
     """Completes lineage.json when a run is finished."""
-    file = pathlib.Path(config.run_dir) / 'lineage.json'
+    file = Paths(config.run_dir).lineage
     record = read_json(file)
     peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory, 'peak_host_bytes': peak_host}

@@ -2,16 +2,16 @@
 
 import json
 
+from nanovision_jax.runs.folder import Paths, read_lines, write_lines
+
 
 class Metrics:
     """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first."""
 
     def __init__(self, run_dir, to='', start=0):
-        self.file = run_dir / 'metrics.jsonl'
+        self.file = Paths(run_dir).metrics
         kept = [line for line in read_metrics(self.file) if line['step'] <= start]
-        partial = self.file.with_suffix('.part')
-        partial.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-        partial.replace(self.file)  # a half-written last line is gone too: the next one would be glued to it
+        write_lines(self.file, kept)  # a half-written last line is gone too: the next one would be glued to it
         self.last = next((line for line in reversed(kept) if 'loss' in line), {'tokens': 0, 'seconds': 0.0})
         self._board = None
         if to == 'tensorboard':
@@ -31,10 +31,4 @@ class Metrics:
 
 def read_metrics(file):
     """The objects of a metrics.jsonl; a last line cut off by a crash is left out."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return list(read_lines(file))

@@ -95,7 +95,7 @@ class RunData(NamedTuple):
 def open_data(config, mesh, sources: list, start: int) -> RunData:
     """Opens tokenizer and rows, and prints how well packing uses them."""
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
-    tokenizer = pipeline.family_tokenizer(config, pathlib.Path(config.run_dir) / 'tokenizer' if start else known)
+    tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
     parallel.check_divides(config, mesh, tokenizer.size)
     rows, bad = pipeline.open_rows(config, tokenizer)
     validation, _ = pipeline.open_rows(config, tokenizer, 'validation')

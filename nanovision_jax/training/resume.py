@@ -1,7 +1,6 @@
 """Whether and where a run goes on, and what its folder holds beside checkpoints and metrics."""
 
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -18,18 +17,18 @@ def open_run(config, resume: bool, anew: bool) -> int:
     Raises UserError if it holds another config and neither `resume` nor `anew` says what to do, and for a run that
     cannot go on: a converted one, or one whose config is lost.
     """
-    folder = pathlib.Path(config.run_dir)
+    folder, paths = pathlib.Path(config.run_dir), runfolder.Paths(config.run_dir)
     if folder.exists() and anew:
         kept = next(f'{folder}.{n}' for n in itertools.count(1) if not os.path.exists(f'{folder}.{n}'))
         folder.rename(kept)
         print(f'the run that was in {folder} is kept as {kept}')
         return 0
     steps = runfolder.whole_steps(folder)
-    if not (folder / 'config.json').exists():
+    if not paths.config.exists():
         if steps:
             raise UserError(f'{folder} has checkpoints but no config.json: bring it back, or start again with --anew.')
         return 0
-    if steps and not (folder / 'checkpoints' / str(steps[0]) / 'optimizer').is_dir():
+    if steps and not paths.checkpoint(steps[0], 'optimizer').is_dir():
         raise UserError(
             f'{folder} is a converted run, without an optimizer to go on with: start another run from it, with '
             f'--config.init_from={folder} and another --config.name.'
@@ -50,10 +49,10 @@ def open_run(config, resume: bool, anew: bool) -> int:
 
 def write_run(config, tokenizer, bad: list[dict]):
     """Writes what a run folder holds beside checkpoints and metrics: config, tokenizer, the list of bad examples."""
-    folder = pathlib.Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    paths = runfolder.Paths(config.run_dir)
+    paths.folder.mkdir(parents=True, exist_ok=True)
     runconfig.save(config)
-    shutil.copytree(tokenizer.folder, folder / 'tokenizer', dirs_exist_ok=True)
+    shutil.copytree(tokenizer.folder, paths.tokenizer, dirs_exist_ok=True)
     if bad:
-        (folder / 'bad_rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in bad))
-        print(f'{len(bad)} bad examples are left out, listed in {folder / "bad_rows.jsonl"}')
+        runfolder.write_lines(paths.bad_rows, bad)
+        print(f'{len(bad)} bad examples are left out, listed in {paths.bad_rows}')

@@ -59,7 +59,7 @@ class Run:
     @property
     def tokenizer(self):
         """The folder of the tokenizer that comes with the parameters; None: they know no words."""
-        return None if self.part == 'vision' else self.folder / 'tokenizer'
+        return None if self.part == 'vision' else runfolder.Paths(self.folder).tokenizer
 
     def fixes(self, config):
         """{field: value} of what this source fixes in `config`."""
@@ -85,7 +85,7 @@ class Run:
 
     def digest(self):
         """What proves which parameters these are: the digest of the checkpoint's manifest."""
-        return runfolder.file_digest(self.folder / 'checkpoints' / str(self.step) / 'manifest.json')
+        return runfolder.file_digest(runfolder.Paths(self.folder).manifest(self.step))
 
     def __str__(self):
         return f'{self.folder}, step {self.step}' if self.step else str(self.folder)
@@ -168,7 +168,7 @@ def _sources(config, anew):
     if not stage.sees or sees_already:
         return
     place = pathlib.Path(tower or config.family / 'clip')
-    if tower and not is_run(place) and not (place / 'lineage.json').is_file():
+    if tower and not is_run(place) and not runfolder.Paths(place).lineage.is_file():
         yield Published(tower, 'vision', 'vision')
     else:
         yield _run(config, place, ('clip',), 'vision', 'vision')
@@ -176,7 +176,7 @@ def _sources(config, anew):
 
 def is_run(folder):
     """Whether a folder is a run that one can start from: with a config and a checkpoint written to its end."""
-    return (folder / 'config.json').is_file() and bool(runfolder.whole_steps(folder))
+    return runfolder.Paths(folder).config.is_file() and bool(runfolder.whole_steps(folder))
 
 
 def _run(config, folder, allowed, part='', target=''):
