@@ -9,6 +9,7 @@ import numpy as np
 
 from nanovision_jax import config as configs
 from nanovision_jax import models, stages
+from nanovision_jax.data import batch as batches
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.parallel import hardware
@@ -41,7 +42,7 @@ def params(cfg, tokenizer=TOKENIZER, seed=0):
 
 def batch(cfg, seed=0):
     """A batch in which rows, and so the parts of an accumulated step, learn from unequally many tokens."""
-    made = pipeline.fake_batch(cfg, TOKENIZER.size, seed)
+    made = batches.fake_batch(cfg, TOKENIZER.size, seed)
     if 'weights' in made:
         rows, length = made['weights'].shape
         made['weights'] *= np.arange(length) < length - 2 * np.arange(rows)[:, None]

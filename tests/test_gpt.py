@@ -14,7 +14,7 @@ from flax import nnx
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import packing
+from nanovision_jax.data import batch as batches
 from nanovision_jax.models.decoder import rotate_pairs
 from nanovision_jax.models.layers import padded
 from nanovision_jax.training import optim
@@ -30,14 +30,14 @@ def forward(params, tokens, positions, segments):
 
 
 def examples(*lengths, seed=0):
-    """Examples as packing.pack takes them, of so many inputs each."""
+    """Examples as batch.pack takes them, of so many inputs each."""
     rng = np.random.default_rng(seed)
     return [(rng.integers(0, tiny.IMAGE, n + 1, np.int32), np.ones(n + 1, bool), []) for n in lengths]
 
 
 def logits(*rows):
     """Real logits [row, T, VOCAB] of three rows, each a list of examples."""
-    packed = [packing.pack(row, T) for row in rows]
+    packed = [batches.pack(row, T) for row in rows]
     inputs = [np.stack([row[name] for row in packed]) for name in ('tokens', 'positions', 'segments')]
     return np.asarray(forward(PARAMS, *inputs))[..., : tiny.VOCAB]
 
@@ -133,7 +133,7 @@ def test_padded_vocabulary_rows_stay_nothing():
 
 def test_decoding_with_the_cache_gives_the_full_forward_pass():
     rows = [examples(T, seed=seed) for seed in range(3)]
-    tokens = np.stack([packing.pack(row, T)['tokens'] for row in rows])
+    tokens = np.stack([batches.pack(row, T)['tokens'] for row in rows])
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(cache, token, position):

@@ -10,6 +10,7 @@ import pytest
 from conftest import is_held_out, parse
 
 from nanovision_jax import prepare
+from nanovision_jax.data import batch as batches
 from nanovision_jax.data import pipeline, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
@@ -240,7 +241,7 @@ def test_what_is_not_prepared_is_one_sentence(tmp_path, tokenizer):
 def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
     config, rows = open_rows(stage, 'data.batch_size=6')
     (real,) = take(rows, 1, 6)
-    fake = pipeline.fake_batch(config)
+    fake = batches.fake_batch(config)
     assert {name: (a.shape, a.dtype) for name, a in fake.items()} == {
         name: (a.shape, a.dtype) for name, a in real.items()
     }
@@ -251,7 +252,7 @@ def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
 @pytest.mark.parametrize('slots', [1, 2, 5])
 def test_a_fake_batch_is_valid(stage, slots):
     config = parse(stage, f'data.slots={slots}', 'data.batch_size=4', 'data.length=256')
-    batch = pipeline.fake_batch(config, vocab_size=300)
+    batch = batches.fake_batch(config, vocab_size=300)
     vision = stage.startswith('vision')
     assert batch['tokens'].min() >= 0 and max(batch['tokens'].max(), batch['targets'].max()) <= 299
     assert set(np.unique(batch['weights'])) == {0, 1} and 0.3 < batch['weights'].mean() < 0.7
@@ -260,8 +261,8 @@ def test_a_fake_batch_is_valid(stage, slots):
         here = batch['segments'] == segment
         assert (here.sum(1) == 128).all()
         assert (batch['positions'][here].reshape(4, -1) == np.arange(128)).all()
-    assert same(batch, pipeline.fake_batch(config, vocab_size=300))
-    assert not same(batch, pipeline.fake_batch(config, vocab_size=300, seed=1))
+    assert same(batch, batches.fake_batch(config, vocab_size=300))
+    assert not same(batch, batches.fake_batch(config, vocab_size=300, seed=1))
 
 
 # The tokenizer of a family -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import pipeline
+from nanovision_jax.data import batch as batches
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import STAGES
 from nanovision_jax.training import optim, step
@@ -63,7 +63,7 @@ def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
 def abstract(cfg, optimizer, mesh):
     """(graphdef, state, batch) as shapes with shardings; nothing is allocated."""
     graphdef, state = step.abstract_state(cfg, TOKENIZER, optimizer, mesh)
-    row = pipeline.fake_batch(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=1)))
+    row = batches.fake_batch(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=1)))
     rows, sharding = cfg.data.batch_size, NamedSharding(mesh, parallel.BATCH)
     batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in row.items()}
     return graphdef, state, batch

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from nanovision_jax import show
-from nanovision_jax.data import conversation, packing
+from nanovision_jax.data import batch as batches
+from nanovision_jax.data import conversation
 from nanovision_jax.errors import UserError
 
 
@@ -21,7 +22,7 @@ def row(tokenizer):
         messages = [question, {'role': 'assistant', 'content': 'red, über'}]
         ids, learned, *_ = conversation.encode(messages, tokenizer, 9, pictures)
         examples.append((ids, learned, [np.zeros((21, 21, 3), np.uint8)] * pictures))
-    return packing.pack(examples, 61, slots=2, size=21)
+    return batches.pack(examples, 61, slots=2, size=21)
 
 
 def test_a_row_is_told_example_by_example(row, tokenizer):

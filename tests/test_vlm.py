@@ -7,7 +7,7 @@ import reference
 import tiny
 
 from nanovision_jax import models
-from nanovision_jax.data import packing
+from nanovision_jax.data import batch as batches
 from nanovision_jax.models.vlm import splice
 
 T, P = 61, 9
@@ -21,7 +21,7 @@ def forward(params, tokens, positions, segments, images):
 
 
 def example(length, pictures, seed):
-    """An example of `length` inputs as packing.pack takes it; picture k follows the text token 3k."""
+    """An example of `length` inputs as batch.pack takes it; picture k follows the text token 3k."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, tiny.IMAGE, length + 1, np.int32)
     for k in range(pictures):
@@ -34,7 +34,7 @@ A, B, C, D = example(23, 1, 1), example(31, 2, 2), example(7, 0, 3), example(31,
 
 def pack(*rows):
     """Rows (three, so that one compilation is enough), each a list of examples, as the model's inputs."""
-    packed = [packing.pack(row, T, slots=3, size=21) for row in rows]
+    packed = [batches.pack(row, T, slots=3, size=21) for row in rows]
     return [np.stack([row[name] for row in packed]) for name in ('tokens', 'positions', 'segments', 'images')]
 
 

@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 
-from nanovision_jax.data import images
+from nanovision_jax.data import batch, images
 from nanovision_jax.data.catalog import bounds
 from nanovision_jax.data.index import encode_example
 from nanovision_jax.data.text import open_shard
@@ -42,30 +42,6 @@ def plan(order, lengths, pictures, length, slots):
         space[place][0] -= need
         space[place][1] -= seen
     return done + rows
-
-
-def pack(examples, length, slots=0, size=0):
-    """Lays (ids, learned, pictures) examples into one row of the batch contract (DESIGN: contracts, Batch).
-
-    pictures: uint8 [size, size, 3] each. Returns tokens, targets, weights, segments, positions [length], and with
-    slots also images [slots, size, size, 3].
-    """
-    row = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
-    row['weights'] = np.zeros(length, np.float32)
-    if slots:
-        row['images'] = np.zeros((slots, size, size, 3), np.uint8)
-    start = slot = 0
-    for number, (ids, learned, pictures) in enumerate(examples, 1):
-        stop = start + len(ids) - 1
-        row['tokens'][start:stop], row['targets'][start:stop] = ids[:-1], ids[1:]
-        row['weights'][start:stop] = learned[1:]
-        row['segments'][start:stop] = number
-        row['positions'][start:stop] = np.arange(stop - start)
-        for picture in pictures:
-            row['images'][slot] = picture
-            slot += 1
-        start = stop
-    return row
 
 
 class Shuffled:
@@ -183,7 +159,7 @@ class PackedRows:
             example = self.source[self.index.rows[k]]
             ids, learned, pictures = encode_example(example, self.config, self.tokenizer)
             laid.append((ids, learned, [images.decode(data, vision) for data in pictures]))
-        return pack(laid, self.config.data.length, self.slots, vision.image_size)
+        return batch.pack(laid, self.config.data.length, self.slots, vision.image_size)
 
     def rows_per_epoch(self):
         """Rows in the first epoch."""

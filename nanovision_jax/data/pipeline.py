@@ -1,6 +1,6 @@
 """From a config to batches: opens tokenizer, source and rows, and lets Grain read ahead.
 
-Nothing here imports jax; batches are dicts of numpy arrays with the shapes of the batch contract.
+Nothing here imports jax; batches are dicts of numpy arrays with the shapes that batch.py tells.
 """
 
 import contextlib
@@ -189,30 +189,3 @@ def _parse_absl_flags():
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(['nanovision_jax'])
-
-
-def fake_batch(config, vocab_size=512, seed=0):
-    """A valid batch of the stage's shapes with random content: for tests, benchmarks and planning.
-
-    Ids below `vocab_size`; picture runs are marked with the id vocab_size - 1. Two examples a row, half of it learned.
-    """
-    rng = np.random.default_rng(seed)
-    data, vision = config.data, config.model.vision
-    b, t, s = data.batch_size, data.length, vision.image_size
-    if stage_of(config).data == 'pairs':
-        return {
-            'images': rng.integers(0, 256, (b, s, s, 3), np.uint8),
-            'tokens': rng.integers(0, vocab_size, (b, t), np.int32),
-            'ends': rng.integers(0, t, b, np.int32),
-        }
-    slots = data.slots if stage_of(config).sees else 0
-    rows = []
-    for _ in range(b):
-        examples = []
-        for pictures in (slots - slots // 2, slots // 2):
-            ids = rng.integers(0, vocab_size - 1, t // 2 + 1, np.int32)
-            ids[1 : 1 + pictures * vision.patches] = vocab_size - 1
-            learned = np.arange(t // 2 + 1) > t // 4
-            examples.append((ids, learned, rng.integers(0, 256, (pictures, s, s, 3), np.uint8)))
-        rows.append(packing.pack(examples, t, slots, s))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
