@@ -18,6 +18,7 @@ import shlex
 import sys
 import urllib.parse
 
+from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import Parser, UserError, run
 from nanovision_jax.stages import stage_of
 
@@ -47,8 +48,6 @@ def _readings(text):
 
 def open_picture(text):
     """A PIL picture from a file, as find_picture() finds it. Raises UserError if there is none."""
-    from nanovision_jax.data import conversation, images
-
     path = find_picture(text)
     try:
         return images.load(pathlib.Path(path).read_bytes())

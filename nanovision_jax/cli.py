@@ -4,6 +4,9 @@ import contextlib
 import pathlib
 import sys
 
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
@@ -105,9 +108,6 @@ def _split(argv):
 
 def _read(file, size, given):
     """Runs the config file and applies the overrides, through ml_collections."""
-    from absl import flags as absl_flags
-    from ml_collections import config_flags
-
     if size:
         base_config('pretrain', size)  # a size that does not exist is answered before the file is run
     overrides = sorted(given, key=lambda arg: not arg.startswith('--config='))  # absl wants the file first

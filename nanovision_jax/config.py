@@ -11,7 +11,7 @@ import pathlib
 import re
 import typing
 
-from nanovision_jax.data.catalog import CONVERSATIONS, PREPARED, parse_source, parts_of
+from nanovision_jax.data import catalog
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.stages import STAGES, stage_of
 
@@ -134,6 +134,16 @@ class Data:
     slots: int = option(4, 'pictures a row, in the vision stages', above=0)
     augment: bool = option(False, 'clip only: random crop and mirror; wrong where left and right matter')
     workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
+
+    @property
+    def named(self) -> catalog.Part:
+        """What `source` names."""
+        return catalog.parse_source(self.source)
+
+    @property
+    def prepared(self) -> tuple[catalog.Part, ...]:
+        """The prepared sets that mixture or source name; none for another source."""
+        return catalog.prepared_sets(self.source, self.mixture)
 
 
 @dataclasses.dataclass
@@ -298,7 +308,7 @@ def fill(config):
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
     if config.data.mixture:
         config.data.source = 'mixture'
-    if parts_of(config.data):
+    if config.data.prepared:
         config.data.path = config.data.path or 'data'
     elif config.data.source == 'tiny_world':
         config.data.path = config.data.path or str(config.family / 'data')
@@ -364,25 +374,25 @@ def check_model(config):
 def _check_data(config):
     """Raises UserError where the stage cannot learn from what data.source and data.mixture name."""
     d = config.data
-    part = parse_source(d.source)
-    known = ('tiny_world', 'conversations', 'text', 'shards', *PREPARED)
+    part, known = d.named, (*catalog.OWN_SOURCES, *catalog.SETS)
     if part.name == UNKNOWN:
         raise UserError('data.source is unknown: say what to learn from, as in --config.data.source=conversations.')
     if part.name not in known and not d.mixture:
         raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
-    if part.subset and part.name not in PREPARED:
+    if part.subset and part.name not in catalog.SETS:
         raise UserError(f'data.source {d.source!r}: only prepared sets are taken in part.')
     learns = stage_of(config).data
     if d.mixture and learns == 'text':
         raise UserError(
             f'data.mixture mixes conversations: stage {config.stage} learns from text, one data.source of it.'
         )
-    names = [part.name for part in parts_of(d)] or [part.name]
-    if learns != 'text' and (text := {'text', 'shards', 'fineweb_edu'} & set(names)):
+    names = [part.name for part in d.prepared] or [part.name]
+    if learns != 'text' and (text := {'text', *catalog.TOKENS} & set(names)):
         raise UserError(f'stage {config.stage} learns from conversations: data.source {text.pop()!r} is for pretrain.')
-    if learns == 'text' and {'conversations', *CONVERSATIONS} & set(names):
+    if learns == 'text' and {'conversations', *catalog.CONVERSATIONS} & set(names):
         raise UserError(f"stage {config.stage} learns from text: set data.source to 'fineweb_edu', 'text' or 'shards'.")
-    if learns == 'pairs' and 'magpie' in names:
-        raise UserError(f'stage {config.stage} learns from pictures with captions: magpie has none.')
+    blind = [name for name in names if name in catalog.SETS and not catalog.SETS[name].has_images]
+    if learns == 'pairs' and blind:
+        raise UserError(f'stage {config.stage} learns from pictures with captions: {blind[0]} has none.')
     if part.name != 'tiny_world' and not d.path:
         raise UserError(f'data.source {d.source!r} needs data.path: the file or folder to read.')

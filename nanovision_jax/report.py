@@ -22,7 +22,6 @@ import statistics
 
 from nanovision_jax import config as configs
 from nanovision_jax import report_page
-from nanovision_jax.data import catalog as mixture
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import Parser, UserError, check_writable, run
@@ -110,17 +109,17 @@ def find_pictures(config, names):
     found, data = {}, config.data
     if data.source == 'tiny_world':
         if (pathlib.Path(data.path) / 'tiny_world' / 'scenes').exists():  # opening what is not there would make it
-            source = sources.TinyWorld(data.path, 'validation', 'conversation')
+            source = sources.TinyWorldSource(data.path, 'validation', 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}
-    elif mixture.parts_of(data):
+    elif data.prepared:
         with contextlib.suppress(UserError):  # the prepared sets are somewhere else by now
             source = sources.open_source(config, 'validation')
             examples = (source[i] for i in range(len(source)))
             shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
             found = {name: data_uri(picture) for name, picture in shown if name in names}
     elif pathlib.Path(data.path).is_file():
-        pictures = sources.Conversations(data.path, data.images).pictures()
+        pictures = sources.Conversations(data.path, data.images).images_by_name()
         for name in names:
             try:
                 found[name] = data_uri(pictures.read(name))

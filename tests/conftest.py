@@ -100,7 +100,6 @@ def llava_folder(tmp_path_factory):
 @pytest.fixture(scope='session')
 def tiny_family(tmp_path_factory):
     """A folder runs/tiny whose data/ holds a tiny_world of a few dozen examples; the stages' run folders go beside."""
-    from nanovision_jax.data.sources import open_tiny_world
 
     family = tmp_path_factory.mktemp('runs') / 'tiny'
     few = {
@@ -111,7 +110,7 @@ def tiny_family(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_world, 'EXAMPLES', few)
         for kind in few:
-            open_tiny_world(str(family / 'data'), kind, 'train')
+            tiny_world.open_rows(str(family / 'data'), kind, 'train')
     return family
 
 

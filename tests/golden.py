@@ -17,6 +17,7 @@ import micro
 import numpy as np
 
 from nanovision_jax import config as configs
+from nanovision_jax.hf import configs as hf_configs
 from nanovision_jax.hf import decoders, llava
 from nanovision_jax.hf.weights import write_weights
 
@@ -84,11 +85,11 @@ def model_of(kind):
     cfg, tokenizer = config_of(kind), micro.TOKENIZER
     graphdef, params = params_of(cfg, tokenizer)
     if cfg.stage.startswith('vision'):
-        tensors = llava.give_llava(params, cfg.model, tokenizer.size)
+        tensors = llava.llava_to_hf(params, cfg.model, tokenizer.size)
         return cfg, graphdef, params, tensors, llava.llava_json(cfg.model, tokenizer.size, tokenizer.image)
-    content = decoders.decoder_json(cfg.model, tokenizer.size)
-    family = decoders.FAMILIES[content['model_type']]
-    return cfg, graphdef, params, decoders.give_decoder(params, family, tokenizer.size), content
+    content = hf_configs.decoder_json(cfg.model, tokenizer.size)
+    architecture = decoders.ARCHITECTURES[content['model_type']]
+    return cfg, graphdef, params, decoders.decoder_to_hf(params, architecture, tokenizer.size), content
 
 
 def inputs_of(cfg):

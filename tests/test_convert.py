@@ -20,6 +20,7 @@ from nanovision_jax import convert, models, report
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf import convert as conversions
 from nanovision_jax.inference import engine
 from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
@@ -321,7 +322,7 @@ def test_what_our_models_cannot_represent_is_refused_by_name(runs, tmp_path, cap
             change(weights)
             save_file(weights, folder / 'model.safetensors')
         with pytest.raises(UserError, match=why):
-            convert.from_hf(folder, out)
+            conversions.from_folder(folder, out)
         assert not out.exists()
         shutil.rmtree(folder)
 

@@ -23,17 +23,17 @@ from published import (
     write_zip,
 )
 
-from nanovision_jax import prepare as verb
-from nanovision_jax.data import sources
+from nanovision_jax.data import preparation, sources
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.datasets import files
-from nanovision_jax.data.image_names import Pictures
+from nanovision_jax.data.image_names import NamedImages
 from nanovision_jax.errors import UserError
 
 
 def prepare(name, folder, **options):
     """(what source.json says, {id: Example} of all, {id: split}, the rows of bad_rows.jsonl)."""
     output = folder.parent / f'{folder.name}-data'
-    made = verb.prepare(name, str(folder), str(output), **options)
+    made = preparation.prepare(name, str(folder), str(output), **options)
     found, splits = {}, {}
     for split in ('train', 'validation'):
         source = sources.Prepared(output, name, split)
@@ -176,9 +176,9 @@ def test_the_150k_finds_cocos_pictures(folder, stored):
 
 def test_a_picture_outside_the_folder_is_not_read(folder, stored):
     (folder.parent / 'secret.jpg').write_bytes(stored[0])
-    found = Pictures(folder)
+    found = NamedImages(folder)
     for name, told in {'../secret.jpg': 'leaves', str(folder.parent / 'secret.jpg'): 'leaves', '': 'missing'}.items():
-        with pytest.raises(sources.BadExample, match=told):
+        with pytest.raises(BadExample, match=told):
             found.read(name)
 
 
@@ -258,13 +258,13 @@ def test_finevisions_ratings_are_filters(folder, stored):
 @pytest.mark.parametrize('minimum, told', {'relevence:4': "Did you mean 'relevance'", 'relevance': 'RATING'}.items())
 def test_a_wrong_rating_is_one_sentence(folder, minimum, told):
     with pytest.raises(UserError, match=told):
-        verb.prepare('cauldron', str(folder), minimum=minimum)
+        preparation.prepare('cauldron', str(folder), minimum=minimum)
 
 
 def test_a_broken_parquet_file_is_one_sentence(folder):
     (folder / 'x.parquet').write_bytes(b'PAR1 but no more')
     with pytest.raises(UserError, match=r'x\.parquet is no parquet file that can be read'):
-        verb.prepare('cauldron', str(folder), str(folder.parent / 'data'))
+        preparation.prepare('cauldron', str(folder), str(folder.parent / 'data'))
 
 
 # Magpie --------------------------------------------------------------------------------------------------------------

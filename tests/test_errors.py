@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 from nanovision_jax import config as configs
-from nanovision_jax import convert, errors, prepare, report
+from nanovision_jax import convert, errors, report
+from nanovision_jax.data import preparation
 from nanovision_jax.training import loop as train
 
 
@@ -133,7 +134,7 @@ def test_every_command_tries_its_folder_before_its_work(tmp_path, monkeypatch):
     for called in (
         lambda: train.train(config),
         lambda: convert.main(['--to=hf', f'--run={tmp_path}/none', f'--output={tmp_path}/file/out']),
-        lambda: prepare.prepare('chat', str(tmp_path), f'{tmp_path}/file/data'),
+        lambda: preparation.prepare('chat', str(tmp_path), f'{tmp_path}/file/data'),
     ):
         with pytest.raises(errors.UserError, match='cannot be a folder'):
             called()

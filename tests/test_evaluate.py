@@ -16,7 +16,7 @@ from nanovision_jax import errors, evaluate
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base, vqa
-from nanovision_jax.inference import run as inference
+from nanovision_jax.evals import run as evaluating
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
 
@@ -134,14 +134,14 @@ def model_run(tokenizer, monkeypatch):
     def use(looks, stage='vision_instruct'):
         stub = Stub(tokenizer, looks)
         opened = types.SimpleNamespace(config=tiny.config(stage), tokenizer=tokenizer, answer=stub.answer)
-        monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
+        monkeypatch.setattr(evaluating, 'load', lambda run_dir: opened)
 
     return use
 
 
 def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
     model_run(looks=True)
-    found = evaluate.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
+    found = evaluating.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
     assert (found.task, found.n, found.accuracy, found.interval) == ('vqa', 24, 1.0, [1.0, 1.0])
     assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found.to_json()
     shuffled = [found.by_kind[kind].pop('shuffled') for kind in ('is it dark', 'what colour is')]
@@ -211,7 +211,7 @@ def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, cap
     turns = [{'from': 'human', 'value': 'Why?'}, {'from': 'gpt', 'value': 'So.'}]
     two = {'image': ['0.png', '1.png'], 'conversations': turns * 3}
     files = many(tmp_path, {7: 'missing', 8: 'missing', 250: 'damaged'}, 302, row300=two, row301={'image': []})
-    found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    found = evaluating.evaluate(tmp_path / 'run', 'vqa', **files)
     assert (found.asked, found.n, found.accuracy, found.too_long) == (300, 297, 1.0, 0)
     assert found.left_out == {'missing image': 2, 'image does not decode': 1}
     assert found.other == {'question about 2 pictures': 3, 'question about no pictures': 1}
@@ -238,7 +238,7 @@ def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, cap
 def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(model_run, tmp_path, monkeypatch, capsys):
     model_run(looks=True)
     files = many(tmp_path, dict.fromkeys((3, 4, 250), 'missing'), 300)
-    old = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    old = evaluating.evaluate(tmp_path / 'run', 'vqa', **files)
     kept = {file: file.read_bytes() for file in (tmp_path / 'run/eval').iterdir()}
     (tmp_path / 'many' / '5.png').unlink()  # four of 300 now
     argv = [f'--run={tmp_path}/run', '--task=vqa', f'--data={files["data"]}', f'--images={files["images"]}']
@@ -262,17 +262,17 @@ def test_where_nothing_can_be_read_nothing_is_scored(model_run, tmp_path):
     model_run(looks=True)
     files = many(tmp_path, dict.fromkeys(range(8), 'missing'), 8)
     with pytest.raises(UserError, match=r'8 of 8 questions cannot be asked.*8 × missing image; there is none to score'):
-        evaluate.evaluate(tmp_path / 'run', 'vqa', **files, allow_missing=True)
+        evaluating.evaluate(tmp_path / 'run', 'vqa', **files, allow_missing=True)
     rows = [row | {'image': []} for row in json.loads(files['data'].read_text())]
     files['data'].write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r'no question about one picture .* It has 8 × question about no pictures'):
-        evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+        evaluating.evaluate(tmp_path / 'run', 'vqa', **files)
 
 
 def test_a_row_that_is_no_conversation_is_one_lost_question(model_run, tmp_path):
     model_run(looks=True)
     files = many(tmp_path, {}, 200, row9={'conversations': [{'from': 'nobody', 'value': 'x'}]})
-    found = evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+    found = evaluating.evaluate(tmp_path / 'run', 'vqa', **files)
     assert (found.asked, found.n, found.left_out) == (200, 199, {'unknown speaker': 1})
 
 
@@ -311,7 +311,7 @@ def test_pictures_are_read_a_batch_at_a_time(model_run, tmp_path, monkeypatch):
     monkeypatch.setattr(images, 'decode', watched)
     found = {}
     for count in (40, 120):
-        found[count] = evaluate.evaluate(tmp_path / f'{count}', 'vqa', **many(tmp_path / f'{count}', {}, count))
+        found[count] = evaluating.evaluate(tmp_path / f'{count}', 'vqa', **many(tmp_path / f'{count}', {}, count))
     assert len(most) >= 3 * 160 and max(most) <= 2 * 8
     assert found[120].accuracy == 1.0 and found[120].controls['blank'] == 0.0
 
@@ -321,7 +321,7 @@ def test_a_picture_that_vanishes_is_said(model_run, tmp_path, monkeypatch):
     files = many(tmp_path, {}, 8)
     monkeypatch.setattr(vqa, 'check_left_out', lambda *_: (tmp_path / 'many/5.png').unlink())
     with pytest.raises(UserError, match=r"cannot be read again: missing image '5\.png'\.$"):
-        evaluate.evaluate(tmp_path / 'run', 'vqa', **files)
+        evaluating.evaluate(tmp_path / 'run', 'vqa', **files)
 
 
 def test_a_result_of_older_code_is_still_told(tmp_path):
@@ -389,16 +389,16 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
         ({'task': 'bpb', 'split': 'heldout', 'data': None}, 'text has no heldout split'),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate.evaluate(squares / 'run', **{'task': 'vqa', 'data': data} | options)
+            evaluating.evaluate(squares / 'run', **{'task': 'vqa', 'data': data} | options)
     model_run(looks=True, stage='clip')
     with pytest.raises(UserError, match='bpb takes a run with a decoder'):
-        evaluate.evaluate(squares / 'run', 'bpb', data=data)
-    monkeypatch.setattr(inference, 'load', lambda run_dir: pytest.fail('the run was opened'))
+        evaluating.evaluate(squares / 'run', 'bpb', data=data)
+    monkeypatch.setattr(evaluating, 'load', lambda run_dir: pytest.fail('the run was opened'))
     with pytest.raises(UserError, match='cannot be written'):
-        evaluate.evaluate(squares / 'run', 'vqa', data=data, output='/proc/out')
+        evaluating.evaluate(squares / 'run', 'vqa', data=data, output='/proc/out')
     model_run(looks=True, stage='sft')
     with pytest.raises(UserError, match='a sft run cannot answer it'):
-        evaluate.evaluate(squares / 'run', 'vqa', data=data)
+        evaluating.evaluate(squares / 'run', 'vqa', data=data)
     assert not (squares / 'run').exists()
 
 
@@ -418,10 +418,10 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     cfg = tiny.config(stage)
     graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
     opened = types.SimpleNamespace(config=cfg, tokenizer=tokenizer, graphdef=graphdef, params=params)
-    monkeypatch.setattr(inference, 'load', lambda run_dir: opened)
+    monkeypatch.setattr(evaluating, 'load', lambda run_dir: opened)
     words = 'the naïve cat sees a big red house, under the tree.\nüber 你好 café 42! ' * 4
     (tmp_path / 'words.txt').write_text(words)
-    found = evaluate.evaluate(tmp_path / 'run', 'bpb', data=tmp_path / 'words.txt', limit=limit)
+    found = evaluating.evaluate(tmp_path / 'run', 'bpb', data=tmp_path / 'words.txt', limit=limit)
 
     ids = [tokenizer.end_of_text, *tokenizer.encode(words)]
     length, windows = cfg.data.length, limit or (len(ids) - 1) // cfg.data.length

@@ -8,8 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nanovision_jax import prepare
-from nanovision_jax.data import formats
+from nanovision_jax.data import formats, preparation
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.folders import data_files
@@ -110,14 +109,14 @@ def test_a_string_of_parquet_that_is_not_utf8_is_a_bad_row(tmp_path, bad):
 def test_a_row_that_is_not_utf8_is_listed_where_a_set_is_prepared(tmp_path):
     broken_parquet(tmp_path / 'x.parquet', [b'x', b'\xe9'])
     with pytest.raises(UserError, match=r'1 of 2 rows .* are bad .*: 1 × a row that is no'):
-        prepare.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
+        preparation.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
     notes = pyarrow.array([b'x', b'\xe9'], pyarrow.binary()).view(pyarrow.string())
     texts = pyarrow.StructArray.from_arrays([notes, notes], ['user', 'assistant'])
     pyarrow.parquet.write_table(
         pyarrow.table({'texts': pyarrow.ListArray.from_arrays([0, 1, 2], texts)}), tmp_path / 'x.parquet'
     )
     with pytest.raises(UserError, match=r'1 of 2 rows .* are bad .*: 1 × a row that is not UTF-8'):
-        prepare.prepare('cauldron', str(tmp_path), str(tmp_path / 'out'))
+        preparation.prepare('cauldron', str(tmp_path), str(tmp_path / 'out'))
 
 
 def test_hidden_files_are_no_data(tmp_path):

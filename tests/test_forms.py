@@ -8,10 +8,9 @@ import pyarrow
 import pytest
 from published import IMAGE, pictures, write_jsonl, write_parquet, write_zip
 
-from nanovision_jax import prepare as verb
-from nanovision_jax.data import formats, sources
-from nanovision_jax.data.conversation import BadExample, check, encode, kind_of, side
-from nanovision_jax.data.image_names import Pictures, fetch, name_of
+from nanovision_jax.data import formats, preparation, sources
+from nanovision_jax.data.conversation import BadExample, check, encode, kind_of, split_of
+from nanovision_jax.data.image_names import NamedImages, fetch, name_of
 from nanovision_jax.errors import UserError
 
 STORED = pictures(8)
@@ -117,7 +116,7 @@ def test_every_form_is_read_alike(place):
 def test_prepare_reads_what_conversations_read(place):
     filler = [{'messages': [message(f'q {i}'), ANSWER]} for i in range(100)]
     write_jsonl(place / 'y.jsonl', [{'id': name, **row} for name, (row, _, _) in FORMS.items()] + filler)
-    made = verb.prepare('chat', str(place / 'y.jsonl'), str(place / 'out'))
+    made = preparation.prepare('chat', str(place / 'y.jsonl'), str(place / 'out'))
     assert made['bad'] == 0
     read = {}
     for split in ('train', 'validation'):
@@ -190,7 +189,7 @@ def test_a_system_message_has_its_place_and_no_picture():
 def test_the_first_question_decides_the_side_whatever_the_system_message():
     sides = []
     for head in ([], [message('Be brief.', 'system')], [message('Be kind.', 'system')]):
-        sides.append([side([*head, message(f'question {i}'), ANSWER], []) for i in range(200)])
+        sides.append([split_of([*head, message(f'question {i}'), ANSWER], []) for i in range(200)])
     assert sides[0] == sides[1] == sides[2] and set(sides[0]) == {'train', 'validation'}
 
 
@@ -264,7 +263,7 @@ def test_another_form_is_named_at_once(tmp_path, data, told):
         len(sources.Conversations(tmp_path / 'x.json'))
     assert '\n' not in str(caught.value)
     with pytest.raises(UserError, match=told):
-        verb.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
+        preparation.prepare('chat', str(tmp_path), str(tmp_path / 'out'))
 
 
 def test_reasons_of_one_kind_are_one():
@@ -283,17 +282,17 @@ def test_a_link_to_pictures_elsewhere_is_followed_where_it_is_the_folder(tmp_pat
     (tmp_path / 'near').mkdir()
     (tmp_path / 'near/images').symlink_to(tmp_path / 'far')
     for name in ('a.jpg', 'images/a.jpg'):
-        assert Pictures(tmp_path / 'near').read(name) == STORED[0]
+        assert NamedImages(tmp_path / 'near').read(name) == STORED[0]
     (tmp_path / 'secret.jpg').write_bytes(STORED[0])
     with pytest.raises(BadExample, match='leaves the folder'):
-        Pictures(tmp_path / 'near').read('../secret.jpg')
+        NamedImages(tmp_path / 'near').read('../secret.jpg')
 
 
 def test_the_picture_of_the_named_zip_comes_first(tmp_path):
     write_zip(tmp_path / 'backup.zip', {'a.jpg': STORED[1], 'deep/c.jpg': STORED[3]})
     write_zip(tmp_path / 'images.zip', {'a.jpg': STORED[0]})
-    assert Pictures(tmp_path).read('a.jpg') == STORED[0] and Pictures(tmp_path).read('c.jpg') == STORED[3]
-    assert Pictures(tmp_path / 'backup.zip').read('images/a.jpg') == STORED[1]
+    assert NamedImages(tmp_path).read('a.jpg') == STORED[0] and NamedImages(tmp_path).read('c.jpg') == STORED[3]
+    assert NamedImages(tmp_path / 'backup.zip').read('images/a.jpg') == STORED[1]
 
 
 @pytest.mark.parametrize('name', ['images/', 'images\\', 'images/.', '.', './', '..', 'images/..', '/', '//', 'a/..'])
@@ -301,7 +300,7 @@ def test_the_name_of_a_folder_is_no_picture(tmp_path, name):
     for place in ('images', 'a'):
         (tmp_path / place).mkdir()
     write_zip(tmp_path / 'more.zip', {'images/b.jpg': STORED[0]})
-    for near in (Pictures(tmp_path), Pictures(tmp_path / 'more.zip')):
+    for near in (NamedImages(tmp_path), NamedImages(tmp_path / 'more.zip')):
         with pytest.raises(BadExample, match=r'missing image|leaves the folder'):
             near.read(name)
         near.stamp([name])
@@ -324,7 +323,7 @@ def test_a_damaged_zip_nearby_is_told_where_a_picture_is_missing(tmp_path, make,
     write_jsonl(tmp_path / 'x.jsonl', [*rows, {'image': 'b.jpg', 'conversations': turns('<image>')}])
     source = sources.Conversations(tmp_path / 'x.jsonl')
     assert source.key and source[0].images == [] and source[1].images == [STORED[0]]
-    assert Pictures(tmp_path).read('c.jpg') == STORED[2]
+    assert NamedImages(tmp_path).read('c.jpg') == STORED[2]
     told = f', and {place} is a damaged zip file' if (tmp_path / place).is_file() and place[0] != '.' else ''
     with pytest.raises(BadExample) as caught:
         source[2]
@@ -334,7 +333,7 @@ def test_a_damaged_zip_nearby_is_told_where_a_picture_is_missing(tmp_path, make,
 def test_a_damaged_zip_that_is_named_is_one_sentence(tmp_path):
     damage(tmp_path / 'b.zip')
     with pytest.raises(UserError, match=r'b\.zip is a damaged zip file: '):
-        Pictures(tmp_path / 'b.zip').read('b.jpg')
+        NamedImages(tmp_path / 'b.zip').read('b.jpg')
     write_jsonl(tmp_path / 'x.jsonl', [FORMS['llava'][0]])
     with pytest.raises(UserError, match=r'b\.zip is a damaged zip file: '):
         print(sources.Conversations(tmp_path / 'x.jsonl', tmp_path / 'b.zip').key)
@@ -351,11 +350,11 @@ def test_a_picture_is_found_by_its_uri(tmp_path):
         f'file://{root}/c%20d.jpg': STORED[1],
         'file://a%20b.jpg': STORED[0],
     }.items():
-        assert fetch(uri, Pictures(tmp_path)) == data, uri
+        assert fetch(uri, NamedImages(tmp_path)) == data, uri
     with pytest.raises(BadExample, match='missing image'):
-        fetch('a%20b.jpg', Pictures(tmp_path))  # no URI
+        fetch('a%20b.jpg', NamedImages(tmp_path))  # no URI
     with pytest.raises(BadExample, match='on the web'):
-        fetch('http://a.b/a%20b.jpg', Pictures(tmp_path))
+        fetch('http://a.b/a%20b.jpg', NamedImages(tmp_path))
 
 
 def test_base64_may_have_line_breaks_and_any_case_before_it():
@@ -369,12 +368,12 @@ def test_base64_may_have_line_breaks_and_any_case_before_it():
 
 def test_the_stamp_tells_which_pictures_are_there(tmp_path):
     (tmp_path / 'a.jpg').write_bytes(STORED[0])
-    stamps = [Pictures(tmp_path).stamp(['a.jpg', 'c.jpg'])]
+    stamps = [NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg'])]
     (tmp_path / 'unrelated.jpg').write_bytes(STORED[0])
-    assert Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']) == stamps[0]
+    assert NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']) == stamps[0]
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images/c.png').write_bytes(STORED[2])
-    stamps.append(Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    stamps.append(NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']))
     write_zip(tmp_path / 'images.zip', {'c.jpg': STORED[3]})
-    stamps.append(Pictures(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    stamps.append(NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']))
     assert len(set(stamps)) == 3

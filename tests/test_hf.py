@@ -16,6 +16,8 @@ import nanovision_jax
 from nanovision_jax import config as configs
 from nanovision_jax import hf, models
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf import configs as hf_configs
+from nanovision_jax.hf import decoders, towers
 from nanovision_jax.hf.weights import without_prefixes
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.training import loop as train
@@ -117,7 +119,7 @@ def test_preprocessing_is_that_of_its_home(kind, name, tmp_path):
     processor = getattr(transformers, name).from_pretrained(tmp_path)
     wanted = np.stack(processor(pictures(), return_tensors='np')['pixel_values']).transpose(0, 2, 3, 1)
     _, preprocess = hf.load_vision_tower(tmp_path)
-    std = np.array(hf.vision_config(tmp_path).std)
+    std = np.array(hf_configs.vision_config(tmp_path).std)
     assert np.abs((preprocess(pictures()) - wanted) * std).max() <= 1 / 255 + 1e-6
 
 
@@ -259,9 +261,9 @@ def make_decoder(name, folder):
 
 def our_decoder(folder, vocab_size=VOCAB):
     """(graphdef, parameters) of the decoder that a folder holds."""
-    cfg = configs.Config(stage='sft', model=configs.Model(**hf.read_decoder_config(folder)))
+    cfg = configs.Config(stage='sft', model=configs.Model(**hf_configs.read_decoder_config(folder)))
     graphdef, shapes = models.abstract(cfg, vocab_size, vocab_size - 1)
-    return graphdef, hf.read_decoder(folder, shapes, vocab_size)
+    return graphdef, decoders.read_decoder(folder, shapes, vocab_size)
 
 
 @pytest.mark.parametrize('name', DECODERS)
@@ -310,7 +312,7 @@ def test_what_our_decoder_lacks_is_refused_by_name(changes, why, tmp_path):
     file = tmp_path / 'config.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(UserError, match=why):
-        hf.read_decoder_config(tmp_path)
+        hf_configs.read_decoder_config(tmp_path)
 
 
 def test_a_field_that_published_weights_fix_is_refused(tmp_path):
@@ -342,8 +344,8 @@ def test_a_published_decoder_and_tower_go_down_the_road(tiny_family, tokenizer_f
             decoder = decoder.rename(tmp_path / 'moved')
     trained = micro.read(family / 'vision_instruct')['params']
     shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)[1]
-    micro.assert_same(trained['vision'], hf.tower_weights(tower, shapes['vision']))  # frozen, to the last bit
-    given = hf.read_decoder(decoder, shapes['decoder'], tokenizer.size)
+    micro.assert_same(trained['vision'], towers.tower_weights(tower, shapes['vision']))  # frozen, to the last bit
+    given = decoders.read_decoder(decoder, shapes['decoder'], tokenizer.size)
     assert np.abs(trained['decoder']['embedding']['embedding'] - given['embedding']['embedding']).max() > 0
     lineage = runfolder.read_lineage(family / 'vision_pretrain')
     assert [parent['run'] for parent in lineage['parents']] == [str(family / 'sft'), str(tower)]

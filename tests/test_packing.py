@@ -11,8 +11,7 @@ import pytest
 from conftest import parse
 from PIL import Image
 
-from nanovision_jax.data import catalog as mixture
-from nanovision_jax.data import images, index, packing, sources
+from nanovision_jax.data import catalog, images, index, packing, sources
 from nanovision_jax.errors import UserError
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -136,12 +135,12 @@ def test_an_unshuffled_mixture_has_every_part_from_the_start():
     '[-3:]': (197, 200), '[:1000]': (0, 200), '[25%:75%]': (50, 150), '[:]': (0, 200),
 }.items())  # fmt: skip
 def test_bounds_of_a_subset(subset, wanted):
-    assert mixture.bounds(subset, 200) == wanted
+    assert catalog.bounds(subset, 200) == wanted
 
 
 def test_weights_are_shares():
-    parts = mixture.parse_mixture('llava_instruct[:10%]:3, magpie:1')
-    assert parts == [('llava_instruct', '[:10%]', 0.75), ('magpie', '', 0.25)]
+    parts = catalog.parse_mixture('llava_instruct[:10%]:3, magpie:1')
+    assert parts == (('llava_instruct', '[:10%]', 0.75), ('magpie', '', 0.25))
 
 
 # Conversations -------------------------------------------------------------------------------------------------------

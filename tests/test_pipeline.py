@@ -9,9 +9,8 @@ import published
 import pytest
 from conftest import is_held_out, parse
 
-from nanovision_jax import prepare
 from nanovision_jax.data import batch as batches
-from nanovision_jax.data import pipeline, sources
+from nanovision_jax.data import pipeline, preparation, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import STAGES
@@ -22,7 +21,7 @@ def open_rows(tiny_config):
     """A function that opens a stage's rows: (stage, *overrides) → (config, rows)."""
 
     def opened(stage, *overrides, split='train'):
-        config = tiny_config(stage, 'data.vocab_size=400', 'data.length=512', 'data.slots=3', *overrides)
+        config = tiny_config(stage, 'data.vocab_size=384', 'data.length=512', 'data.slots=3', *overrides)
         return config, pipeline.open_rows(config, pipeline.family_tokenizer(config), split)[0]
 
     return opened
@@ -114,7 +113,7 @@ def prepared(tmp_path_factory):
     (folder / 'raw/chat.json').write_text(json.dumps(rows))
     published.write_parquet(folder / 'raw/train.parquet', published.magpie_rows(400), published.MAGPIE)
     for name in ('llava_pretrain', 'magpie'):
-        prepare.prepare(name, str(folder / 'raw'), str(folder / 'data'))
+        preparation.prepare(name, str(folder / 'raw'), str(folder / 'data'))
     return folder
 
 
@@ -200,7 +199,7 @@ def test_more_pictures_than_slots_are_bad_rows(prepared, tokenizer, tmp_path):
     (tmp_path / 'raw').mkdir()
     (tmp_path / 'raw/a.jpg').write_bytes(next(p for p in published.pictures(10) if not is_held_out(p)))
     published.write_jsonl(tmp_path / 'raw/x.jsonl', rows)
-    prepare.prepare('chat', str(tmp_path / 'raw'), str(tmp_path / 'data'))
+    preparation.prepare('chat', str(tmp_path / 'raw'), str(tmp_path / 'data'))
     rows = mixed(tmp_path, tokenizer, 'vision_instruct', 'data.source=chat')
     assert [row['reason'] for row in rows.index.bad] == ['3 images for 2 slots']
 

@@ -16,7 +16,7 @@ from published import MAGPIE, asked, llava_rows, magpie_rows, pictures, said, wr
 
 from nanovision_jax import prepare as verb
 from nanovision_jax import report
-from nanovision_jax.data import download, images, packing, sources, text
+from nanovision_jax.data import catalog, download, images, packing, preparation, sources, text
 from nanovision_jax.data.datasets import fineweb_edu
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
@@ -43,15 +43,15 @@ def examples(folder, name='llava_pretrain', split='train'):
 
 
 def test_a_second_run_does_nothing(captions, tmp_path, capsys, monkeypatch):
-    made = verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
+    made = preparation.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
     before = stamps(tmp_path / 'data')
     assert {file.name for file in before} >= {'source.json', 'bad_rows.jsonl', 'dataset_info.json'}
     monkeypatch.setattr(images, 'load', None)  # decoding anything would fail
-    assert verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data')) == made
-    assert verb.prepare('llava_pretrain', output=str(tmp_path / 'data')) == made
+    assert preparation.prepare('llava_pretrain', str(captions), str(tmp_path / 'data')) == made
+    assert preparation.prepare('llava_pretrain', output=str(tmp_path / 'data')) == made
     assert 'prepared already' in capsys.readouterr().out and stamps(tmp_path / 'data') == before
     with pytest.raises(UserError, match=r'was prepared with --from=.*raw: remove it'):
-        verb.prepare('llava_pretrain', str(tmp_path), str(tmp_path / 'data'))
+        preparation.prepare('llava_pretrain', str(tmp_path), str(tmp_path / 'data'))
 
 
 def test_an_interrupted_preparation_leaves_nothing(captions, tmp_path, monkeypatch):
@@ -60,20 +60,20 @@ def test_an_interrupted_preparation_leaves_nothing(captions, tmp_path, monkeypat
         seen = []
         patch.setattr(images, 'load', lambda data: seen.append(1) or (load(data) if len(seen) < 50 else 1 / 0))
         with pytest.raises(ZeroDivisionError):  # a mistake of ours is never taken for a bad row
-            verb.prepare('llava_pretrain', str(captions), str(data))
+            preparation.prepare('llava_pretrain', str(captions), str(data))
     assert not stamps(data)
     with pytest.raises(
         UserError, match=r'not prepared in .*data: run python -m nanovision_jax\.prepare llava_pretrain'
     ):
         examples(data)
     (data / 'llava_pretrain/incomplete.KILLED_1.0.0').mkdir()  # as kill -9 leaves it
-    verb.prepare('llava_pretrain', str(captions), str(data))
+    preparation.prepare('llava_pretrain', str(captions), str(data))
     assert [folder.name for folder in (data / 'llava_pretrain').iterdir()] == ['1.0.0']
 
 
 def test_the_number_of_workers_changes_no_row(captions, tmp_path):
     for workers in (1, 3):
-        verb.prepare('llava_pretrain', str(captions), str(tmp_path / f'{workers}'), workers=workers)
+        preparation.prepare('llava_pretrain', str(captions), str(tmp_path / f'{workers}'), workers=workers)
     for split in ('train', 'validation'):
         assert examples(tmp_path / '1', split=split) == examples(tmp_path / '3', split=split)
     assert len(examples(tmp_path / '1')) == 72
@@ -82,7 +82,7 @@ def test_the_number_of_workers_changes_no_row(captions, tmp_path):
 def test_every_picture_is_decoded_once(captions, tmp_path, monkeypatch, tokenizer):
     loaded, load = [], images.load
     monkeypatch.setattr(images, 'load', lambda data: loaded.append(data) or load(data))
-    verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
+    preparation.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
     assert len(loaded) == 80
     from nanovision_jax.data import pipeline
 
@@ -96,14 +96,14 @@ def test_over_one_percent_is_refused_and_listed(tmp_path):
     rows = [{'prompt': f'p {i}', 'response': 'r' if i % 10 else ''} for i in range(100)]
     write_jsonl(tmp_path / 'raw/x.jsonl', rows)
     with pytest.raises(UserError) as caught:
-        verb.prepare('magpie', str(tmp_path / 'raw'), str(tmp_path / 'data'))
+        preparation.prepare('magpie', str(tmp_path / 'raw'), str(tmp_path / 'data'))
     listed = tmp_path / 'data/magpie.bad_rows.jsonl'
     assert f'10 of 100 rows in {tmp_path}/raw are bad (at most 1% may be): 10 × empty answer.' in str(caught.value)
     assert str(listed) in str(caught.value) and len(listed.read_text().splitlines()) == 10
     assert not (tmp_path / 'data/magpie/1.0.0').exists()
     write_jsonl(tmp_path / 'raw/x.jsonl', rows[1:3])
     with pytest.raises(UserError, match=r'no validation example in .*: of 2 rows'):
-        verb.prepare('magpie', str(tmp_path / 'raw'), str(tmp_path / 'data'))
+        preparation.prepare('magpie', str(tmp_path / 'raw'), str(tmp_path / 'data'))
 
 
 def test_a_second_try_reads_nothing_of_the_first(tmp_path, monkeypatch):
@@ -112,14 +112,14 @@ def test_a_second_try_reads_nothing_of_the_first(tmp_path, monkeypatch):
     rows = [{'messages': said(f'q {i}')} for i in range(100)]
     write_jsonl(tmp_path / 'x.jsonl', [{'messages': [*row['messages'], {'role': 'narrator'}]} for row in rows])
     with pytest.raises(UserError, match='100 of 100 rows'):
-        verb.prepare('chat', '.')
+        preparation.prepare('chat', '.')
     assert list(tmp_path.rglob('*bad_rows.jsonl'))
     write_jsonl(tmp_path / 'x.jsonl', rows)
     (tmp_path / 'runs/x/sft').mkdir(parents=True)
     for name in ('config.json', 'lineage.json', 'metrics.jsonl'):
         (tmp_path / 'runs/x/sft' / name).write_text('{}')
-    assert verb.prepare('chat', '.')['rows'] == 100
-    assert verb.prepare('chat', '.', 'again')['rows'] == 100  # beside data/chat/1.0.0 and its features.json
+    assert preparation.prepare('chat', '.')['rows'] == 100
+    assert preparation.prepare('chat', '.', 'again')['rows'] == 100  # beside data/chat/1.0.0 and its features.json
 
 
 def test_files_of_several_kinds_are_all_read_or_refused(tmp_path):
@@ -128,11 +128,11 @@ def test_files_of_several_kinds_are_all_read_or_refused(tmp_path):
     messages = pyarrow.list_(pyarrow.struct({'role': pyarrow.string(), 'content': pyarrow.string()}))
     rows = [{'messages': said(f's {i}')} for i in range(60)]
     write_parquet(tmp_path / 'c.parquet', rows, {'messages': messages})
-    assert verb.prepare('chat', str(tmp_path), str(tmp_path.parent / 'data'))['rows'] == 180
-    only = verb.prepare('chat', str(tmp_path), str(tmp_path.parent / 'only'), files='*.parquet')
+    assert preparation.prepare('chat', str(tmp_path), str(tmp_path.parent / 'data'))['rows'] == 180
+    only = preparation.prepare('chat', str(tmp_path), str(tmp_path.parent / 'only'), files='*.parquet')
     assert only['rows'] == 60
     with pytest.raises(UserError, match=r"holds c\.parquet and a\.jsonl, .* as in --files='\*\.parquet'\.$"):
-        verb.prepare('magpie', str(tmp_path), str(tmp_path.parent / 'data'))
+        preparation.prepare('magpie', str(tmp_path), str(tmp_path.parent / 'data'))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_mistake_is_one_sentence(argv, told, tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r'holds no chat\.json and no blip_laion_cc_sbu_558k\.json'):
-        verb.prepare('llava_pretrain', str(tmp_path), str(tmp_path / 'data'))
+        preparation.prepare('llava_pretrain', str(tmp_path), str(tmp_path / 'data'))
 
 
 def test_the_command_sums_up(tmp_path):
@@ -174,7 +174,7 @@ def test_the_command_sums_up(tmp_path):
 
 
 def test_lineage_report_and_questions_know_prepared_data(captions, tmp_path):
-    made = verb.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
+    made = preparation.prepare('llava_pretrain', str(captions), str(tmp_path / 'data'))
     config = parse('vision_pretrain', 'data.mixture=llava_pretrain:1', f'data.path={tmp_path}/data')
     told = sources.provenance(config.data)
     assert told['mixture'] == 'llava_pretrain:1' and told['prepared'] == {'llava_pretrain': [made]}
@@ -221,13 +221,13 @@ def test_without_a_folder_the_pinned_commit_is_fetched(hub, tmp_path, monkeypatc
     published, asked_for = hub
     write_parquet(published / 'data/train-00000-of-00001.parquet', magpie_rows(100), MAGPIE)
     (published / 'README.md').write_text('not needed')
-    made = verb.prepare('magpie', output=str(tmp_path / 'data'))
+    made = preparation.prepare('magpie', output=str(tmp_path / 'data'))
     repo = 'Magpie-Align/Magpie-Phi3-Pro-300K-Filtered'
-    assert asked_for == [(repo, download.PINNED[repo])]
-    assert (made['repo'], made['revision'], made['rows']) == (repo, download.PINNED[repo], 100)
+    assert asked_for == [(repo, catalog.pinned(repo))]
+    assert (made['repo'], made['revision'], made['rows']) == (repo, catalog.pinned(repo), 100)
     assert not (tmp_path / 'data/downloads/magpie/README.md').exists()
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', None)
-    assert verb.prepare('magpie', output=str(tmp_path / 'data')) == made
+    assert preparation.prepare('magpie', output=str(tmp_path / 'data')) == made
 
 
 def test_an_unpinned_commit_is_asked_for_once(hub, tmp_path):
@@ -266,11 +266,11 @@ def test_offline_it_says_what_to_place_where(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', offline)
     with pytest.raises(UserError) as caught:
-        verb.prepare('llava_pretrain', output=str(tmp_path / 'data'))
+        preparation.prepare('llava_pretrain', output=str(tmp_path / 'data'))
     told = 'place its chat.json, *558k.json, images.zip in a folder and say --from=FOLDER.'
     assert str(caught.value).endswith(told) and 'LLaVA-CC3M-Pretrain-595K' in str(caught.value)
     with pytest.raises(UserError, match=r"its llava_instruct_150k\.json and COCO's train2017\.zip .*--from=FOLDER"):
-        verb.prepare('llava_instruct', output=str(tmp_path / 'data'))
+        preparation.prepare('llava_instruct', output=str(tmp_path / 'data'))
 
 
 def test_pictures_that_the_hub_has_not_are_asked_for(hub, tmp_path):
@@ -278,10 +278,10 @@ def test_pictures_that_the_hub_has_not_are_asked_for(hub, tmp_path):
     rows = [{'id': f'{i}', 'image': f'{i:012d}.jpg', 'conversations': asked('<image>?')} for i in range(40)]
     (published / 'llava_instruct_150k.json').write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"place COCO's train2017\.zip .*downloads/llava_instruct and run this again"):
-        verb.prepare('llava_instruct', output=str(tmp_path / 'data'))
+        preparation.prepare('llava_instruct', output=str(tmp_path / 'data'))
     members = {f'train2017/{i:012d}.jpg': data for i, data in enumerate(pictures(40))}
     write_zip(tmp_path / 'data/downloads/llava_instruct/train2017.zip', members)
-    assert verb.prepare('llava_instruct', output=str(tmp_path / 'data'))['pictures'] == 40
+    assert preparation.prepare('llava_instruct', output=str(tmp_path / 'data'))['pictures'] == 40
 
 
 # Text for stage 1 ----------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_published_shards_are_used_where_they_lie(tmp_path, tokenizer):
     raw.mkdir()
     for seed, name in enumerate(('val_000000', 'train_000001', 'train_000002')):
         np.save(raw / f'edufineweb_{name}.npy', tokens(tokenizer, seed))
-    made = verb.prepare('fineweb_edu', str(raw), str(tmp_path / 'data'))
+    made = preparation.prepare('fineweb_edu', str(raw), str(tmp_path / 'data'))
     assert (made['train_tokens'], made['val_tokens']) == (4000, 2000)
     assert [file.name for file in stamps(tmp_path / 'data')] == ['source.json']  # nothing is written again
     train, (validation,) = opened(tmp_path / 'data', tokenizer), opened(tmp_path / 'data', tokenizer, 'validation')
@@ -370,7 +370,7 @@ def test_parquet_is_tokenized_the_same_by_any_number_of_processes(
     monkeypatch.setattr(fineweb_edu.importlib.util, 'find_spec', lambda name: None)
     monkeypatch.setattr(fineweb_edu, 'DOCUMENTS', 60)
     raw, texts = documents
-    made = verb.prepare(
+    made = preparation.prepare(
         'fineweb_edu', str(raw), str(tmp_path / 'data'), tokenizer=str(tokenizer_folder), workers=workers
     )
     assert (made['rows'], made['bad'], made['tokenizer']) == (300, 2, str(tokenizer_folder))
@@ -383,7 +383,7 @@ def test_a_beam_pipeline_tokenizes_the_same(documents, tmp_path, tokenizer_folde
     pytest.importorskip('apache_beam', reason="needs Apache Beam: pip install -e '.[beam]'")
     monkeypatch.setattr(fineweb_edu, 'DOCUMENTS', 60)
     raw, texts = documents
-    verb.prepare('fineweb_edu', str(raw), str(tmp_path / 'data'), tokenizer=str(tokenizer_folder), workers=2)
+    preparation.prepare('fineweb_edu', str(raw), str(tmp_path / 'data'), tokenizer=str(tokenizer_folder), workers=2)
     check_shards(tmp_path / 'data', texts, tokenizer_folder)
 
 
@@ -401,7 +401,7 @@ def test_a_large_vocabulary_takes_32_bits(documents, tmp_path, tokenizer, monkey
 
 def test_text_of_another_tokenizer_is_refused(documents, tmp_path, tokenizer, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(fineweb_edu, 'tokenize', lambda *args: {'train_tokens': 1, 'val_tokens': 1})
-    verb.prepare('fineweb_edu', str(documents[0]), str(tmp_path / 'data'), tokenizer=str(tokenizer_folder))
+    preparation.prepare('fineweb_edu', str(documents[0]), str(tmp_path / 'data'), tokenizer=str(tokenizer_folder))
     other = types.SimpleNamespace(digest='other', size=tokenizer.size, end_of_text=tokenizer.end_of_text)
     with pytest.raises(UserError, match=r'was tokenized with .*another tokenizer than this run has'):
         opened(tmp_path / 'data', other)
@@ -413,11 +413,11 @@ def test_text_mistakes_are_one_sentence(tmp_path, tokenizer_folder, monkeypatch)
     write_parquet(tmp_path / 'raw/x.parquet', [{'words': 'a'}], {'words': pyarrow.string()})
     options = {'tokenizer': str(tokenizer_folder)}
     with pytest.raises(UserError, match=r'x\.parquet has no column text: words'):
-        verb.prepare('fineweb_edu', str(tmp_path / 'raw'), str(tmp_path / 'data'), **options)
+        preparation.prepare('fineweb_edu', str(tmp_path / 'raw'), str(tmp_path / 'data'), **options)
     assert not (tmp_path / 'data/fineweb_edu').exists()
     monkeypatch.setattr(fineweb_edu.importlib.util, 'find_spec', lambda name: None)
     write_parquet(tmp_path / 'raw/x.parquet', [{'text': 'a'}], {'text': pyarrow.string()})
     with pytest.raises(UserError, match='--beam needs Apache Beam'):
-        verb.prepare(
+        preparation.prepare(
             'fineweb_edu', str(tmp_path / 'raw'), str(tmp_path / 'data'), beam='--runner=DirectRunner', **options
         )

@@ -12,7 +12,7 @@ from conftest import is_held_out, jpeg, parse
 from nanovision_jax.data import sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.datasets import tiny_world
-from nanovision_jax.data.sources import Conversations, Example, TinyWorld
+from nanovision_jax.data.sources import Conversations, Example, TinyWorldSource
 from nanovision_jax.errors import UserError
 
 
@@ -143,8 +143,8 @@ def test_a_picture_is_on_the_same_side_in_every_file(llava_folder):
     for name in ('pretrain', 'instruct'):
         source = Conversations(llava_folder / f'{name}.json')
         examples = [source[i] for i in range(len(source))]
-        sides.append({e.names[0]: source.side(e) for e in examples if e.images})
-        assert all((source.side(e) == 'validation') == is_held_out(e.images[0]) for e in examples if e.images)
+        sides.append({e.names[0]: source.split_of(e) for e in examples if e.images})
+        assert all((source.split_of(e) == 'validation') == is_held_out(e.images[0]) for e in examples if e.images)
     assert sides[0] == sides[1]
     assert sorted(sides[0].values()) == ['train'] * 56 + ['validation'] * 4
 
@@ -152,21 +152,21 @@ def test_a_picture_is_on_the_same_side_in_every_file(llava_folder):
 def test_sides_go_by_content_and_not_by_name(tmp_path):
     rng, source = np.random.default_rng(0), Conversations(write(tmp_path / 'x.json', []))
     pictures = [jpeg(rng) for _ in range(100)]
-    sides = [source.side(Example('a', [], [data], [f'{i}.jpg'])) for i, data in enumerate(pictures)]
-    copies = [source.side(Example('b', [], [data], [f'copy/{i}.jpg'])) for i, data in enumerate(pictures)]
+    sides = [source.split_of(Example('a', [], [data], [f'{i}.jpg'])) for i, data in enumerate(pictures)]
+    copies = [source.split_of(Example('b', [], [data], [f'copy/{i}.jpg'])) for i, data in enumerate(pictures)]
     assert sides == copies and set(sides) == {'train', 'validation'}
 
 
 def test_without_a_picture_the_first_question_decides(tmp_path):
     rows = [{'conversations': turns(f'question {i}', answer)} for i in range(200) for answer in ('yes', 'no')]
     source = Conversations(write(tmp_path / 'x.json', rows))
-    sides = [source.side(source[i]) for i in range(400)]
+    sides = [source.split_of(source[i]) for i in range(400)]
     assert sides[::2] == sides[1::2] and set(sides) == {'train', 'validation'}
 
 
 def test_five_percent_are_held_out(tmp_path):
     source = Conversations(write(tmp_path / 'x.json', []))
-    held_out = sum(source.side(Example('', [], [str(i).encode()], [''])) == 'validation' for i in range(20_000))
+    held_out = sum(source.split_of(Example('', [], [str(i).encode()], [''])) == 'validation' for i in range(20_000))
     assert 0.045 < held_out / 20_000 < 0.055
 
 
@@ -175,7 +175,7 @@ def test_five_percent_are_held_out(tmp_path):
 
 def test_tiny_world_views(tiny_family):
     captions, talks, chats = (
-        TinyWorld(tiny_family / 'data', 'train', view) for view in ('caption', 'conversation', 'chat')
+        TinyWorldSource(tiny_family / 'data', 'train', view) for view in ('caption', 'conversation', 'chat')
     )
     assert (len(captions), len(talks), len(chats)) == (64, 64, 48)
     for i in range(0, 64, 9):

@@ -187,11 +187,16 @@ def text_of(message):
     return content if isinstance(content, str) else ' '.join(p['text'] for p in content if p['type'] == 'text').strip()
 
 
-def side(messages, images):
-    """'train', or 'validation' for the 5% whose first picture's bytes or, without one, first question hash low.
+def split_of(messages, images):
+    """'train', or 'validation' for the 5% whose first image's bytes or, without one, first question hash low.
 
-    One rule for all data: the same picture is on the same side in every file, data set and stage.
+    One rule for all conversations: the same image is in the same split in every file, data set and stage.
     """
     questions = (text_of(message).encode() for message in messages if message['role'] == 'user')
     content = images[0] if images else next(questions, b'')
-    return 'validation' if int(hashlib.sha256(content).hexdigest()[:8], 16) % 20 == 0 else 'train'
+    return 'validation' if hashes_low(content, 20) else 'train'
+
+
+def hashes_low(content: bytes, one_in: int) -> bool:
+    """Whether content is among the one in so many that is kept for validation, by a hash of its bytes."""
+    return int(hashlib.sha256(content).hexdigest()[:8], 16) % one_in == 0

@@ -5,21 +5,13 @@ import hashlib
 import os
 import pathlib
 
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of the library it speaks HTTP with
 from tqdm import tqdm
 
+from nanovision_jax.data.catalog import pinned
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.config_file import hub_id
-
-# Commits of the sets as they were when this was written; other repositories' are asked for once and then kept.
-PINNED = {
-    'HuggingFaceFW/fineweb-edu': '3c452cb1c31a957685cf2699bfd051afacd37422',
-    'Magpie-Align/Magpie-Phi3-Pro-300K-Filtered': '04d452e17e9b8c11b2fbb9964a196ec66884e8a8',
-    'liuhaotian/LLaVA-CC3M-Pretrain-595K': '814894e93db9e12a1dee78b9669e20e8606fd590',
-    'liuhaotian/LLaVA-Pretrain': '70f9d1e5e1a697fe35830875cfc7de1dd590d727',
-    'liuhaotian/LLaVA-Instruct-150K': '9d451dc7629cfe0469f6ae4432b765cd603d5fcb',
-    'HuggingFaceM4/the_cauldron': '847a98a779b1652d65111daf20c972dfcd333605',
-    'HuggingFaceM4/FineVision': '1bc0106b9920fb3a0d35434b8e4e4a2d0190f5de',
-}
 
 
 def download(repo, revision, patterns, folder, beside=''):
@@ -29,12 +21,6 @@ def download(repo, revision, patterns, folder, beside=''):
     one that an earlier call fetched into this folder, else the pinned one, else the newest. Raises UserError: offline
     it names the files to place by hand, and what else (`beside`) is needed.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-    )  # HTTPError: of whichever library it speaks HTTP with
-
     folder = pathlib.Path(folder)
     record = folder / 'REVISION'
     if record.exists():
@@ -42,7 +28,7 @@ def download(repo, revision, patterns, folder, beside=''):
         if before != repo or (revision or commit) != commit:
             raise UserError(f'{folder} holds files of {before} at {commit}: remove it first.')
         revision = commit
-    revision = revision or PINNED.get(repo)
+    revision = revision or pinned(repo) or None
     try:
         info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         found = [f for f in info.siblings if any(fnmatch.fnmatch(f.rfilename, pattern) for pattern in patterns)]
@@ -70,8 +56,6 @@ def tokenizer_folder(name):
     """
     if (identity := hub_id(name)) is None:
         return os.path.expanduser(name)
-    import huggingface_hub
-
     try:
         wanted = ['tokenizer*.json', 'special_tokens_map.json', 'config.json', 'vocab.json', 'merges.txt', '*.jinja']
         return huggingface_hub.snapshot_download(identity, allow_patterns=wanted)

@@ -14,6 +14,8 @@ import pathlib
 import re
 import weakref
 
+import pyarrow.parquet
+
 from nanovision_jax.data.conversation import BadExample, check, from_llava, is_image, place_images, role_of
 from nanovision_jax.data.text import check_text
 from nanovision_jax.errors import UserError
@@ -216,8 +218,6 @@ def row_of(table, i):
 
 def open_parquet(file):
     """A pyarrow ParquetFile. Raises UserError for what is none."""
-    import pyarrow.parquet
-
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors

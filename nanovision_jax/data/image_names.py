@@ -16,7 +16,7 @@ from nanovision_jax.errors import UserError
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')  # whatever the row calls it
 
 
-class Pictures:
+class NamedImages:
     """The pictures in a zip file, or in a folder as it was downloaded, by the names that rows have for them.
 
     In a folder they lie under their names, below images/ or COCO's folder too, or in zip files in it or one folder

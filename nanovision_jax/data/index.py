@@ -115,7 +115,7 @@ def build_index(source, config, tokenizer, split):
     with np.load(file) as saved:
         lengths, pictures, sides, fits = (saved[name] for name in ('lengths', 'pictures', 'sides', 'fits'))
     listed = _list_of_bad(file)
-    place = ' '.join([getattr(source, 'name', ''), data.path]).strip()
+    place = f'{source.name} {data.path}'.strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
         told = '; '.join(f'{n} × {reason}' for reason, n in _count(_read(listed)).most_common(3))
         raise UserError(
@@ -123,11 +123,11 @@ def build_index(source, config, tokenizer, split):
         )
     bad = list(_read(listed))
     _check_dropped(int((fits == DROPPED).sum()), asked, data, place)
-    on_side = sides == (split == 'validation') if hasattr(source, 'side') else np.ones(len(sides), bool)
+    on_side = sides == (split == 'validation') if source.mixes_splits else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
     if not len(rows):
         why = ''
-        if split == 'validation' and hasattr(source, 'side') and asked:
+        if split == 'validation' and source.mixes_splits and asked:
             why = f': of {asked} examples 5% should be, by a hash of picture or question, and none is; more are needed'
         raise UserError(f'no {split} example in {place} for stage {config.stage}{why}.')
     left_out = [row for row, here in zip(bad, on_side[lengths == 0], strict=True) if here]
@@ -164,23 +164,23 @@ def join(indices, sizes):
 
 def _scan(source, config, tokenizer, file):
     def is_held_out(i, example):
-        if not hasattr(source, 'side'):
+        if not source.mixes_splits:
             return False
-        return (source.side(example) if example else source.likely_side(i)) == 'validation'
+        return (source.split_of(example) if example else source.likely_split_of(i)) == 'validation'
 
     def look(i):
         example = None
         try:
             example = source[i]
-            if getattr(source, 'text_only', False) and example.images:
+            if source.text_only and example.images:
                 return -1, 0, False, WHOLE, None  # not for this stage, and not bad
             ids, _, pictures, done = _encode(example, config, tokenizer)
-            for data in () if getattr(source, 'decoded', False) else pictures:
+            for data in () if source.decoded else pictures:
                 images.load(data)
         except conversation.TooLong:
             return -1, 0, is_held_out(i, example), DROPPED, None
         except conversation.BadExample as error:
-            row = {'row': source.number(i) if hasattr(source, 'number') else i, 'reason': str(error)}
+            row = {'row': source.number(i), 'reason': str(error)}
             return 0, 0, is_held_out(i, example), WHOLE, row
         # A row of T tokens holds T + 1 ids: the last one is only ever a target.
         return len(ids) - 1, len(pictures), is_held_out(i, example), done, None

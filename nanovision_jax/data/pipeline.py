@@ -12,9 +12,11 @@ import tempfile
 
 import grain
 import numpy as np
+from absl import flags
 
-from nanovision_jax.data import catalog as mixture
 from nanovision_jax.data import conversation, formats, packing, sources, text
+from nanovision_jax.data.catalog import TOKENS
+from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.templates import OWN
@@ -100,16 +102,16 @@ def _is_made_from(folder, wanted, template):
 def _tokenizer_texts(config):
     """What a tokenizer is trained on: everything the source has to say; or the conversations and texts beside it."""
     data = config.data
-    parts = mixture.parts_of(data)
-    if data.source == 'shards' or (parts and parts[0].name == 'fineweb_edu'):
+    parts = data.prepared
+    if data.named.name in TOKENS:
         raise UserError('token shards come with a tokenizer: set data.tokenizer to it (gpt2 for FineWeb-Edu-10B).')
     if parts:
-        for source in sources.open_parts(config, 'train'):
+        for source in sources.open_prepared(config, 'train'):
             for i in range(len(source)):
                 yield from map(conversation.text_of, source[i].messages)
     elif data.source == 'tiny_world':
         for kind in ('text', 'chat', 'scenes'):
-            rows = sources.open_tiny_world(data.path, kind, 'train')
+            rows = tiny_world.open_rows(data.path, kind, 'train')
             for i in range(0, len(rows), 2 if kind == 'scenes' else 4):
                 row = rows[i]
                 for name in {'text', 'caption'} & set(row):
@@ -143,14 +145,14 @@ def open_rows(config, tokenizer, split='train'):
     kind = stage_of(config).data
     if kind == 'text':
         shards = text.token_shards(config, tokenizer, split)
-        subset = mixture.parse_source(config.data.source).subset if split == 'train' else ''
+        subset = config.data.named.subset if split == 'train' else ''
         key = text.key(config, tokenizer, split)
         return packing.TextRows(shards, config, tokenizer, config.seed, shuffle, subset, key), []
     source = sources.open_source(config, split)
-    if isinstance(source, sources.Joined):
+    if isinstance(source, sources.Concatenated):
         indices = [build_index(part, config, tokenizer, split) for part in source.parts]
         index = join(indices, [len(part) for part in source.parts])
-        weights = [part.weight for part in mixture.parts_of(config.data)]
+        weights = [part.weight for part in config.data.prepared]
         shuffled = packing.Mixed([len(part.rows) for part in indices], weights, config.seed, shuffle)
     else:
         index = build_index(source, config, tokenizer, split)
@@ -185,7 +187,5 @@ def batches(rows, batch_size, start=0, workers=0):
 
 def _parse_absl_flags():
     """Grain's worker processes read absl flags, which raise until somebody has parsed them."""
-    from absl import flags
-
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(['nanovision_jax'])

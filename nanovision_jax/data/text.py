@@ -6,7 +6,8 @@ import pathlib
 
 import numpy as np
 
-from nanovision_jax.data.catalog import parse_source
+from nanovision_jax.data.catalog import TOKENS
+from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.folders import data_files
 from nanovision_jax.errors import UserError
 
@@ -62,9 +63,7 @@ def check_text(head, file):
 def read_texts(config, split):
     """The documents of a split: tiny_world's, or files without their last 5% (which are the validation split)."""
     if config.data.source == 'tiny_world':
-        from nanovision_jax.data.sources import open_tiny_world
-
-        return [row['text'].decode() for row in open_tiny_world(config.data.path, 'text', split)]
+        return [row['text'].decode() for row in tiny_world.open_rows(config.data.path, 'text', split)]
     texts = []
     for file in text_files(config.data.path):
         text = read_text(file)
@@ -79,7 +78,7 @@ def token_shards(config, tokenizer, split):
     """The split's token arrays: 1-D unsigned, documents led by <|endoftext|>, memory-mapped."""
     return (
         _open_shards(config, tokenizer, split)
-        if parse_source(config.data.source).name in ('shards', 'fineweb_edu')
+        if config.data.named.name in TOKENS
         else [_tokenized(config, tokenizer, split)]
     )
 
@@ -87,11 +86,9 @@ def token_shards(config, tokenizer, split):
 def key(config, tokenizer, split):
     """What a split's tokens depend on, as text; not where the files lie, so that data may be moved."""
     if config.data.source == 'tiny_world':
-        from nanovision_jax.data.datasets import tiny_world
-
         stamp = f'tiny_world {tiny_world.TinyWorld.VERSION}'
     else:
-        if parse_source(config.data.source).name in ('shards', 'fineweb_edu'):
+        if config.data.named.name in TOKENS:
             files = _split_files(config, tokenizer, split)
         else:
             files = text_files(config.data.path)
@@ -148,7 +145,7 @@ def shard_files(folder):
 
 def _shard_folder(config, tokenizer):
     """Where the shards lie: data.path, or where the prepared set says."""
-    if parse_source(config.data.source).name == 'shards':
+    if config.data.named.name == 'shards':
         return pathlib.Path(config.data.path)
     home = pathlib.Path(config.data.path) / 'fineweb_edu'
     try:

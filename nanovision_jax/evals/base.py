@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from nanovision_jax.errors import UserError
+from nanovision_jax.errors import UserError, check_writable, nearest
 from nanovision_jax.runs.folder import Paths, read_json, result_file, write_lines, write_whole
 
 SPLITS = ('train', 'validation', 'heldout')
@@ -111,6 +111,25 @@ class Accuracy(Result):
 
 
 RESULTS = {'bpb': Compression, 'vqa': Accuracy}  # by task
+
+
+def check_options(
+    run_dir, task, split='validation', data=None, images=None, output=None, limit=None, allow_missing=False
+):
+    """Raises UserError for options of an evaluation that make no sense, before any time is spent."""
+    if task not in RESULTS:
+        raise UserError(f'no task {task!r}.{nearest(task, RESULTS)}')
+    if split not in SPLITS:
+        raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
+    if limit is not None and limit < 1:
+        raise UserError(f'--limit takes a number above 0, not {limit}.')
+    if task != 'vqa' and (images or allow_missing):
+        raise UserError(f'{"--images" if images else "--allow-missing"} is for vqa: {task} reads text alone.')
+    if images and not data:
+        raise UserError('--images is where the pictures of --data are: it takes --data too.')
+    folder = pathlib.Path(output or Paths(run_dir).results)
+    if output or folder.parent.is_dir():  # else there is no run, which is said where it is opened
+        check_writable(folder)
 
 
 def write_result(result: Result, rows: list[dict], folder: pathlib.Path, split: str):

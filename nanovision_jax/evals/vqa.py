@@ -96,18 +96,18 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
     if data:
         source = sources.Conversations(data, image_store or '')
     elif config.data.source == 'tiny_world':
-        source = sources.TinyWorld(config.data.path, split, 'conversation')
+        source = sources.TinyWorldSource(config.data.path, split, 'conversation')
     else:
         source = sources.open_source(config, split)
-    sided = hasattr(source, 'side') and not data
+    mixed = source.mixes_splits and not data
     questions = Questions(source, [], [], collections.Counter())
     for i in range(len(source)):
         reason = None
         try:
             example = source[i]
         except conversation.BadExample as error:  # of conversations alone: other sources were checked as they were made
-            example, reason = told(source, i), str(error)
-        if sided and (source.likely_side(i) if reason else source.side(example)) != split:
+            example, reason = source.without_images(i), str(error)
+        if mixed and (source.likely_split_of(i) if reason else source.split_of(example)) != split:
             continue
         if example is None:
             unread = Question(str(source.number(i)), None, i, None, None, None)
@@ -146,14 +146,6 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
         raise UserError(f'no question about one picture in the {split} split of {data or config.data.path}.{held}')
     questions.found = questions.found[:limit]
     return questions
-
-
-def told(source, i):
-    """A row that cannot be read, without its pictures; None where it is no conversation."""
-    try:
-        return source.told(i)
-    except conversation.BadExample:
-        return None
 
 
 def pairs(messages):

@@ -7,15 +7,9 @@
 Training takes them as --config.model.tower=… and --config.model.decoder=…; convert writes and reads whole runs.
 """
 
-from nanovision_jax.hf.decoders import find_decoder, read_decoder, read_decoder_config
-from nanovision_jax.hf.towers import find_tower, load_vision_tower, tower_weights, vision_config
 
-__all__ = [
-    'find_decoder',
-    'find_tower',
-    'load_vision_tower',
-    'read_decoder',
-    'read_decoder_config',
-    'tower_weights',
-    'vision_config',
-]
+def load_vision_tower(source, layer: int = -2, dtype='float32'):
+    """(tower, preprocess) of a CLIP or SigLIP model; see nanovision_jax.hf.towers.load_vision_tower."""
+    from nanovision_jax.hf import towers  # jax loads here: the configs beside it are read without
+
+    return towers.load_vision_tower(source, layer, dtype)

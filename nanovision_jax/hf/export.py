@@ -11,7 +11,7 @@ import shutil
 from nanovision_jax.data import templates
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
-from nanovision_jax.hf import card, decoders, llava
+from nanovision_jax.hf import card, configs, decoders, llava
 from nanovision_jax.hf.weights import write_weights
 from nanovision_jax.runs.config_file import public
 from nanovision_jax.runs.folder import read_json
@@ -37,11 +37,11 @@ def export(run, output, dtype='float32'):
         content = llava.llava_json(model, tokenizer.size, tokenizer.image)
         content['text_config'] |= tokens | {'dtype': dtype}
         content['vision_config']['dtype'] = dtype
-        tensors = llava.give_llava(run.params, model, tokenizer.size)
+        tensors = llava.llava_to_hf(run.params, model, tokenizer.size)
     else:
-        content = decoders.decoder_json(model, tokenizer.size)
-        family = decoders.FAMILIES[content['model_type']]
-        tensors = decoders.give_decoder(run.params, family, tokenizer.size)
+        content = configs.decoder_json(model, tokenizer.size)
+        architecture = decoders.ARCHITECTURES[content['model_type']]
+        tensors = decoders.decoder_to_hf(run.params, architecture, tokenizer.size)
     files = {'config.json': content | tokens | {'dtype': dtype}}
     files['generation_config.json'] = tokens | dict(
         eos_token_id=list(tokenizer.stops),  # as our engine stops

@@ -3,8 +3,9 @@
 import numpy as np
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.hf import decoders, towers
-from nanovision_jax.hf.weights import LINEAR, SAME, give, read_json, take
+from nanovision_jax.hf import configs, decoders, towers
+from nanovision_jax.hf.weights import LINEAR, SAME, Weights, from_hf, to_hf
+from nanovision_jax.runs.folder import read_json
 
 PROJECTOR = {
     'first/kernel': ('linear_1.weight', LINEAR),
@@ -16,9 +17,9 @@ _TOWER, _PROJECTOR = 'vision_tower.', 'multi_modal_projector.'
 _FITS = {'crop': 'CLIPImageProcessor', 'pad': 'LlavaImageProcessor', 'stretch': 'SiglipImageProcessor'}
 
 
-def _family(name):
-    """A decoder's family as a LLaVA file names its tensors."""
-    return decoders.FAMILIES[name]._replace(base='language_model.model.', head='language_model.lm_head.weight')
+def _architecture(name):
+    """A decoder's architecture as a LLaVA file names its tensors."""
+    return decoders.ARCHITECTURES[name]._replace(base='language_model.model.', head='language_model.lm_head.weight')
 
 
 # Out -----------------------------------------------------------------------------------------------------------------
@@ -26,11 +27,11 @@ def _family(name):
 
 def llava_json(model, vocab_size, image_token) -> dict:
     """A LLaVA model's config.json of a config.Model; other tokens and dtype are for the caller to add."""
-    text = decoders.decoder_json(model, vocab_size)
+    text = configs.decoder_json(model, vocab_size)
     del text['architectures']
     return dict(
         architectures=['LlavaForConditionalGeneration'], model_type='llava', text_config=text,
-        vision_config=towers.tower_json(model.vision), image_token_index=image_token,
+        vision_config=configs.tower_json(model.vision), image_token_index=image_token,
         image_seq_length=model.vision.patches, vision_feature_layer=-2, multimodal_projector_bias=True,
         vision_feature_select_strategy=_strategy(model.vision), tie_word_embeddings=model.tied,
         projector_hidden_act='gelu' if model.projector == 'mlp' else 'linear',
@@ -64,15 +65,17 @@ def processor_json(vision, image_token) -> tuple[dict, dict]:
     return processor, picture | {'processor_class': 'LlavaProcessor'}
 
 
-def give_llava(params, model, vocab_size):
+def llava_to_hf(params, model, vocab_size):
     """{their name: array} of a vision-language model's parameters (nested dicts)."""
     projector = params['projector']
     if model.projector == 'linear':  # they always have two layers: the second one does nothing
         eye = {'kernel': np.eye(model.width, dtype=np.float32), 'bias': np.zeros(model.width, np.float32)}
         projector = {**projector, 'second': eye}
-    tensors = give(params['vision'], towers.TOWERS[model.vision.kind], f'{_TOWER}vision_model.')
-    tensors |= give(projector, PROJECTOR, _PROJECTOR)
-    return tensors | decoders.give_decoder(params['decoder'], _family(decoders.family_of(model)), vocab_size)
+    tensors = to_hf(params['vision'], towers.TOWERS[model.vision.kind], f'{_TOWER}vision_model.')
+    tensors |= to_hf(projector, PROJECTOR, _PROJECTOR)
+    return tensors | decoders.decoder_to_hf(
+        params['decoder'], _architecture(configs.architecture_of(model)), vocab_size
+    )
 
 
 # In ------------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def model_fields(folder) -> dict:
     Raises UserError for what our model cannot represent.
     """
     theirs = read_json(folder / 'config.json')
-    vision = towers.vision_config(folder)
+    vision = configs.vision_config(folder)
     act, layer = theirs.get('projector_hidden_act', 'gelu'), theirs.get('vision_feature_layer', -2)
     strategy = theirs.get('vision_feature_select_strategy', 'default')
     refused = {
@@ -95,28 +98,28 @@ def model_fields(folder) -> dict:
     }
     if any(refused.values()):
         raise UserError(f'{folder} has {next(n for n, bad in refused.items() if bad)}, which our model lacks.')
-    text = decoders.decoder_config(theirs.get('text_config') or {}, folder)
+    text = configs.decoder_config(theirs.get('text_config') or {}, folder)
     return text | {'projector': 'mlp' if act == 'gelu' else 'linear', 'vision': vision}
 
 
-def take_llava(weights, model, family, shapes, vocab_size):
+def llava_from_hf(weights: Weights, model, architecture: str, shapes: dict, vocab_size: int) -> dict:
     """A vision-language model's parameters (nested dicts like `shapes`) out of its weights.
 
-    family: the decoder's model_type. Raises UserError where they do not fit.
+    architecture: the decoder's model_type. Raises UserError where they do not fit.
     """
     known = [name for name in weights.tensors if name.startswith((_TOWER, _PROJECTOR, 'language_model.'))]
     weights.refuse(weights.unknown(known))
     text = weights.part('language_model.')
-    named = decoders.FAMILIES[family]._replace(base='model.', head='lm_head.weight')
-    projector, beside = weights.part(_PROJECTOR), ()
+    named = decoders.ARCHITECTURES[architecture]._replace(base='model.', head='lm_head.weight')
+    projector, ignored = weights.part(_PROJECTOR), ()
     if model.projector == 'linear':
-        beside = ('linear_2.*',)
+        ignored = ('linear_2.*',)
         second = {name: t.read() for name, t in projector.tensors.items() if name.startswith('linear_2.')}
         eye = np.eye(model.width, dtype=np.float32)
         if not np.array_equal(second.get('linear_2.weight'), eye) or np.any(second.get('linear_2.bias', 0)):
             projector.refuse([f'{_PROJECTOR}linear_2 is not the identity, so the projector is not one linear layer'])
     return {
-        'vision': towers.take_tower(weights.part(_TOWER), model.vision.kind, shapes['vision']),
-        'projector': take(projector, PROJECTOR, shapes['projector'], beside),
-        'decoder': decoders.take_decoder(text, named, shapes['decoder'], vocab_size),
+        'vision': towers.tower_from_hf(weights.part(_TOWER), model.vision.kind, shapes['vision']),
+        'projector': from_hf(projector, PROJECTOR, shapes['projector'], ignored),
+        'decoder': decoders.decoder_from_hf(text, named, shapes['decoder'], vocab_size),
     }

@@ -7,7 +7,7 @@ DistributedDataParallel add. Its rotary positions turn interleaved pairs, as our
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
-from nanovision_jax.hf.decoders import Family, take_decoder
+from nanovision_jax.hf.decoders import Architecture, decoder_from_hf
 from nanovision_jax.hf.weights import INTO_HEADS, LINEAR, OUT_OF_HEADS, SAME, Tensor, Weights, without_prefixes
 
 _ATTENTION = 'blocks.{}.multihead_attention.'
@@ -25,7 +25,7 @@ TABLE = {
     'norm/scale': ('vocab_projection.output_norm.weight', SAME),
     'norm/bias': ('vocab_projection.output_norm.bias', SAME),
 }
-FAMILY = Family(
+ARCHITECTURE = Architecture(
     TABLE, '', 'token_embedding_layer.token_embedding_table.weight', 'vocab_projection.vocab_projection.weight'
 )
 # Their config: ours.
@@ -65,7 +65,9 @@ def read(file):
     config = configs.Config('pretrain', size='nanogptvision', steps=step, model=model, data=data)
     tensors = {}
     for name, tensor in without_prefixes(content['model_state_dict']).items():
-        name += '.weight' * (name == FAMILY.embedding.removesuffix('.weight'))  # a bare parameter in some versions
+        name += '.weight' * (
+            name == ARCHITECTURE.embedding.removesuffix('.weight')
+        )  # a bare parameter in some versions
         tensors[name] = Tensor(tuple(tensor.shape), lambda t=tensor: t.float().numpy())
     return config, step, Weights(file, tensors)
 
@@ -73,4 +75,4 @@ def read(file):
 def parameters(config, weights, tokenizer):
     """The decoder's parameters (nested dicts of numpy arrays). Raises UserError where the weights do not fit."""
     shapes = models.abstract(config, tokenizer.size, tokenizer.image)[1]
-    return take_decoder(weights, FAMILY, shapes, tokenizer.size)
+    return decoder_from_hf(weights, ARCHITECTURE, shapes, tokenizer.size)

@@ -7,13 +7,15 @@ from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf import configs as hf_configs
 from nanovision_jax.hf import decoders, llava
 from nanovision_jax.hf.export import CONFIG, copy_tokenizer
-from nanovision_jax.hf.weights import open_weights, read_json
+from nanovision_jax.hf.weights import open_weights
 from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs.folder import read_json
 
 
-def restore(folder, output, template='auto'):
+def read_folder(folder: pathlib.Path, output: pathlib.Path, template: str = 'auto') -> tuple:
     """(config, step, parameters as numpy arrays in nested dicts, tokenizer) of a folder, for a run in `output`.
 
     The tokenizer is written to output/tokenizer; template is what import_tokenizer() takes. What we wrote comes back
@@ -22,7 +24,7 @@ def restore(folder, output, template='auto'):
     """
     theirs, weights = read_json(folder / 'config.json'), open_weights(folder)
     vision = theirs.get('model_type') == 'llava'
-    fields = llava.model_fields(folder) if vision else decoders.decoder_config(theirs, folder)
+    fields = llava.model_fields(folder) if vision else hf_configs.decoder_config(theirs, folder)
     if ours := (folder / CONFIG).is_file():
         saved = read_json(folder / CONFIG)
         config, step = runconfig.from_dict(saved['config'], folder), saved['step']
@@ -43,9 +45,9 @@ def restore(folder, output, template='auto'):
         tokenizer = Tokenizer(target)
     shapes = models.abstract(config, tokenizer.size, tokenizer.image)[1]
     if vision:
-        params = llava.take_llava(weights, config.model, theirs['text_config']['model_type'], shapes, tokenizer.size)
+        params = llava.llava_from_hf(weights, config.model, theirs['text_config']['model_type'], shapes, tokenizer.size)
     else:
-        params = decoders.take_decoder(weights, decoders.FAMILIES[theirs['model_type']], shapes, tokenizer.size)
+        params = decoders.decoder_from_hf(weights, decoders.ARCHITECTURES[theirs['model_type']], shapes, tokenizer.size)
     return config, step, params, tokenizer
 
 

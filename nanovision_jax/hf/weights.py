@@ -1,7 +1,7 @@
 """Files of weights in Hugging Face's layout: which are read, how our arrays lie in them, what does not fit.
 
-A family is a table: our parameter, its names there, and how its axes turn. Only safetensors are read, never a pickle;
-names in a file are looked up in the table, never used as paths.
+An architecture is a table: our parameter, its names in their files, and how its axes turn. Only safetensors are read,
+never a pickle; names in a file are looked up in the table, never used as paths.
 """
 
 import fnmatch
@@ -13,60 +13,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel.mesh import path_name
-from nanovision_jax.runs.config_file import hub_id
 from nanovision_jax.runs.folder import read_json
 
 
 class Layout(NamedTuple):
-    """How one of our arrays lies in a file: `there(ours)`, and back with `here(theirs, shape of ours)`."""
+    """How one of our arrays lies in a file of theirs: to_hf(ours), and back with from_hf(theirs, shape of ours)."""
 
-    there: Callable
-    here: Callable
+    to_hf: Callable
+    from_hf: Callable
 
 
 SAME = Layout(lambda x: x, lambda x, shape: x.reshape(shape))
 LINEAR = Layout(lambda x: x.T, lambda x, shape: x.T.reshape(shape))  # [in, out] ↔ torch's [out, in]
-INTO_HEADS = Layout(lambda x: x.reshape(x.shape[0], -1).T, LINEAR.here)  # [D, N, H] ↔ [N·H, D]
-OUT_OF_HEADS = Layout(lambda x: x.reshape(-1, x.shape[-1]).T, LINEAR.here)  # [N, H, D] ↔ [D, N·H]
-HEADS_BIAS = Layout(lambda x: x.reshape(-1), SAME.here)  # [N, H] ↔ [N·H]
+INTO_HEADS = Layout(lambda x: x.reshape(x.shape[0], -1).T, LINEAR.from_hf)  # [D, N, H] ↔ [N·H, D]
+OUT_OF_HEADS = Layout(lambda x: x.reshape(-1, x.shape[-1]).T, LINEAR.from_hf)  # [N, H, D] ↔ [D, N·H]
+HEADS_BIAS = Layout(lambda x: x.reshape(-1), SAME.from_hf)  # [N, H] ↔ [N·H]
 
 
 PREFIXES = ('module.', '_orig_mod.', 'base_model.model.')
 LISTED = 10  # complaints in a message
 
 
-def _patch_there(x):  # [p·p·3, D] ↔ a convolution's [D, 3, p, p]
+def _patch_to_hf(x):  # [p·p·3, D] ↔ a convolution's [D, 3, p, p]
     side = round((x.shape[0] // 3) ** 0.5)
     return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-PATCH = Layout(_patch_there, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape))
-
-
-def find(source, files='config.json and model.safetensors') -> pathlib.Path:
-    """The folder of a model: `source` itself, or the hub's files of that id (see runconfig.hub_id), downloaded once.
-
-    Raises UserError for what is neither; it names the `files` that a folder must hold.
-    """
-    source = str(source)
-    if (name := hub_id(source)) is None:
-        folder = pathlib.Path(source).expanduser()
-        if folder.is_dir():
-            return folder
-        raise UserError(f'{source!r} is no folder: name one that holds {files}, or a hub id as OWNER/NAME.')
-    import huggingface_hub
-
-    try:
-        wanted = ['*.json', '*.safetensors', 'merges.txt', 'tokenizer.model', '*.jinja']
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f'{source!r} is no folder here, and as a hub id it gives no model ({type(error).__name__}: not there, or '
-            f'the hub is out of reach): check the name. Offline, place {files} in a folder and name that.'
-        ) from error
+PATCH = Layout(_patch_to_hf, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape))
 
 
 class Tensor(NamedTuple):
@@ -94,10 +72,12 @@ class Weights:
             more = f'; and {len(complaints) - LISTED} more' if len(complaints) > LISTED else ''
             raise UserError(f'the weights in {self.where} do not fit: {told}{more}.')
 
-    def unknown(self, known, beside=()):
-        """A complaint for each name that is not in `known` and matches none of the patterns `beside`."""
+    def unknown(self, known, ignored=()):
+        """A complaint for each name that is not in `known` and matches none of the patterns `ignored`."""
         names = sorted(self.tensors.keys() - set(known))
-        return [f'{self.prefix}{n} is unknown' for n in names if not any(fnmatch.fnmatch(n, b) for b in beside)]
+        return [
+            f'{self.prefix}{n} is unknown' for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in ignored)
+        ]
 
 
 def open_weights(folder) -> Weights:
@@ -105,8 +85,6 @@ def open_weights(folder) -> Weights:
 
     Raises UserError where there are none, for a pickle, and for a damaged file.
     """
-    from safetensors import SafetensorError, safe_open
-
     index = folder / 'model.safetensors.index.json'
     if (folder / 'model.safetensors').is_file():
         files = [folder / 'model.safetensors']
@@ -140,57 +118,65 @@ def without_prefixes(tensors):
 
 def write_weights(tensors, folder, dtype='float32'):
     """Writes {name: array} to model.safetensors in a folder, in `dtype`."""
-    from safetensors.numpy import save_file
-
     tensors = {
         name: np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtype))) for name, array in tensors.items()
     }
     save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})  # transformers wants to be told so
 
 
-def take(weights, table, shapes, beside=(), zero=()):
-    """Our parameters (nested dicts like `shapes`) out of a file, by a family's table.
+def from_hf(weights: Weights, table: dict, shapes: dict, ignored=(), zero=()) -> dict:
+    """Our parameters (nested dicts like `shapes`) out of their weights, by an architecture's table.
 
-    Layers are stacked. Names that match `beside` are left alone, those that match `zero` may hold nothing but zeros.
+    Layers are stacked. Names that match `ignored` are left alone, those that match `zero` may hold nothing but zeros.
     Raises UserError that lists all that is missing, too much, of another shape or not zero.
     """
-    leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
-    parts = {ours: _names(table, ours, leaf.shape) for ours, leaf in leaves.items()}
-    wrong, used = [], set()
-    for ours, leaf in leaves.items():
-        shape = _piece(ours, leaf.shape, len(parts[ours][0]))
-        wanted = jax.eval_shape(table[ours][1].there, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
-        for name in (name for names in parts[ours] for name in names):
-            used.add(name)
-            if name not in weights.tensors:
-                wrong.append(f'{weights.prefix}{name} is missing')
-            elif weights.tensors[name].shape != wanted:
-                wrong.append(f'{weights.prefix}{name} is {list(weights.tensors[name].shape)} and not {list(wanted)}')
-    wrong += weights.unknown(used, (*beside, *zero))
-    for name in sorted(weights.tensors.keys() - used):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in zero) and weights.tensors[name].read().any():
-            wrong.append(f'{weights.prefix}{name} is not zero, which our model cannot represent')
-    weights.refuse(wrong)
-
-    def build(path, leaf):
+    wanted = {}  # {their name: the shape it must have}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
         ours = path_name(path)
-        here, shape = table[ours][1].here, _piece(ours, leaf.shape, len(parts[ours][0]))
-        layers = [[here(weights.tensors[name].read(), shape) for name in names] for names in parts[ours]]
-        layers = [np.stack(pieces, axis=-3) if len(pieces) > 1 else pieces[0] for pieces in layers]
-        return np.stack(layers) if ours.startswith('blocks/') else layers[0]
+        names = _names(table, ours, leaf.shape)
+        piece = jax.ShapeDtypeStruct(_piece(ours, leaf.shape, len(names[0])), jnp.float32)
+        shape = jax.eval_shape(table[ours][1].to_hf, piece).shape
+        wanted |= {name: shape for parts in names for name in parts}
+    weights.refuse([*_misfits(weights, wanted), *weights.unknown(wanted, (*ignored, *zero)), *_not_zero(weights, zero)])
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _read(weights, table, path_name(path), leaf), shapes)
 
-    return jax.tree_util.tree_map_with_path(build, shapes)
+
+def _misfits(weights, wanted):
+    """A complaint for each wanted tensor that is missing or of another shape."""
+    for name, shape in wanted.items():
+        if name not in weights.tensors:
+            yield f'{weights.prefix}{name} is missing'
+        elif weights.tensors[name].shape != shape:
+            yield f'{weights.prefix}{name} is {list(weights.tensors[name].shape)} and not {list(shape)}'
 
 
-def give(params, table, prefix=''):
-    """The way back: our parameters (nested dicts) as {their name: float32 array}, by a family's table."""
+def _not_zero(weights, patterns):
+    """A complaint for each tensor that must be zero and is not."""
+    for name in sorted(weights.tensors):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and weights.tensors[name].read().any():
+            yield f'{weights.prefix}{name} is not zero, which our model cannot represent'
+
+
+def _read(weights, table, ours, leaf):
+    """One of our arrays: the tensors of every layer, of query, key and value where they are apart, as one."""
+    names = _names(table, ours, leaf.shape)
+    layout, shape = table[ours][1], _piece(ours, leaf.shape, len(names[0]))
+    layers = []
+    for parts in names:
+        pieces = [layout.from_hf(weights.tensors[name].read(), shape) for name in parts]
+        layers.append(np.stack(pieces, axis=-3) if len(pieces) > 1 else pieces[0])
+    return np.stack(layers) if ours.startswith('blocks/') else layers[0]
+
+
+def to_hf(params: dict, table: dict, prefix: str = '') -> dict[str, np.ndarray]:
+    """The way back: our parameters (nested dicts) as {their name: float32 array}, by an architecture's table."""
     tensors = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         ours, leaf = path_name(path), np.asarray(leaf)
-        there, names = table[ours][1].there, _names(table, ours, leaf.shape)
+        layout, names = table[ours][1], _names(table, ours, leaf.shape)
         for layer, theirs in zip(leaf if ours.startswith('blocks/') else [leaf], names, strict=True):
             pieces = np.moveaxis(layer, -3, 0) if len(theirs) > 1 else [layer]
-            tensors |= {prefix + name: there(piece) for name, piece in zip(theirs, pieces, strict=True)}
+            tensors |= {prefix + name: layout.to_hf(piece) for name, piece in zip(theirs, pieces, strict=True)}
     return tensors
 
 

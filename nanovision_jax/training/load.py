@@ -2,7 +2,7 @@
 
 import jax
 
-from nanovision_jax import hf
+from nanovision_jax.hf import decoders, towers
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.training.start import Run
 
@@ -27,7 +27,7 @@ def _from_run(source, target):
 
 def _published(source, target, vocab_size):
     if source.part == 'vision':
-        read = hf.tower_weights(source.folder, target)
+        read = towers.tower_weights(source.folder, target)
     else:
-        read = hf.read_decoder(source.folder, target, vocab_size)
+        read = decoders.read_decoder(source.folder, target, vocab_size)
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), read, target)

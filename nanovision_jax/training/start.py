@@ -15,7 +15,7 @@ A stage that starts to see (vision_pretrain; vision_instruct from 4) takes a tow
   2. the clip run beside this one
 
 What such a source fixes (the shape of the model, projector, tower, tokenizer, the length of positions) is taken over
-where it is not given; what is given and contradicts is an error. jax loads only when parameters are.
+where it is not given; what is given and contradicts is an error. No jax is imported here: load.py reads the parameters.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import pathlib
 
 from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError
+from nanovision_jax.hf import configs as hf_configs
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
@@ -103,23 +104,19 @@ class Published:
     @functools.cached_property
     def folder(self):
         """Where the files are; a hub id's are downloaded first."""
-        from nanovision_jax import hf
-
-        return hf.find_tower(self.name) if self.part == 'vision' else hf.find_decoder(self.name)
+        return hf_configs.tower_folder(self.name) if self.part == 'vision' else hf_configs.decoder_folder(self.name)
 
     tokenizer = None  # config.data.tokenizer says which: it is imported, not copied
 
     def fixes(self, config):
         """{field: value} of what this source fixes in `config`."""
-        from nanovision_jax import hf
-
         if self.part == 'vision':
-            vision = hf.vision_config(self.folder)
+            vision = hf_configs.vision_config(self.folder)
             fixed = {name: getattr(vision, name.rpartition('.')[2]) for name in VISION}
             if config.model.vision.fit == 'pad':  # LLaVA 1.5's choice, whatever the tower was trained on
                 del fixed['model.vision.fit']
             return fixed
-        fixed = {f'model.{name}': value for name, value in hf.read_decoder_config(self.folder).items()}
+        fixed = {f'model.{name}': value for name, value in hf_configs.read_decoder_config(self.folder).items()}
         return fixed | {'data.tokenizer': self.name}
 
     def prove(self):

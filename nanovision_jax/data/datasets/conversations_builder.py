@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images
+from nanovision_jax.data.catalog import PREPARED_VERSION
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.index import ordered_map
-from nanovision_jax.data.sources import PREPARED_VERSION
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.errors import UserError
 
@@ -88,14 +88,14 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             concurrent.futures.ThreadPoolExecutor(self.workers) as pool,
         ):
             looked = ordered_map(pool, self._look, self.rows(), 4 * self.workers)
-            for key, record, side, characters, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
+            for key, record, split, characters, reason in tqdm(looked, self.name, total, unit='row', mininterval=1):
                 counts['rows'] += 1
                 if reason:
                     reasons[conversation.kind_of(reason)] += 1
                     listed.write(json.dumps({'row': key, 'reason': reason}) + '\n')
                     continue
-                counts.update({side: 1, 'pictures': len(record['images']), 'characters': characters})
-                if side == 'validation':
+                counts.update({split: 1, 'pictures': len(record['images']), 'characters': characters})
+                if split == 'validation':
                     _put_by(self.spool, key, record)
                 else:
                     yield key, _encodable(record)
@@ -116,7 +116,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
         name = str(next((row[field] for field in ('id', 'uuid') if row.get(field) is not None), key))
         record = {'id': name, 'messages': json.dumps(messages), 'images': pictures}
         characters = sum(len(conversation.text_of(message)) for message in messages)
-        return key, record, conversation.side(messages, pictures), characters, None
+        return key, record, conversation.split_of(messages, pictures), characters, None
 
     def _refuse(self, counts, reasons, listed):
         if counts['bad'] > 0.01 * counts['rows']:
@@ -127,10 +127,10 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
                 f'{counts["bad"]} of {counts["rows"]} rows in {self.source} are bad (at most 1% may be): {told}. '
                 f'{kept} lists them.'
             )
-        for side in ('train', 'validation'):
-            if not counts[side]:
+        for split in ('train', 'validation'):
+            if not counts[split]:
                 raise UserError(
-                    f'no {side} example in {self.source}: of {counts["rows"]} rows in all, 5% are for validation.'
+                    f'no {split} example in {self.source}: of {counts["rows"]} rows in all, 5% are for validation.'
                 )
 
     def _held_out(self):
@@ -163,13 +163,3 @@ def build(builder):
         tempfile.TemporaryFile(dir=root) as builder.spool,
     ):
         builder.download_and_prepare(download_dir=downloads)
-
-
-class EncodedImages(tfds.decode.SkipDecoding):
-    """Reads a list of pictures as the bytes that they are; without TensorFlow, TFDS can skip only a single one."""
-
-    def decode_example_np(self, example):
-        """The bytes."""
-        return example
-
-    decode_batch_example_np = decode_example_np

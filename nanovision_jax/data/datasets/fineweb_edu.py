@@ -7,7 +7,6 @@ cluster whose workers see the same folders. Who does it changes no token.
 import collections
 import concurrent.futures
 import functools
-import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -18,6 +17,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
+from nanovision_jax.data.conversation import hashes_low
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.formats import open_parquet
@@ -124,7 +124,7 @@ def write_shards(task):
 
 
 def _side(text):
-    return 'val' if int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 100 == 0 else 'train'
+    return 'val' if hashes_low(text.encode(), 100) else 'train'
 
 
 def _write(file, write):

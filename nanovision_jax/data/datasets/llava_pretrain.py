@@ -4,7 +4,7 @@ import pathlib
 
 from nanovision_jax.data.datasets.conversations_builder import ConversationsBuilder
 from nanovision_jax.data.formats import check_form, read_row
-from nanovision_jax.data.image_names import Pictures, fetch
+from nanovision_jax.data.image_names import NamedImages, fetch
 
 
 class LlavaPretrain(ConversationsBuilder):
@@ -15,7 +15,7 @@ class LlavaPretrain(ConversationsBuilder):
     def rows(self):
         """Every row of the files, whose first ones tell whether their form is taken."""
         source, seen = pathlib.Path(self.source), None
-        self.pictures = Pictures(source if source.is_dir() else source.parent)
+        self.pictures = NamedImages(source if source.is_dir() else source.parent)
         for key, row in super().rows():
             if (file := key.rpartition(':')[0]) != seen:
                 seen = file

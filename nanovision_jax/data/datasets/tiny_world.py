@@ -12,9 +12,11 @@ Held-out rule: seven of the 48 colour-shape pairs (`heldout_pairs`) appear nowhe
 picture or in words. See `TinyWorld`.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
+import pathlib
 from typing import ClassVar
 
 import numpy as np
@@ -129,6 +131,18 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
             else:
                 row['conversation'] = json.dumps(_chat(split, index, seed))
             yield row['id'], row
+
+
+def open_rows(folder, content: str, split: str):
+    """The rows of one split of a content, as TFDS reads them; the data set is made in `folder` at the first call."""
+    builder = TinyWorld(config=content, data_dir=folder, file_format='array_record')
+    if not pathlib.Path(builder.data_dir).exists():
+        print(f'making tiny_world/{content} in {folder} (once)')
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download; there is none
+            builder.download_and_prepare()
+    decoders = {'image': tfds.decode.SkipDecoding()} if content == 'scenes' else None
+    return builder.as_data_source(split, decoders=decoders)
 
 
 def _rng(content, split, index, seed):

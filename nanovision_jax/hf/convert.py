@@ -1,0 +1,98 @@
+"""Conversions of whole runs, from and to what others wrote; see convert.py."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+
+import huggingface_hub
+import jax
+
+from nanovision_jax import config as configs
+from nanovision_jax.data.download import tokenizer_folder
+from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
+from nanovision_jax.errors import UserError
+from nanovision_jax.hf import nanogptvision
+from nanovision_jax.hf.configs import model_folder
+from nanovision_jax.hf.export import export
+from nanovision_jax.hf.restore import read_folder
+from nanovision_jax.parallel import hosts
+from nanovision_jax.runs import checkpoint, lineage
+from nanovision_jax.runs import config_file as runconfig
+from nanovision_jax.runs import folder as runfolder
+
+
+def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
+    """Writes a run (inference.Run) as a folder that transformers opens, and uploads it as `push` (USER/NAME)."""
+    output = pathlib.Path(output)
+    export(run, output, dtype)
+    print(f'written: {output}')
+    if push:
+        print(f'uploaded: {upload(output, push)}')
+
+
+def upload(folder, name: str) -> str:
+    """Uploads a folder to the Hugging Face hub as the model `name`, and returns its address.
+
+    Takes the login that huggingface_hub finds. Raises UserError where the hub does not take it.
+    """
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message='From nanovision_jax'))
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f'{folder} was not uploaded as {name!r} ({type(error).__name__}: {str(error).splitlines()[0]}). '
+            'Log in with `hf auth login` and upload it with `hf upload`; the folder is complete.'
+        ) from error
+
+
+def from_folder(source, output, template: str = 'auto'):
+    """Makes a run folder of a Hugging Face folder or id. template: auto keeps its chat template, own takes ours."""
+    folder = model_folder(source)
+    with _new(output) as output:
+        config, step, params, tokenizer = read_folder(folder, output, template)
+        _write(config, step, params, tokenizer, folder)
+
+
+def from_nanogptvision(source, output, tokenizer: str = 'gpt2'):
+    """Makes a pretrain run folder of a nanoGPTVision checkpoint. tokenizer: GPT-2's, as a folder or an id."""
+    config, step, weights = nanogptvision.read(pathlib.Path(source))
+    with _new(output) as output:
+        config.run_dir, config.name = str(output), output.parent.name
+        config.data.tokenizer = pathlib.Path(tokenizer).name
+        (output / 'tokenizer').mkdir()
+        import_tokenizer(tokenizer_folder(tokenizer), output / 'tokenizer')
+        opened = Tokenizer(output / 'tokenizer')
+        params = nanogptvision.parameters(config, weights, opened)
+        _write(config, step, params, opened, pathlib.Path(source))
+
+
+@contextlib.contextmanager
+def _new(output):
+    """A new run folder, which is gone again after an error. Raises UserError if it is there already."""
+    output = pathlib.Path(output)
+    if output.exists():
+        raise UserError(f'{output} exists: name a run folder that does not.')
+    output.mkdir(parents=True)
+    try:
+        yield output
+    except BaseException:
+        shutil.rmtree(output)
+        raise
+
+
+def _write(config, step, params, tokenizer, source):
+    """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
+
+    configs.check_values(config)
+    configs.check_model(config)
+    folder = pathlib.Path(config.run_dir)
+    runconfig.save(config)
+    made_from = {'data.tokenizer': config.data.tokenizer}
+    runfolder.write_whole(folder / 'tokenizer' / 'source.json', json.dumps(made_from) + '\n')
+    lineage.imported(config, tokenizer, source, step)
+    writer = checkpoint.Checkpoints(folder, keep=1)
+    writer.save(step, jax.device_put(params, hosts.first_device()), None, {'position': 0})
+    writer.wait()
+    print(f'written: {folder}, a {config.stage} run at step {step}')
