@@ -12,7 +12,6 @@ import pathlib
 import sys
 import tempfile
 
-import jax
 import micro
 import numpy as np
 
@@ -63,13 +62,10 @@ def config_of(kind, run_dir='runs/none'):
 def params_of(cfg, tokenizer):
     """(graphdef, float32 parameters) drawn from a seed; padded rows are zero, as training leaves them.
 
-    Norms scale by about 1 and embeddings are large, so that a token follows from those before it: else a model says one
+    Embeddings are large, so that a token follows from those before it: else a model says one
     word for ever.
     """
     graphdef, params = micro.params(cfg, tokenizer)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: (x + (path[-1].key == 'scale')).astype(np.float32), params
-    )
     text = params.get('decoder', params)
     if 'embedding' in text:
         text['embedding']['embedding'] *= 10 if 'head' in text else 1

@@ -1,4 +1,8 @@
-"""The five stages at a size that compiles in seconds and divides over every mesh of eight devices."""
+"""Small models, runs and configs that the tests share: they compile in seconds, and their weights are random.
+
+config() divides over every mesh of eight devices. odd_config() has sizes that differ from each other and that mistake
+no axis for another.
+"""
 
 import pathlib
 import shutil
@@ -20,7 +24,9 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.training import optim, resume, start, step
 
 STAGES = tuple(stages.STAGES)
-TOKENIZER = types.SimpleNamespace(size=120, image=119)  # all that building a model asks of one
+# All that building a model asks of a tokenizer: for config(), and for odd_config().
+TOKENIZER = types.SimpleNamespace(size=120, image=119)
+ODD = types.SimpleNamespace(size=101, image=97)
 
 
 def config(stage, run_dir='runs/none'):
@@ -33,11 +39,35 @@ def config(stage, run_dir='runs/none'):
     return configs.Config(stage=stage, size='micro', run_dir=str(run_dir), model=model, data=data, optim=optim)
 
 
+def odd_config(stage, run_dir='runs/none', positions=61):
+    """Width 42, three layers, images of 21 pixels that become nine tokens, two rows of 29 tokens; float32."""
+    vision = configs.Vision(image_size=21, patch_size=7, width=22, layers=3, heads=2, ffn=29)
+    text = configs.Text(width=26, layers=2, heads=2, ffn=31, embed=19)
+    model = configs.Model(layers=3, width=42, heads=3, ffn=53, positions=positions, vision=vision, text=text)
+    data = configs.Data(length=29, slots=3, batch_size=2)
+    return configs.Config(stage=stage, run_dir=str(run_dir), dtype='float32', model=model, data=data)
+
+
 def params(cfg, tokenizer=TOKENIZER, seed=0):
-    """(graphdef, parameters): numpy arrays, every leaf random, norms and biases too."""
+    """(graphdef, parameters): numpy arrays, every leaf random, norms (round 1) and biases too, so that each matters."""
     graphdef, shapes = models.abstract(cfg, tokenizer.size, tokenizer.image)
     rng = np.random.default_rng(seed)
-    return graphdef, jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, leaf.dtype), shapes)
+
+    def draw(path, leaf):
+        return (0.2 * rng.standard_normal(leaf.shape, leaf.dtype) + (path[-1].key == 'scale')).astype(leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def model(cfg, tokenizer=TOKENIZER, seed=0):
+    """The same as jax arrays on one device, as inference.load puts them: what one compiled serves the other."""
+    graphdef, drawn = params(cfg, tokenizer, seed)
+    return graphdef, jax.device_put(drawn, jax.devices()[0])
+
+
+def double(params):
+    """Parameters as numpy arrays in float64."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
 
 def batch(cfg, seed=0):
@@ -75,14 +105,18 @@ def run_config(stage, family, **fields):
     return cfg
 
 
-def parent_run(family, stage, cfg=None):
-    """A run folder of a stage as training leaves it, of a model that never learned. Returns its path."""
-    cfg, folder, tokenizer = cfg or run_config(stage, family), family / stage, Tokenizer(family / 'tokenizer')
+def run_folder(cfg, tokenizer):
+    """The run folder of a config as training leaves it, of a model that never learned. Returns its path."""
     resume.write_run(cfg, tokenizer, [])
-    writer = checkpoint.Checkpoints(folder, keep=1)
-    writer.save(7, jax.device_put(params(cfg, tokenizer)[1]), {'count': np.zeros(())}, {})
+    writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
+    writer.save(7, model(cfg, tokenizer)[1], {'count': np.zeros(())}, {})
     writer.wait()
-    return folder
+    return pathlib.Path(cfg.run_dir)
+
+
+def parent_run(family, stage, cfg=None):
+    """The run folder of a stage in a family, for another stage to start from. Returns its path."""
+    return run_folder(cfg or run_config(stage, family), Tokenizer(family / 'tokenizer'))
 
 
 def read(run_dir, at=None):

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 
+import micro
 import pytest
-import tiny
 from conftest import ROOT
 from PIL import Image
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory, tokenizer):
     """Two runs, two pictures, and a file that is none."""
     folder = tmp_path_factory.mktemp('runs')
     for stage in ('pretrain', 'vision_instruct'):
-        tiny.run_folder(folder / stage, stage, tokenizer)
+        micro.run_folder(micro.odd_config(stage, folder / stage), tokenizer)
     for name, colour in (('red', (250, 3, 5)), ('blue', (7, 11, 240))):
         Image.new('RGB', (31, 23), colour).save(folder / f'{name}.png')
     (folder / 'words.png').write_text('these are words')

@@ -3,10 +3,10 @@
 import math
 
 import jax
+import micro
 import numpy as np
 import pytest
 import reference
-import tiny
 from flax import nnx
 
 from nanovision_jax import models
@@ -14,11 +14,11 @@ from nanovision_jax.models.clip import quick_gelu
 from nanovision_jax.training.objectives import sigmoid_contrastive, softmax_contrastive
 
 T = 13
-CFG = tiny.config('clip')
-GRAPHDEF, PARAMS = tiny.model(CFG)
+CFG = micro.odd_config('clip')
+GRAPHDEF, PARAMS = micro.model(CFG, micro.ODD)
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (5, 21, 21, 3), np.uint8)
-TOKENS = RNG.integers(0, tiny.VOCAB, (5, T), np.int32)
+TOKENS = RNG.integers(0, micro.ODD.size, (5, T), np.int32)
 ENDS = np.array([12, 3, 0, 7, 11], np.int32)
 
 
@@ -42,7 +42,7 @@ def found():
 
 
 def test_the_vision_tower_is_the_numpy_one(found):
-    p = tiny.double(PARAMS['vision'])
+    p = micro.double(PARAMS['vision'])
     for i, picture in enumerate(PICTURES):
         states = [reference.tower(p, CFG.model.vision, picture, count) for count in (1, 2, 3)]
         np.testing.assert_allclose(found['first'][i], states[0][1:], atol=1e-4)
@@ -51,7 +51,7 @@ def test_the_vision_tower_is_the_numpy_one(found):
 
 
 def test_the_text_tower_is_the_numpy_one(found):
-    p = tiny.double(PARAMS['text'])
+    p = micro.double(PARAMS['text'])
     expected = [reference.text_tower(p, tokens)[end] for tokens, end in zip(TOKENS, ENDS, strict=True)]
     np.testing.assert_allclose(found['caption'], expected, atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_a_caption_is_read_up_to_its_end_and_no_further(found):
 
 
 def test_logits_are_scaled_cosines(found):
-    p = tiny.double(PARAMS)
+    p = micro.double(PARAMS)
     picture = found['picture'] @ p['vision_projection']['kernel']
     caption = found['caption'] @ p['text_projection']['kernel']
     picture, caption = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (picture, caption))
@@ -94,7 +94,7 @@ def test_the_sigmoid_contrastive_is_the_sum_over_pairs_each_on_its_own():
 
 
 def test_sigmoid_towers_start_warm_and_unlikely():
-    cfg = tiny.config('clip')
+    cfg = micro.odd_config('clip')
     cfg.model.contrastive = 'sigmoid'
     model = models.build(cfg, 100, 99, nnx.Rngs(0))
     logits = model(*map(jax.numpy.asarray, (PICTURES, TOKENS, ENDS)))

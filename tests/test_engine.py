@@ -4,9 +4,9 @@ import types
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from nanovision_jax import models
@@ -38,7 +38,7 @@ def text(tokenizer):
 
 
 def make(stage, tokenizer):
-    cfg = tiny.config(stage, positions=CONTEXT)
+    cfg = micro.odd_config(stage, positions=CONTEXT)
     rng, prompts = np.random.default_rng(0), []
     for length, pictures in ((32, 2), (17, 0), (23, 1)):
         ids = rng.integers(5, 250, length, np.int32)
@@ -46,7 +46,7 @@ def make(stage, tokenizer):
         if stage.startswith('vision'):
             ids[2 : 2 + pictures * P] = tokenizer.image
             prompts[-1].images = list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
-    graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
+    graphdef, params = micro.model(cfg, tokenizer)
     head = params.get('decoder', params)['head']
     head['kernel'] = head['kernel'].at[:, tokenizer.image].set(0)  # which is not to be said: no picture belongs to it
     return Engine(cfg, graphdef, params, ENDLESS), prompts
@@ -271,7 +271,7 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_answer(text, token
 
 
 def test_prompts_are_what_training_sees(tokenizer):
-    cfg = tiny.config('vision_instruct')
+    cfg = micro.odd_config('vision_instruct')
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8))
     messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'a cat?'}]}]
     prompt = chat_prompt(cfg, tokenizer, messages, [picture])
@@ -284,18 +284,18 @@ def test_prompts_are_what_training_sees(tokenizer):
 
 
 def test_a_system_message_leads_and_pictures_go_with_the_question(tokenizer):
-    cfg, picture = tiny.config('vision_instruct'), Image.new('RGB', (9, 9))
+    cfg, picture = micro.odd_config('vision_instruct'), Image.new('RGB', (9, 9))
     system, question = {'role': 'system', 'content': 'the dog'}, {'role': 'user', 'content': 'a cat?'}
     ids = chat_prompt(cfg, tokenizer, [system, question], [picture]).ids.tolist()
     t = tokenizer
     wanted = [t.end_of_text, t.user, *t.encode('the dog'), *[t.image] * P, *t.encode('a cat?'), t.end, t.assistant]
     assert ids == wanted
-    ids = chat_prompt(tiny.config('sft'), tokenizer, [system, question]).ids.tolist()
+    ids = chat_prompt(micro.odd_config('sft'), tokenizer, [system, question]).ids.tolist()
     assert ids == [t.end_of_text, t.user, *t.encode('the dog\n\na cat?'), t.end, t.assistant]
 
 
 def test_what_cannot_be_answered_is_said(tokenizer):
-    cfg = tiny.config('sft')
+    cfg = micro.odd_config('sft')
     question, answer = {'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}
     picture = Image.new('RGB', (9, 9))
     for messages, pictures in (
@@ -311,4 +311,4 @@ def test_what_cannot_be_answered_is_said(tokenizer):
         with pytest.raises(UserError, match='cannot be answered'):
             chat_prompt(cfg, tokenizer, messages, pictures)
     with pytest.raises(UserError, match='no decoder to chat with'):
-        Engine(tiny.config('clip'), None, None, tokenizer.stops)
+        Engine(micro.odd_config('clip'), None, None, tokenizer.stops)

@@ -6,10 +6,10 @@ import sys
 import types
 import weakref
 
+import micro
 import numpy as np
 import pytest
 import reference
-import tiny
 from PIL import Image
 
 from nanovision_jax import errors, evaluate
@@ -133,7 +133,7 @@ def model_run(tokenizer, monkeypatch):
 
     def use(looks, stage='vision_instruct'):
         stub = Stub(tokenizer, looks)
-        opened = types.SimpleNamespace(config=tiny.config(stage), tokenizer=tokenizer, answer=stub.answer)
+        opened = types.SimpleNamespace(config=micro.odd_config(stage), tokenizer=tokenizer, answer=stub.answer)
         monkeypatch.setattr(evaluating, 'load', lambda run_dir: opened)
 
     return use
@@ -277,7 +277,7 @@ def test_a_row_that_is_no_conversation_is_one_lost_question(model_run, tmp_path)
 
 
 def test_a_missing_picture_counts_on_one_side_alone(llava_folder, tmp_path):
-    cfg = tiny.config('vision_instruct')
+    cfg = micro.odd_config('vision_instruct')
     rows = [row for row in json.loads((llava_folder / 'instruct.json').read_text()) if 'image' in row]
     gone = [row | {'image': f'gone/{i}.jpg', 'id': f'gone {i}'} for i, row in enumerate(rows * 5)]
     (tmp_path / 'some.json').write_text(json.dumps(rows + gone))
@@ -346,7 +346,7 @@ def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, tokenizer
         *[{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}] * 2,
     ]
     files = many(tmp_path, {}, 1, row0={'conversations': turns})
-    cfg = tiny.config('vision_instruct')
+    cfg = micro.odd_config('vision_instruct')
     found = vqa.load_questions(cfg, 'validation', files['data'], files['images']).found
     content = [{'type': 'image'}, {'type': 'text', 'text': 'a?'}]
     told = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': content}]
@@ -361,7 +361,7 @@ def test_a_picture_that_is_null_and_an_answer_that_is_empty_are_left_out(tokeniz
     odd = [{'from': 'human', 'value': 'What?'}, {'from': 'gpt', 'value': 'a cat', 'kind': 5}]
     null = {'image': None, 'conversations': turns}
     files = many(tmp_path, {}, 4, row0=null, row1={'conversations': silent}, row2={'conversations': odd})
-    questions = vqa.load_questions(tiny.config('vision_instruct'), 'validation', files['data'], files['images'])
+    questions = vqa.load_questions(micro.odd_config('vision_instruct'), 'validation', files['data'], files['images'])
     assert questions.reasons() == {'1 image places for 0 images': 1, 'empty answer': 1}
     assert [question.kind for question in questions.found] == ['5', 'what colour is']
 
@@ -403,7 +403,7 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
 
 
 def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_config):
-    cfg = tiny.config('vision_instruct')
+    cfg = micro.odd_config('vision_instruct')
     cfg.data.source, cfg.data.path = 'conversations', str(llava_folder / 'instruct.json')
     sides = {split: {q.image for q in vqa.load_questions(cfg, split).found} for split in ('train', 'validation')}
     assert {split: len(names) for split, names in sides.items()} == {'train': 56, 'validation': 4}
@@ -415,8 +415,8 @@ def test_questions_come_from_the_held_out_pictures_alone(llava_folder, tiny_conf
 
 @pytest.mark.parametrize(('stage', 'limit'), [('sft', None), ('vision_instruct', 2)])
 def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, monkeypatch):
-    cfg = tiny.config(stage)
-    graphdef, params = tiny.model(cfg, tokenizer.size, tokenizer.image)
+    cfg = micro.odd_config(stage)
+    graphdef, params = micro.model(cfg, tokenizer)
     opened = types.SimpleNamespace(config=cfg, tokenizer=tokenizer, graphdef=graphdef, params=params)
     monkeypatch.setattr(evaluating, 'load', lambda run_dir: opened)
     words = 'the naïve cat sees a big red house, under the tree.\nüber 你好 café 42! ' * 4
@@ -426,7 +426,7 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     ids = [tokenizer.end_of_text, *tokenizer.encode(words)]
     length, windows = cfg.data.length, limit or (len(ids) - 1) // cfg.data.length
     assert windows > 1
-    p = tiny.double(params.get('decoder', params))
+    p = micro.double(params.get('decoder', params))
     nats = 0
     for start in range(0, windows * length, length):
         here = ids[start : start + length + 1]

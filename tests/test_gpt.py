@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import micro
 import numpy as np
 import optax
 import pytest
 import reference
-import tiny
 from flax import nnx
 
 from nanovision_jax import config as configs
@@ -20,8 +20,8 @@ from nanovision_jax.models.layers import padded
 from nanovision_jax.training import optim
 
 T = 29
-CFG = tiny.config('sft')
-GRAPHDEF, PARAMS = tiny.model(CFG)
+CFG = micro.odd_config('sft')
+GRAPHDEF, PARAMS = micro.model(CFG, micro.ODD)
 
 
 @jax.jit
@@ -32,21 +32,21 @@ def forward(params, tokens, positions, segments):
 def examples(*lengths, seed=0):
     """Examples as batch.pack takes them, of so many inputs each."""
     rng = np.random.default_rng(seed)
-    return [(rng.integers(0, tiny.IMAGE, n + 1, np.int32), np.ones(n + 1, bool), []) for n in lengths]
+    return [(rng.integers(0, micro.ODD.image, n + 1, np.int32), np.ones(n + 1, bool), []) for n in lengths]
 
 
 def logits(*rows):
     """Real logits [row, T, VOCAB] of three rows, each a list of examples."""
     packed = [batches.pack(row, T) for row in rows]
     inputs = [np.stack([row[name] for row in packed]) for name in ('tokens', 'positions', 'segments')]
-    return np.asarray(forward(PARAMS, *inputs))[..., : tiny.VOCAB]
+    return np.asarray(forward(PARAMS, *inputs))[..., : micro.ODD.size]
 
 
 def test_the_decoder_is_the_numpy_one():
     row = examples(11, 13, 5)
-    found, p = logits(row, row, row)[0], tiny.double(PARAMS)
+    found, p = logits(row, row, row)[0], micro.double(PARAMS)
     alone = [reference.decoder(p, p['embedding']['embedding'][ids[:-1]]) for ids, _, _ in row]
-    np.testing.assert_allclose(found, np.concatenate(alone)[:, : tiny.VOCAB], atol=1e-4)
+    np.testing.assert_allclose(found, np.concatenate(alone)[:, : micro.ODD.size], atol=1e-4)
 
 
 def test_no_token_sees_a_later_one():
@@ -54,7 +54,7 @@ def test_no_token_sees_a_later_one():
     changed = []
     for t in (7, 20):
         other = ids.copy()
-        other[t] = (ids[t] + 1) % tiny.IMAGE
+        other[t] = (ids[t] + 1) % micro.ODD.image
         changed.append([(other, learned, [])])
     plain, *later = logits([(ids, learned, [])], *changed)
     for t, found in zip((7, 20), later, strict=True):
@@ -101,7 +101,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 
 
 def test_padded_vocabulary_rows_stay_nothing():
-    rows = padded(tiny.VOCAB)
+    rows = padded(micro.ODD.size)
     assert (rows, padded(128), padded(129)) == (128, 128, 256)
     optimizer = optim.make_optimizer(configs.Optim(learning_rate=0.1, warmup=0, weight_decay=0.5), 10)
     tokens = jnp.arange(2 * T).reshape(2, T)
@@ -109,7 +109,7 @@ def test_padded_vocabulary_rows_stay_nothing():
 
     @jax.jit
     def run():
-        params = nnx.to_pure_dict(nnx.state(models.build(CFG, tiny.VOCAB, tiny.IMAGE, nnx.Rngs(0))))
+        params = nnx.to_pure_dict(nnx.state(models.build(CFG, micro.ODD.size, micro.ODD.image, nnx.Rngs(0))))
 
         def loss(params):
             scores = models.merge(GRAPHDEF, params)(tokens, positions, segments)
@@ -120,12 +120,12 @@ def test_padded_vocabulary_rows_stay_nothing():
         return params, value, scores, grads, optax.apply_updates(params, updates)
 
     params, value, scores, grads, after = run()
-    assert np.isfinite(value) and np.isneginf(scores[..., tiny.VOCAB :]).all()
+    assert np.isfinite(value) and np.isneginf(scores[..., micro.ODD.size :]).all()
     for tree in (params, grads, after):
-        assert not np.any(tree['embedding']['embedding'][tiny.VOCAB :])
-        assert not np.any(tree['head']['kernel'][:, tiny.VOCAB :])
-        assert np.any(tree['head']['kernel'][:, : tiny.VOCAB], axis=0).all()
-    assert (params['head']['kernel'] != after['head']['kernel'])[:, : tiny.VOCAB].any()
+        assert not np.any(tree['embedding']['embedding'][micro.ODD.size :])
+        assert not np.any(tree['head']['kernel'][:, micro.ODD.size :])
+        assert np.any(tree['head']['kernel'][:, : micro.ODD.size], axis=0).all()
+    assert (params['head']['kernel'] != after['head']['kernel'])[:, : micro.ODD.size].any()
     fan_in = {'qkv': 42, 'ffn_in': 42, 'out': 42 * 2 * CFG.model.layers, 'ffn_out': 53 * 2 * CFG.model.layers}
     for name, n in fan_in.items():  # what writes to the residual stream starts smaller by sqrt(2 · layers)
         np.testing.assert_allclose(np.std(params['blocks'][name]['kernel']) * n**0.5, 1, rtol=0.05)
@@ -139,7 +139,7 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass():
     def step(cache, token, position):
         decoder = models.merge(GRAPHDEF, PARAMS)
         x, cache = decoder.extend(decoder.embed(token), position, cache)
-        return decoder.logits(x)[:, 0, : tiny.VOCAB], cache
+        return decoder.logits(x)[:, 0, : micro.ODD.size], cache
 
     cache = models.merge(GRAPHDEF, PARAMS).empty_cache(3, T + 2)
     found = []

@@ -3,9 +3,9 @@
 import shutil
 
 import jax
+import micro
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import nanovision_jax
@@ -23,7 +23,7 @@ def folder(tmp_path_factory, tokenizer):
     """A family of three runs."""
     family = tmp_path_factory.mktemp('runs')
     for stage in ('clip', 'pretrain', 'vision_instruct'):
-        tiny.run_folder(family / stage, stage, tokenizer)
+        micro.run_folder(micro.odd_config(stage, family / stage), tokenizer)
     return family
 
 
@@ -46,7 +46,7 @@ def image_then(text):
 
 
 def test_a_run_is_what_was_saved(vlm, tokenizer):
-    expected = tiny.model(vlm.config, tokenizer.size, tokenizer.image)[1]
+    expected = micro.model(vlm.config, tokenizer)[1]
     jax.tree.map(np.testing.assert_array_equal, vlm.params, expected)
     assert (vlm.step, vlm.config.stage, vlm.tokenizer.digest) == (7, 'vision_instruct', tokenizer.digest)
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(vlm.params)} == {1}

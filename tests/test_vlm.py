@@ -1,18 +1,18 @@
 """The vision-language model: against plain numpy, pictures in their places, packing, the cache."""
 
 import jax
+import micro
 import numpy as np
 import pytest
 import reference
-import tiny
 
 from nanovision_jax import models
 from nanovision_jax.data import batch as batches
 from nanovision_jax.models.vlm import splice
 
 T, P = 61, 9
-CFG = tiny.config('vision_instruct')
-GRAPHDEF, PARAMS = tiny.model(CFG)
+CFG = micro.odd_config('vision_instruct')
+GRAPHDEF, PARAMS = micro.model(CFG, micro.ODD)
 
 
 @jax.jit
@@ -23,9 +23,9 @@ def forward(params, tokens, positions, segments, images):
 def example(length, pictures, seed):
     """An example of `length` inputs as batch.pack takes it; picture k follows the text token 3k."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, tiny.IMAGE, length + 1, np.int32)
+    ids = rng.integers(0, micro.ODD.image, length + 1, np.int32)
     for k in range(pictures):
-        ids[1 + k * (P + 3) : 1 + k * (P + 3) + P] = tiny.IMAGE
+        ids[1 + k * (P + 3) : 1 + k * (P + 3) + P] = micro.ODD.image
     return ids, np.ones(length + 1, bool), list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
 
 
@@ -39,7 +39,7 @@ def pack(*rows):
 
 
 def logits(*rows):
-    return np.asarray(forward(PARAMS, *pack(*rows)))[..., : tiny.VOCAB]
+    return np.asarray(forward(PARAMS, *pack(*rows)))[..., : micro.ODD.size]
 
 
 @pytest.fixture(scope='module')
@@ -48,13 +48,13 @@ def plain():
 
 
 def test_the_model_is_the_numpy_one(plain):
-    p = tiny.double(PARAMS)
+    p = micro.double(PARAMS)
     for (ids, _, pictures), start in ((A, 0), (B, 23), (C, 54)):
         x = p['decoder']['embedding']['embedding'][ids[:-1]]
         if pictures:
             states = [reference.tower(p['vision'], CFG.model.vision, picture, 2)[1:] for picture in pictures]
-            x[ids[:-1] == tiny.IMAGE] = reference.projector(p['projector'], np.concatenate(states))
-        expected = reference.decoder(p['decoder'], x)[:, : tiny.VOCAB]
+            x[ids[:-1] == micro.ODD.image] = reference.projector(p['projector'], np.concatenate(states))
+        expected = reference.decoder(p['decoder'], x)[:, : micro.ODD.size]
         np.testing.assert_allclose(plain[0, start : start + len(x)], expected, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass(plain):
     def step(params, cache, x, position):
         decoder = models.merge(GRAPHDEF, params).decoder
         x, cache = decoder.extend(x, position, cache)
-        return decoder.logits(x)[:, 0, : tiny.VOCAB], cache
+        return decoder.logits(x)[:, 0, : micro.ODD.size], cache
 
     embedded = np.asarray(first(PARAMS, tokens, images))
     cache = models.merge(GRAPHDEF, PARAMS).decoder.empty_cache(3, 37)
@@ -126,11 +126,11 @@ def test_splice_puts_the_kth_feature_at_the_kth_image_token():
 
 @pytest.mark.parametrize('kind', ['mlp', 'linear'])
 def test_the_projector_is_the_numpy_one(kind):
-    cfg = tiny.config('vision_pretrain')
+    cfg = micro.odd_config('vision_pretrain')
     cfg.model.projector = kind
-    graphdef, params = tiny.model(cfg)
+    graphdef, params = micro.model(cfg, micro.ODD)
     features = np.random.default_rng(6).normal(size=(2, P, 22)).astype(np.float32)
     found = jax.jit(lambda params, x: models.merge(graphdef, params).projector(x))(params, features)
-    expected = reference.projector(tiny.double(params['projector']), features.astype(np.float64))
+    expected = reference.projector(micro.double(params['projector']), features.astype(np.float64))
     assert ('second' in params['projector']) == (kind == 'mlp')
     np.testing.assert_allclose(found, expected, atol=1e-5)

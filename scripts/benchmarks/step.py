@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import jax
 import optax
-from nanovision_jax.data.batch import fake_batch
 
 from nanovision_jax import config as configs
+from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.errors import UserError, run
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
