@@ -3,7 +3,6 @@
 import ast
 import collections
 import functools
-import pathlib
 import subprocess
 import sys
 
@@ -175,9 +174,11 @@ def test_help_and_a_mistake_load_no_jax(verb):
 
 
 def test_git_ignores_no_source_file():
-    files = [str(path.relative_to(ROOT)) for folder in ('nanovision_jax', 'tests', 'scripts', 'configs') for path in
-             pathlib.Path(ROOT / folder).rglob('*.py')]  # fmt: skip
-    done = subprocess.run(['git', 'check-ignore', '--no-index', *files], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode == 128:
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
+    tracked = git(['git', 'ls-files'])
+    if tracked.returncode == 128:
         pytest.skip('not a git repository')
-    assert done.stdout == ''
+    files = {*tracked.stdout.splitlines(), *(str(path.relative_to(ROOT)) for path in PACKAGE.rglob('*.py'))}
+    assert {'.ci/run', 'nanovision_jax/runs/folder.py'} <= files
+    assert git(['git', 'check-ignore', '--no-index', '--stdin'], input='\n'.join(files)).stdout == ''
+    assert git(['git', 'check-ignore', '--no-index', 'runs/tiny/config.json']).stdout  # and it does ignore runs
