@@ -4,12 +4,16 @@ config() divides over every mesh of eight devices. odd_config() has sizes that d
 no axis for another.
 """
 
+import contextlib
+import functools
 import pathlib
 import shutil
 import types
 
+import chex
 import jax
 import numpy as np
+import pytest
 
 from nanovision_jax import config as configs
 from nanovision_jax import models, stages
@@ -130,10 +134,19 @@ def read(run_dir, at=None):
 
 
 def assert_same(found, wanted):
-    """Two trees have the same leaves, bit for bit."""
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    """Two trees have the same leaves, bit for bit: 0 is not -0."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+    as_bytes = functools.partial(jax.tree.map, lambda leaf: np.frombuffer(np.asarray(leaf).tobytes(), np.uint8))
+    chex.assert_trees_all_equal(as_bytes(found), as_bytes(wanted))
+
+
+@contextlib.contextmanager
+def traced_at_most(n):
+    """Within it, models are traced at most `n` times: each jitted function merges its model once a trace."""
+    chex.clear_trace_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, 'merge', chex.assert_max_traces(models.merge, n))
+        yield
 
 
 def quicken(patch, folder):
