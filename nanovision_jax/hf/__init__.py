@@ -2,7 +2,7 @@
 
     from nanovision_jax.hf import load_vision_tower
     tower, preprocess = load_vision_tower('openai/clip-vit-large-patch14')
-    features = tower(preprocess([picture]))        # [B, P, D]
+    features = tower(preprocess([image]))        # [B, P, D]
 
 Training takes them as --config.model.tower=… and --config.model.decoder=…; convert writes and reads whole runs.
 """

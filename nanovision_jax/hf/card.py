@@ -14,7 +14,7 @@ UNKNOWN = 'not known to this card: see where the data come from'
 NOT_KNOWN = 'not known'
 
 
-def card(run, architecture):
+def card(run, architecture: str) -> str:
     """The text of README.md for a run (inference.Run) that was exported as `architecture`."""
     config, stage = run.config, stage_of(run.config)
     vision = stage.sees
@@ -77,7 +77,7 @@ def _continue_use(run):
     )
 
 
-def ancestors(folder):
+def ancestors(folder: pathlib.Path) -> list[pathlib.Path]:
     """A run folder and those it came from, as far as they are there, nearest first."""
     found, waiting = [], [folder]
     while waiting:

@@ -4,7 +4,7 @@ import pathlib
 
 import huggingface_hub
 
-from nanovision_jax.config import Vision, options
+from nanovision_jax.config import Model, Vision, options
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.config_file import hub_id
 from nanovision_jax.runs.folder import read_json
@@ -51,7 +51,7 @@ def tower_folder(source) -> pathlib.Path:
 # Decoders -------------------------------------------------------------------------------------------------------------
 
 
-def decoder_config(theirs, where) -> dict:
+def decoder_config(theirs: dict, where: pathlib.Path) -> dict:
     """The fields of config.Model that a decoder's config.json (a dict) sets; `where` it was found is for the error.
 
     Raises UserError for another architecture, and for what our decoder cannot represent.
@@ -95,12 +95,12 @@ def decoder_config(theirs, where) -> dict:
     )  # fmt: skip
 
 
-def read_decoder_config(folder) -> dict:
+def read_decoder_config(folder: pathlib.Path) -> dict:
     """decoder_config() of a folder."""
     return decoder_config(read_json(folder / 'config.json'), folder)
 
 
-def architecture_of(model):
+def architecture_of(model: Model) -> str:
     """The name of the architecture that a config.Model is written as. Raises UserError if there is none."""
     if model.flavour == 'gpt':
         return 'gpt_neox'
@@ -111,7 +111,7 @@ def architecture_of(model):
     return 'qwen3' if model.qk_norm else 'qwen2' if model.qkv_bias else 'llama'
 
 
-def decoder_json(model, vocab_size) -> dict:
+def decoder_json(model: Model, vocab_size: int) -> dict:
     """A decoder's config.json of a config.Model; tokens and dtype are for the caller to add."""
     architecture = architecture_of(model)
     rope = {'rope_type': 'default', 'rope_theta': model.rope_theta}
@@ -139,46 +139,46 @@ def decoder_json(model, vocab_size) -> dict:
 # Towers ---------------------------------------------------------------------------------------------------------------
 
 
-def vision_config(folder) -> Vision:
+def vision_config(folder: pathlib.Path) -> Vision:
     """The config.Vision of a folder with a CLIP or SigLIP model, whole or the tower alone, and its preprocessing.
 
     Raises UserError for another architecture, and for preprocessing that we do not do.
     """
-    config, picture = read_json(folder / 'config.json'), _preprocessor(folder)
+    config, image = read_json(folder / 'config.json'), _preprocessor(folder)
     config = config['vision_config'] if config.get('model_type') == 'llava' else config
-    family = str(config.get('model_type', '')).removesuffix('_vision_model').replace('siglip2', 'siglip')
-    if family not in TOWERS:
+    kind = str(config.get('model_type', '')).removesuffix('_vision_model').replace('siglip2', 'siglip')
+    if kind not in TOWERS:
         raise UserError(f'{folder} holds a {config.get("model_type")!r} model: a tower is {" or ".join(TOWERS)}.')
-    theirs = _DEFAULTS[family] | config.get('vision_config', config)
+    theirs = _DEFAULTS[kind] | config.get('vision_config', config)
     activation = {'gelu_pytorch_tanh': 'gelu_tanh'}.get(theirs['hidden_act'], theirs['hidden_act'])
     activations = options(Vision)['activation'].metadata['choices']
     if activation not in activations:
         raise UserError(f'{folder} wants hidden_act {theirs["hidden_act"]!r}: there are {", ".join(activations)}.')
     if 'num_patches' in theirs:
         raise UserError(f'{folder} is a NaFlex tower, which has no fixed resolution: take a fixed one.')
-    size, stretched = theirs['image_size'], isinstance(picture['size'], dict) and 'height' in picture['size']
-    if picture.get('do_pad'):
+    size, stretched = theirs['image_size'], isinstance(image['size'], dict) and 'height' in image['size']
+    if image.get('do_pad'):
         fit = 'pad'
-    elif picture.get('do_center_crop', family == 'clip'):
+    elif image.get('do_center_crop', kind == 'clip'):
         fit = 'crop'
-    elif stretched or family == 'siglip':
+    elif stretched or kind == 'siglip':
         fit = 'stretch'
     else:
-        raise UserError(f'{folder} neither crops (do_center_crop) nor stretches its pictures to a square.')
+        raise UserError(f'{folder} neither crops (do_center_crop) nor stretches its images to a square.')
     for name in ('size',) if fit == 'stretch' else ('size', 'crop_size'):
-        wanted = picture.get(name, size)
+        wanted = image.get(name, size)
         if set(wanted.values() if isinstance(wanted, dict) else [wanted]) != {size}:
             raise UserError(f'{folder} has {name} {wanted} for a tower of {size} pixels: they must be equal.')
     return Vision(
-        kind=family, image_size=size, patch_size=theirs['patch_size'], width=theirs['hidden_size'],
+        kind=kind, image_size=size, patch_size=theirs['patch_size'], width=theirs['hidden_size'],
         layers=theirs['num_hidden_layers'], heads=theirs['num_attention_heads'], ffn=theirs['intermediate_size'],
         activation=activation, epsilon=theirs['layer_norm_eps'], fit=fit,
-        resample={2: 'bilinear', 3: 'bicubic'}[picture['resample']],
-        mean=tuple(picture['image_mean']), std=tuple(picture['image_std']),
+        resample={2: 'bilinear', 3: 'bicubic'}[image['resample']],
+        mean=tuple(image['image_mean']), std=tuple(image['image_std']),
     )  # fmt: skip
 
 
-def tower_json(vision) -> dict:
+def tower_json(vision: Vision) -> dict:
     """The way back: a tower's config.json of a config.Vision."""
     alone = {'vision_use_head': False} if vision.kind == 'siglip' else {}  # without its pooling head
     return alone | dict(
@@ -189,7 +189,7 @@ def tower_json(vision) -> dict:
     )  # fmt: skip
 
 
-# What the families' config.json leaves out where it is so.
+# What config.json leaves out where it has this value.
 _DEFAULTS = {
     'clip': dict(image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
     | dict(intermediate_size=3072, hidden_act='quick_gelu', layer_norm_eps=1e-5),
@@ -204,7 +204,7 @@ def _preprocessor(folder):
     content = read_json(file) if file.is_file() else read_json(folder / 'processor_config.json').get('image_processor')
     missing = {'size', 'image_mean', 'image_std', 'resample'} - set(content or {})
     if missing:
-        raise UserError(f'{folder} does not say how pictures are prepared: {", ".join(sorted(missing))} missing.')
+        raise UserError(f'{folder} does not say how images are prepared: {", ".join(sorted(missing))} missing.')
     if content['resample'] not in (2, 3):
         raise UserError(f'{file} wants resample {content["resample"]}: there are 2 (bilinear) and 3 (bicubic).')
     return content

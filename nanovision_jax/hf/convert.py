@@ -15,7 +15,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.hf import nanogptvision
 from nanovision_jax.hf.configs import model_folder
 from nanovision_jax.hf.export import export
-from nanovision_jax.hf.restore import read_folder
+from nanovision_jax.hf.read import read_folder
 from nanovision_jax.parallel import hosts
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
@@ -84,7 +84,6 @@ def _new(output):
 
 def _write(config, step, params, tokenizer, source):
     """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
-
     configs.check_values(config)
     configs.check_model(config)
     folder = pathlib.Path(config.run_dir)

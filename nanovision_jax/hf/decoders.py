@@ -5,6 +5,7 @@ that we do not have. Our rotary positions turn neighbouring numbers of a head, t
 against each other, so queries and keys are reordered; nothing else changes.
 """
 
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +94,8 @@ ARCHITECTURES = {
     'qwen3': _LLAMA_LIKE,
     'gpt_neox': Architecture(_NEOX, 'gpt_neox.', 'embed_in.weight', 'embed_out.weight', _NEOX_ZERO),
 }
+# Matrices of GPT-NeoX whose biases a file must hold, and we do not have.
+_BIASED = ('query_key_value.weight', 'dense_h_to_4h.weight', 'dense_4h_to_h.weight')
 # Buffers that older files hold: rotary frequencies and causal masks.
 _BUFFERS = ('*rotary_emb.inv_freq', '*attention.bias', '*attention.masked_bias')
 
@@ -100,7 +103,7 @@ _BUFFERS = ('*rotary_emb.inv_freq', '*attention.bias', '*attention.masked_bias')
 # In ------------------------------------------------------------------------------------------------------------------
 
 
-def read_decoder(folder, shapes: dict, vocab_size: int) -> dict:
+def read_decoder(folder: pathlib.Path, shapes: dict, vocab_size: int) -> dict:
     """decoder_from_hf() of a folder."""
     architecture = ARCHITECTURES[read_json(folder / 'config.json')['model_type']]
     return decoder_from_hf(open_weights(folder), architecture, shapes, vocab_size)
@@ -146,9 +149,7 @@ def decoder_to_hf(params: dict, architecture: Architecture, vocab_size: int) -> 
     rest = {name: part for name, part in params.items() if name not in ('embedding', 'head')}
     tensors = to_hf(rest, architecture.table, architecture.base)
     for name in list(tensors):
-        if architecture.zero and name.endswith(
-            ('query_key_value.weight', 'dense_h_to_4h.weight', 'dense_4h_to_h.weight')
-        ):
+        if architecture.zero and name.endswith(_BIASED):
             tensors[name.replace('.weight', '.bias')] = np.zeros(len(tensors[name]), np.float32)
     tensors[architecture.base + architecture.embedding] = np.asarray(params['embedding']['embedding'])[:vocab_size]
     if 'head' in params:

@@ -6,6 +6,7 @@ config), with which the way back is exact.
 """
 
 import json
+import pathlib
 import shutil
 
 from nanovision_jax.data import templates
@@ -21,7 +22,7 @@ CONFIG = 'nanovision_jax.json'
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  # the last is not always there
 
 
-def export(run, output, dtype='float32'):
+def export(run, output: pathlib.Path, dtype: str = 'float32'):
     """Writes a run (inference.Run) to the folder `output`, which must not exist yet.
 
     Raises UserError for a clip run, which has no decoder, and for a folder that is there.
@@ -62,7 +63,7 @@ def export(run, output, dtype='float32'):
     partial.rename(output)
 
 
-def copy_tokenizer(source, target):
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> Tokenizer:
     """Copies a tokenizer folder of ours, whatever its age, and returns it opened.
 
     The Jinja text is the one that follows from its template now; a batch is padded on the left, where its rows begin:

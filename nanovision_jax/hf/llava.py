@@ -1,7 +1,10 @@
-"""Vision stages as LLaVA models: tower, projector and decoder in one file, and how its pictures are prepared."""
+"""Vision stages as LLaVA models: tower, projector and decoder in one file, and how its images are prepared."""
+
+import pathlib
 
 import numpy as np
 
+from nanovision_jax.config import Model, Vision
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import configs, decoders, towers
 from nanovision_jax.hf.weights import LINEAR, SAME, Weights, from_hf, to_hf
@@ -25,7 +28,7 @@ def _architecture(name):
 # Out -----------------------------------------------------------------------------------------------------------------
 
 
-def llava_json(model, vocab_size, image_token) -> dict:
+def llava_json(model: Model, vocab_size: int, image_token: int) -> dict:
     """A LLaVA model's config.json of a config.Model; other tokens and dtype are for the caller to add."""
     text = configs.decoder_json(model, vocab_size)
     del text['architectures']
@@ -43,29 +46,29 @@ def _strategy(vision):
     return 'default' if vision.class_tokens else 'full'
 
 
-def processor_json(vision, image_token) -> tuple[dict, dict]:
-    """(processor_config.json, preprocessor_config.json): how text and pictures become a model's inputs."""
+def processor_json(vision: Vision, image_token: str) -> tuple[dict, dict]:
+    """(processor_config.json, preprocessor_config.json): how text and images become a model's inputs."""
     size = vision.image_size
     square = {'height': size, 'width': size}
-    picture = dict(
+    image = dict(
         image_processor_type=_FITS[vision.fit], do_resize=True, do_rescale=True, do_normalize=True,
         rescale_factor=1 / 255, image_mean=list(vision.mean), image_std=list(vision.std), do_convert_rgb=True,
         resample={'bilinear': 2, 'bicubic': 3}[vision.resample],
     )  # fmt: skip
     if vision.fit == 'stretch':
-        picture |= {'size': square, 'do_center_crop': False}
+        image |= {'size': square, 'do_center_crop': False}
     else:
-        picture |= {'size': {'shortest_edge': size}, 'do_center_crop': True, 'crop_size': square}
+        image |= {'size': {'shortest_edge': size}, 'do_center_crop': True, 'crop_size': square}
     if vision.fit == 'pad':
-        picture |= {'do_pad': True}
+        image |= {'do_pad': True}
     processor = dict(
         processor_class='LlavaProcessor', patch_size=vision.patch_size, image_token=image_token,
         vision_feature_select_strategy=_strategy(vision), num_additional_image_tokens=vision.class_tokens,
     )  # fmt: skip
-    return processor, picture | {'processor_class': 'LlavaProcessor'}
+    return processor, image | {'processor_class': 'LlavaProcessor'}
 
 
-def llava_to_hf(params, model, vocab_size):
+def llava_to_hf(params: dict, model: Model, vocab_size: int) -> dict[str, np.ndarray]:
     """{their name: array} of a vision-language model's parameters (nested dicts)."""
     projector = params['projector']
     if model.projector == 'linear':  # they always have two layers: the second one does nothing
@@ -81,7 +84,7 @@ def llava_to_hf(params, model, vocab_size):
 # In ------------------------------------------------------------------------------------------------------------------
 
 
-def model_fields(folder) -> dict:
+def model_fields(folder: pathlib.Path) -> dict:
     """The fields of config.Model that a folder with a LLaVA model sets, tower and projector included.
 
     Raises UserError for what our model cannot represent.
@@ -102,7 +105,7 @@ def model_fields(folder) -> dict:
     return text | {'projector': 'mlp' if act == 'gelu' else 'linear', 'vision': vision}
 
 
-def llava_from_hf(weights: Weights, model, architecture: str, shapes: dict, vocab_size: int) -> dict:
+def llava_from_hf(weights: Weights, model: Model, architecture: str, shapes: dict, vocab_size: int) -> dict:
     """A vision-language model's parameters (nested dicts like `shapes`) out of its weights.
 
     architecture: the decoder's model_type. Raises UserError where they do not fit.

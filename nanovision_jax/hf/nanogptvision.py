@@ -4,6 +4,8 @@ A file is a dict with `model_state_dict`, `config` and `current_step`. Names may
 DistributedDataParallel add. Its rotary positions turn interleaved pairs, as ours do.
 """
 
+import pathlib
+
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
@@ -39,7 +41,7 @@ _FIELDS = {
 }
 
 
-def read(file):
+def read(file: pathlib.Path) -> tuple[configs.Config, int, Weights]:
     """(config.Config of stage pretrain, step, Weights) of a checkpoint, read without executing anything in it.
 
     Raises UserError where PyTorch is missing, and for a file that is not such a checkpoint.
@@ -72,7 +74,7 @@ def read(file):
     return config, step, Weights(file, tensors)
 
 
-def parameters(config, weights, tokenizer):
+def parameters(config: configs.Config, weights: Weights, tokenizer) -> dict:
     """The decoder's parameters (nested dicts of numpy arrays). Raises UserError where the weights do not fit."""
     shapes = models.abstract(config, tokenizer.size, tokenizer.image)[1]
     return decoder_from_hf(weights, ARCHITECTURE, shapes, tokenizer.size)

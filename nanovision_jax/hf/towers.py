@@ -1,5 +1,8 @@
 """CLIP's and SigLIP's vision towers."""
 
+import pathlib
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +66,7 @@ IGNORED = (
 )
 
 
-def tower_weights(folder, shapes: dict) -> dict:
+def tower_weights(folder: pathlib.Path, shapes: dict) -> dict:
     """The parameters (nested dicts like `shapes`) of a tower from a folder. Raises UserError where they do not fit."""
     return tower_from_hf(open_weights(folder), vision_config(folder).kind, shapes)
 
@@ -76,11 +79,11 @@ def tower_from_hf(weights: Weights, kind: str, shapes: dict) -> dict:
     return from_hf(tower, TOWERS[kind], shapes, IGNORED)
 
 
-def load_vision_tower(source, layer: int = -2, dtype=jnp.float32):
+def load_vision_tower(source, layer: int = -2, dtype=jnp.float32) -> tuple[Callable, Callable]:
     """(tower, preprocess) of a CLIP or SigLIP model: a folder, or a Hugging Face id.
 
     tower(pixels float32 [B, H, W, 3]) → [B, P, D]: patch tokens after layer `layer`, counted as transformers counts
-    hidden_states, without class token and final norm. preprocess(PIL pictures) → pixels.
+    hidden_states, without class token and final norm. preprocess(PIL images) → pixels.
     Raises UserError for another architecture, and for weights that do not fit.
     """
     folder = tower_folder(source)
@@ -89,8 +92,8 @@ def load_vision_tower(source, layer: int = -2, dtype=jnp.float32):
     params = jax.device_put(tower_weights(folder, nnx.to_pure_dict(state)))  # once, not at each call
     run = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).features(pixels, layer))
 
-    def preprocess(pictures) -> Float[Array, 'B H W 3']:
-        prepared = np.stack([images.prepare(images.to_rgb(picture), cfg) for picture in pictures])
+    def preprocess(given) -> Float[Array, 'B H W 3']:
+        prepared = np.stack([images.prepare(images.to_rgb(image), cfg) for image in given])
         return (prepared / np.float32(255) - np.float32(cfg.mean)) / np.float32(cfg.std)
 
     return lambda pixels: run(params, pixels), preprocess

@@ -80,7 +80,7 @@ class Weights:
         ]
 
 
-def open_weights(folder) -> Weights:
+def open_weights(folder: pathlib.Path) -> Weights:
     """The tensors of model.safetensors in a folder, or of the shards that its index names.
 
     Raises UserError where there are none, for a pickle, and for a damaged file.
@@ -109,14 +109,14 @@ def open_weights(folder) -> Weights:
     return Weights(folder, without_prefixes(tensors))
 
 
-def without_prefixes(tensors):
+def without_prefixes(tensors: dict) -> dict:
     """{name: tensor} without what DistributedDataParallel, torch.compile and peft put before every name."""
     while prefix := next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def write_weights(tensors, folder, dtype='float32'):
+def write_weights(tensors: dict[str, np.ndarray], folder: pathlib.Path, dtype: str = 'float32'):
     """Writes {name: array} to model.safetensors in a folder, in `dtype`."""
     tensors = {
         name: np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtype))) for name, array in tensors.items()
