@@ -57,7 +57,7 @@ def test_special_strings_in_a_conversation_are_only_text(tokenizer):
     [[PICTURE, words('what?')], [words('what?'), PICTURE], [words('first'), PICTURE, words('second')], [PICTURE]],
 )
 def test_a_picture_is_a_run_of_tokens_at_its_place(tokenizer, content):
-    ids, learned, *_ = encode([user(*content), assistant('a dog')], tokenizer, PATCHES, 1)
+    ids, learned, *_ = encode([user(*content), assistant('a dog')], tokenizer, [PATCHES])
     body = []
     for part in content:
         body += [tokenizer.image] * PATCHES if part is PICTURE else tokenizer.encode(part['text'])
@@ -65,8 +65,19 @@ def test_a_picture_is_a_run_of_tokens_at_its_place(tokenizer, content):
     assert not learned[ids == tokenizer.image].any()
 
 
+def test_every_image_has_as_many_tokens_as_it_is_given(tokenizer):
+    talk = [user(PICTURE, words('a?'), PICTURE), assistant('yes'), user(words('b?'), PICTURE), assistant('no')]
+    ids, learned, ends, images = encode(talk, tokenizer, [3, 1, 5])
+    runs = [len(run) for run in ''.join('x' if i == tokenizer.image else ' ' for i in ids).split()]
+    assert (runs, images, len(ids)) == ([3, 1, 5], [2, 3], ends[-1])
+    assert not learned[ids == tokenizer.image].any()
+    assert len(encode(talk, tokenizer, [1, 1, 1]).ids) == len(ids) - 6
+    with pytest.raises(BadExample, match='3 image places for 2 images'):
+        encode(talk, tokenizer, [3, 1])
+
+
 def test_two_pictures_side_by_side(tokenizer):
-    ids, *_ = encode([user(PICTURE, PICTURE, words('two?')), assistant('yes')], tokenizer, PATCHES, 2)
+    ids, *_ = encode([user(PICTURE, PICTURE, words('two?')), assistant('yes')], tokenizer, [PATCHES] * 2)
     assert (ids[2 : 2 + 2 * PATCHES] == tokenizer.image).all()
     assert (ids == tokenizer.image).sum() == 2 * PATCHES
 
@@ -93,18 +104,18 @@ def test_a_question_stays_and_opens_the_answer(tokenizer, talk):
 Q, A = user('a'), assistant('b')
 BAD = {
     'system speaks out of turn': ([Q, A, {'role': 'system', 'content': 'x'}, Q, A], {}),
-    'a picture in a system message': ([{'role': 'system', 'content': [PICTURE]}, Q, A], {'images': 1}),
+    'a picture in a system message': ([{'role': 'system', 'content': [PICTURE]}, Q, A], {'image_tokens': [PATCHES]}),
     'the role tool belongs to tools, which are not supported': ([Q, {'role': 'tool', 'content': 'x'}, A], {}),
     'the role ipython belongs to tools, which are not supported': ([Q, {'role': 'ipython', 'content': 'x'}, A], {}),
     "unknown speaker 'narrator'": ([{'role': 'narrator', 'content': 'x'}, Q, A], {}),
     'unknown speaker None': ([{'content': 'x'}], {}),
     'user speaks out of turn': ([Q, Q, A], {}),
     'assistant speaks out of turn': ([A], {}),
-    'a picture in an answer': ([Q, assistant([PICTURE])], {'images': 1}),
+    'a picture in an answer': ([Q, assistant([PICTURE])], {'image_tokens': [PATCHES]}),
     'empty answer': ([Q, assistant(' \n')], {}),
     'no answer': ([Q], {}),
-    '0 image places for 1 images': ([Q, A], {'images': 1}),
-    '2 image places for 1 images': ([user(PICTURE, PICTURE), A], {'images': 1}),
+    '0 image places for 1 images': ([Q, A], {'image_tokens': [PATCHES]}),
+    '2 image places for 1 images': ([user(PICTURE, PICTURE), A], {'image_tokens': [PATCHES]}),
     '1 image places for 0 images': ([user(PICTURE), A], {}),
     'no question to answer': ([Q, A], {'question': True}),
     'a turn without text': ([Q, {'role': 'assistant'}], {}),
@@ -116,7 +127,7 @@ BAD = {
 def test_what_is_refused(tokenizer, reason):
     messages, options = BAD[reason]
     with pytest.raises(BadExample) as caught:
-        encode(messages, tokenizer, PATCHES, **options)
+        encode(messages, tokenizer, **options)
     assert str(caught.value) == reason
 
 
@@ -182,7 +193,7 @@ def test_the_pictures_behind_a_cut_go_with_it(tokenizer):
         if rng.random() < 0.5:  # a last question without an answer
             talk.append(user(PICTURE, words('and this?')))
             pictures += 1
-        example = encode(talk, tokenizer, PATCHES, pictures)
+        example = encode(talk, tokenizer, [PATCHES] * pictures)
         assert example.pictures[-1] == (example.ids == tokenizer.image).sum() / PATCHES
         for length in range(example.ends[0] - 1, example.ends[-1] + 2):
             ids, _, kept = fit(example, length)
@@ -214,17 +225,17 @@ def test_image_stands_for_a_picture(value, content):
 def test_image_in_an_answer_is_text(tokenizer):
     messages = from_llava([human('<image>\nwhich tag?'), {'from': 'gpt', 'value': 'it is <image>'}])
     assert messages[1] == {'role': 'assistant', 'content': 'it is <image>'}
-    ids, learned, *_ = encode(messages, tokenizer, PATCHES, 1)
+    ids, learned, *_ = encode(messages, tokenizer, [PATCHES])
     assert (ids == tokenizer.image).sum() == PATCHES
     assert tokenizer.decode(ids[learned]) == 'it is <image>'
 
 
 def test_places_and_pictures_must_match(tokenizer):
     messages = from_llava([human('<image> and <image>?'), {'from': 'gpt', 'value': 'yes'}])
-    assert (encode(messages, tokenizer, PATCHES, 2)[0] == tokenizer.image).sum() == 2 * PATCHES
+    assert (encode(messages, tokenizer, [PATCHES] * 2)[0] == tokenizer.image).sum() == 2 * PATCHES
     for images in (0, 1, 3):
         with pytest.raises(BadExample, match=f'2 image places for {images} images'):
-            encode(messages, tokenizer, PATCHES, images)
+            encode(messages, tokenizer, [PATCHES] * images)
 
 
 @pytest.mark.parametrize(

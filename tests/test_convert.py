@@ -403,7 +403,7 @@ def test_the_processor_s_template_gives_the_ids_of_training(runs, tmp_path, caps
         pictures = [picture(n + i) for i in range(rng.randint(1, 3))]
         messages = random_talk(rng, len(pictures))
         patches = run.config.model.vision.patches
-        wanted, *_ = conversation.encode(messages, run.tokenizer, patches, len(pictures))
+        wanted, *_ = conversation.encode(messages, run.tokenizer, [patches] * len(pictures))
         text = processor.apply_chat_template(messages)
         found = processor(images=pictures, text=text, add_special_tokens=False, return_tensors='pt')
         assert found['input_ids'][0].tolist() == wanted.tolist(), messages

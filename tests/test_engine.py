@@ -277,7 +277,7 @@ def test_prompts_are_what_training_sees(tokenizer):
     messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'a cat?'}]}]
     prompt = chat_prompt(cfg, tokenizer, messages, [picture])
     answered = [*messages, {'role': 'assistant', 'content': 'the dog'}]
-    ids, learned, *_ = conversation.encode(answered, tokenizer, P, 1)
+    ids, learned, *_ = conversation.encode(answered, tokenizer, [P])
     assert prompt.ids.tolist() == ids[: int(learned.argmax())].tolist() and prompt.ids[-1] == tokenizer.assistant
     np.testing.assert_array_equal(prompt.images, [images.prepare(picture, cfg.model.vision)])
     continued = text_prompt(tokenizer, 'the cat runs').ids

@@ -350,7 +350,7 @@ def test_questions_are_asked_alone_with_what_the_system_says(tmp_path, tokenizer
     found = vqa.load_questions(cfg, 'validation', files['data'], files['images']).found
     content = [{'type': 'image'}, {'type': 'text', 'text': 'a?'}]
     told = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': content}]
-    wanted = conversation.encode(told, tokenizer, cfg.model.vision.patches, 1, question=True).ids
+    wanted = conversation.encode(told, tokenizer, [cfg.model.vision.patches], question=True).ids
     assert [vqa.prompt_ids(question, cfg, tokenizer).tolist() for question in found] == [wanted.tolist()] * 2
     assert 'Be brief.' in tokenizer.decode(wanted)
 

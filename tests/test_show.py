@@ -20,7 +20,7 @@ def row(tokenizer):
     examples = []
     for question, pictures in ((picture, 1), ({'role': 'user', 'content': 'a dog?'}, 0)):
         messages = [question, {'role': 'assistant', 'content': 'red, über'}]
-        ids, learned, *_ = conversation.encode(messages, tokenizer, 9, pictures)
+        ids, learned, *_ = conversation.encode(messages, tokenizer, [9] * pictures)
         examples.append((ids, learned, [np.zeros((21, 21, 3), np.uint8)] * pictures))
     return batches.pack(examples, 61, slots=2, size=21)
 

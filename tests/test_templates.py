@@ -229,12 +229,12 @@ def test_the_stored_jinja_gives_our_ids_and_marks_what_we_learn(family, folders)
             messages, shown = zip(*(parts(rng, message) for message in messages), strict=True)
             messages, pictures = list(messages), sum(shown)
         found = fast.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, learned, ends, _ = conversation.encode(messages, mine, 1, pictures)
+        ids, learned, ends, _ = conversation.encode(messages, mine, [1] * pictures)
         assert found['input_ids'] == ids.tolist()
         assert found['assistant_masks'] == learned.astype(int).tolist()
         assert ids.dtype == np.int32 and learned.dtype == bool and len(ends) == 1 + number % 3 and ends[-1] == len(ids)
         asked = fast.apply_chat_template(messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
-        assert asked == conversation.encode(messages[:-1], mine, 1, pictures, question=True).ids.tolist()
+        assert asked == conversation.encode(messages[:-1], mine, [1] * pictures, question=True).ids.tolist()
         # Nothing that was said is a special token: they are as many as in a conversation of harmless words.
         shape = len(messages), number % 2, pictures
         turn.setdefault(shape, np.isin(ids, mine.special).sum())
@@ -286,10 +286,10 @@ def test_our_own_template_gives_the_ids_it_always_gave(tokenizer):
         if number % 2:
             messages, shown = zip(*(parts(rng, message) for message in messages), strict=True)
             messages, pictures = list(messages), sum(shown)
-        ids, learned, ends, _ = conversation.encode(messages, tokenizer, 3, pictures)
+        ids, learned, ends, _ = conversation.encode(messages, tokenizer, [3] * pictures)
         digest.update(repr((ids.tolist(), learned.tolist(), ends)).encode())
         digest.update(
-            repr(conversation.encode(messages[:-1], tokenizer, 3, pictures, question=True).ids.tolist()).encode()
+            repr(conversation.encode(messages[:-1], tokenizer, [3] * pictures, question=True).ids.tolist()).encode()
         )
     assert digest.hexdigest() == 'f20e984062c91eb9c675edfb7adb7295debaddabbaddff80bd9c9fb4166cd4a1'
 

@@ -184,9 +184,9 @@ def test_the_template_puts_one_token_where_a_picture_is(tokenizer, template):
         images = sum(part['type'] == 'image' for message in messages[::2] for part in message['content'])
         expected = template(messages)
         assert expected.count(tokenizer.image) == images
-        assert conversation.encode(messages, tokenizer, 1, images)[0].tolist() == expected
+        assert conversation.encode(messages, tokenizer, [1] * images)[0].tolist() == expected
         runs = [i for i in expected for _ in range(7 if i == tokenizer.image else 1)]
-        assert conversation.encode(messages, tokenizer, 7, images)[0].tolist() == runs
+        assert conversation.encode(messages, tokenizer, [7] * images)[0].tolist() == runs
         seen += images
     assert seen > 100
 

@@ -42,12 +42,12 @@ class Encoded(NamedTuple):
     pictures: list[int]  # how many pictures stand before each of these ends
 
 
-def encode(messages, tokenizer, patches=0, images=0, question=False):
+def encode(messages: list[dict], tokenizer, image_tokens: list[int] | tuple = (), question: bool = False) -> Encoded:
     """Messages to Encoded, as the tokenizer's template writes them.
 
-    An image part becomes `patches` image tokens; `images` says how many pictures there are. A last question without
+    image_tokens: how many image tokens each image has; the i-th image part becomes as many. A last question without
     an answer is left out, unless `question`: then it stays, and the assistant's turn is opened for the model to fill.
-    Raises BadExample for an unknown speaker, turns out of order, no answer, or pictures that do not match.
+    Raises BadExample for an unknown speaker, turns out of order, no answer, or images that do not match.
     """
     check(messages)
     expected, seen, pictures = 'user', 0, []
@@ -66,20 +66,21 @@ def encode(messages, tokenizer, patches=0, images=0, question=False):
             if not text_of(message).strip():
                 raise BadExample('empty answer')
             pictures.append(seen)
-    if seen != images:
-        raise BadExample(f'{seen} image places for {images} images')
+    if seen != len(image_tokens):
+        raise BadExample(f'{seen} image places for {len(image_tokens)} images')
     if question and expected != 'assistant':
         raise BadExample('no question to answer')
     if not question and not pictures:
         raise BadExample('no answer')
     if not question and expected == 'assistant':
         messages = messages[:-1]
-    ids, learned, ends, length = [], [], [], 0
+    ids, learned, ends, length, placed = [], [], [], 0, 0
     for turn in tokenizer.template.turns(messages, tokenizer.escape, question):
         read, marks = tokenizer.tokenize(turn)
-        if images and (places := read == tokenizer.image).any():
-            copies = np.where(places, patches, 1)
-            read, marks = np.repeat(read, copies), np.repeat(marks, copies)
+        if image_tokens and (places := np.flatnonzero(read == tokenizer.image)).size:
+            copies = np.ones(len(read), int)
+            copies[places] = image_tokens[placed : placed + len(places)]
+            read, marks, placed = np.repeat(read, copies), np.repeat(marks, copies), placed + len(places)
         ids.append(read)
         learned.append(marks)
         length += len(read)

@@ -85,11 +85,11 @@ def _encode(example, config, tokenizer):
         ids = np.array([tokenizer.end_of_text, *words, tokenizer.end], np.int32)
         return ids, np.ones(len(ids), bool), example.images, WHOLE
     slots, patches = data.slots if stage.sees else 0, config.model.vision.patches
-    whole = encoded = conversation.encode(example.messages, tokenizer, patches, len(example.images))
+    whole = encoded = conversation.encode(example.messages, tokenizer, [patches] * len(example.images))
     while tokenizer.template.opening and len(encoded.ends) > 1 and encoded.ends[-1] > data.length + 1:
         # The last answer is written otherwise than those before it: it is another one now.
         messages = conversation.first_answers(example.messages, len(encoded.ends) - 1)
-        encoded = conversation.encode(messages, tokenizer, patches, encoded.pictures[-2])
+        encoded = conversation.encode(messages, tokenizer, [patches] * encoded.pictures[-2])
     ids, learned, kept = conversation.fit(encoded, data.length, cut=data.too_long == 'cut')
     if kept > slots:
         raise conversation.BadExample(f'{kept} images for {slots} slots')

@@ -164,7 +164,7 @@ def prompt_ids(question, config, tokenizer):
     """A question asked alone, behind its picture and what the system says, as token ids."""
     content = [{'type': 'image'}, {'type': 'text', 'text': question.text}]
     messages = [*question.system, {'role': 'user', 'content': content}]
-    return conversation.encode(messages, tokenizer, config.model.vision.patches, 1, question=True).ids
+    return conversation.encode(messages, tokenizer, [config.model.vision.patches], question=True).ids
 
 
 def ask(run, questions, prompt, title):

@@ -26,7 +26,7 @@ def chat_prompt(config, tokenizer, messages: list[dict], pictures=()) -> Prompt:
     try:
         conversation.check(messages)
         messages = with_image_parts(messages, len(pictures))
-        ids = conversation.encode(messages, tokenizer, vision.patches, len(pictures), question=True).ids
+        ids = conversation.encode(messages, tokenizer, [vision.patches] * len(pictures), question=True).ids
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
     return Prompt(ids, [images.prepare(images.to_rgb(picture), vision) for picture in pictures])

@@ -108,7 +108,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
         key, row = item
         try:
             messages, pictures = self.example(row)
-            conversation.encode(messages, _NONE, 1, len(pictures))
+            conversation.encode(messages, _NONE, [1] * len(pictures))
             for picture in pictures:
                 images.load(picture)
         except conversation.BadExample as error:
