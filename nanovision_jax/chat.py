@@ -18,8 +18,9 @@ import shlex
 import sys
 import urllib.parse
 
+from nanovision_jax.cli import Parser, run
 from nanovision_jax.data import conversation, images
-from nanovision_jax.errors import Parser, UserError, run
+from nanovision_jax.errors import UserError
 from nanovision_jax.stages import stage_of
 
 

@@ -1,7 +1,16 @@
-"""How a command line becomes one Config; every mistake is one sentence."""
+"""Command lines: options, a config out of --config=FILE, and the one place that turns mistakes into exit codes.
 
+Every mistake is one sentence.
+"""
+
+import argparse
+import collections
 import contextlib
+import errno
+import io
+import os
 import pathlib
+import select
 import sys
 
 from absl import flags as absl_flags
@@ -12,20 +21,121 @@ from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.training import start
 
+# What an OSError with one of these says is wrong with the machine, not with the program.
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
-def parse(argv, usage='', flags=()):
-    """Turns `--config=FILE[:SIZE] [--config.FIELD=VALUE …]` into (Config, {flag: bool}).
 
-    `flags` are the names of further boolean options. Raises UserError, one sentence, for every mistake.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are UserErrors: one sentence instead of the usage text."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        """Raises the complaint instead of printing the usage."""
+        raise UserError(f'{message}. See --help.')
+
+    def parse(self, argv):
+        """Parses argv; an unknown option is answered with the nearest right one, and none may be given twice."""
+        given = collections.Counter(arg.partition('=')[0] for arg in argv)
+        for name, action in self._option_string_actions.items():
+            if given[name] > 1 and isinstance(action, argparse._StoreAction):
+                raise UserError(f'{name} is given {given[name]} times: it takes one value.')
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(
+                f'unknown argument {unknown[0]!r}.{nearest(unknown[0].split("=")[0], self._option_string_actions)}'
+            )
+        return args
+
+
+def run(main):
+    """Runs a command's `main(argv)`; a UserError becomes one sentence on stderr and exit code 2.
+
+    So do a device that jax was told to use and does not find, a full disk, and files that may not be read or written.
+    If the reader of its output goes away (`show … | head`), a command ends without a word, as others do: code 141.
+    """
+    _take_any_text()
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        _end(error)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        stdout = sys.stdout.fileno()
+        gone = select.poll()
+        gone.register(stdout, 0)  # asks for nothing, so it tells of errors and of a reader that hung up alone
+        if not gone.poll(0):
+            raise
+        # What is still buffered would be written again, and fail again, as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        _end(f'{error.filename}: {error.strerror}.' if error.filename else f'{error.strerror}.')
+    except (RuntimeError, AssertionError):
+        if (reason := _no_device()) is None:
+            raise
+        _end(reason)
+
+
+def _end(reason):
+    print(f'error: {reason}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _take_any_text():
+    r"""Makes the standard streams take what their encoding has not.
+
+    Written, a character that the terminal lacks is shown by its number, as in \u2192: no answer is lost, and nothing
+    ends for it. Read, a byte that is no character becomes a surrogate, which is refused where the text is used.
+    """
+    for stream, errors in (
+        (sys.stdout, 'backslashreplace'),
+        (sys.stderr, 'backslashreplace'),
+        (sys.stdin, 'surrogateescape'),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _no_device():
+    """Why jax has no device, in a sentence; None where it has one, or was not needed."""
+    jax = sys.modules.get('jax')
+    try:
+        if jax is not None:
+            jax.devices()
+        return None
+    except (RuntimeError, AssertionError) as error:  # an AssertionError, with no words, for cuda without its plugin
+        why = str(error).partition(' (set JAX_PLATFORMS')[0].rstrip('.')
+        wanted = os.environ.get('JAX_PLATFORMS', '')
+        return (
+            f'jax finds no device for JAX_PLATFORMS={wanted!r}{why and f" ({why})"}: install what it needs (see '
+            'Install in the README), or unset JAX_PLATFORMS.'
+        )
+
+
+# A config ------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv, usage='', **extra):
+    """Turns `--config=FILE[:SIZE] [--config.FIELD=VALUE …]` into (Config, {option: value}).
+
+    extra: further options and their defaults, which tell their types: a bool, or a number above 0. Raises UserError,
+    one sentence, for every mistake.
     """
     if '--help' in argv or '-h' in argv:
         _help([arg for arg in argv if arg not in ('--help', '-h')], usage)
         sys.exit(0)
-    given, options = _split(argv)
+    given, options = _split(argv, [name for name, default in extra.items() if not isinstance(default, bool)])
     for name in options:
-        if name not in flags and name != 'config' and not name.startswith('config.'):
+        if name not in extra and name != 'config' and not name.startswith('config.'):
             raise UserError(
-                f'unknown argument --{name}.{nearest("--" + name, ["--config", *("--" + f for f in flags)])}'
+                f'unknown argument --{name}.{nearest("--" + name, ["--config", *("--" + name for name in extra)])}'
             )
     if 'config' not in options:
         raise UserError('which config? Say --config=FILE, as in --config=configs/pretrain.py:tiny.')
@@ -45,7 +155,7 @@ def parse(argv, usage='', flags=()):
         raise UserError(
             'data.source and data.mixture are both given: a mixture names its sources, leave data.source out.'
         )
-    chosen = {name: parse_value(f'--{name}', bool, options.get(name, 'false')) for name in flags}
+    chosen = extra | {name: _option(name, type(extra[name]), options[name]) for name in extra if name in options}
     config = _read(file, size, given)
     fill(config)
     check_values(config)
@@ -53,6 +163,13 @@ def parse(argv, usage='', flags=()):
     check(config)
     print('\n'.join(told), end='\n' * bool(told))
     return config, chosen
+
+
+def _option(name, kind, text):
+    value = parse_value(f'--{name}', kind, text)
+    if kind is int and value < 1:
+        raise UserError(f'--{name} takes a number above 0, not {value}.')
+    return value
 
 
 def _given(config, options):
@@ -88,21 +205,22 @@ def _help(argv, usage):
         print(f'      {meta["meaning"]}{"".join(f"; {limit}" for limit in limits)}; default: {default!r}{here}')
 
 
-def _split(argv):
-    """Normalises argv to ['--name=value', …] and gives it also as {name: value}."""
+def _split(argv, valued=()):
+    """Normalises argv to ['--name=value', …] and gives it also as {name: value}. valued: others that take a value."""
     given, options, rest = [], {}, list(argv)
     while rest:
         arg = rest.pop(0)
         if not arg.startswith('--'):
             raise UserError(f'unexpected argument {arg!r}: options start with --.')
         name, equals, value = arg[2:].partition('=')
-        if not equals and (name == 'config' or name.startswith('config.')):
+        takes_value = name == 'config' or name.startswith('config.') or name in valued
+        if not equals and takes_value:
             if not rest:
                 raise UserError(f'--{name} needs a value, as in --{name}=VALUE.')
             value = rest.pop(0)
         if name.startswith('config'):
             given.append(f'--{name}={value}')
-        options[name] = value if equals or name.startswith('config') else 'true'
+        options[name] = value if equals or takes_value else 'true'
     return given, options
 
 

@@ -11,7 +11,8 @@ LlavaForConditionalGeneration. What is read back is a run that chat, evaluate an
 there is overwritten.
 """
 
-from nanovision_jax.errors import Parser, UserError, check_writable, run
+from nanovision_jax.cli import Parser, run
+from nanovision_jax.errors import UserError, check_writable
 
 FORMATS = ('hf', 'nanogptvision')
 

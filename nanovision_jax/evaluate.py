@@ -8,7 +8,7 @@ Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jso
 counted. If this is more than 1%, nothing is scored or written unless --allow-missing is given.
 """
 
-from nanovision_jax.errors import Parser, run
+from nanovision_jax.cli import Parser, run
 from nanovision_jax.evals import base
 
 

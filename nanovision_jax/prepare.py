@@ -15,8 +15,8 @@ A set lies in OUTPUT/NAME, with bad_rows.jsonl (what was left out, and why) and 
 Downloads are kept in OUTPUT/downloads/NAME.
 """
 
+from nanovision_jax.cli import Parser, run
 from nanovision_jax.data.catalog import SETS
-from nanovision_jax.errors import Parser, run
 
 
 def main(argv):

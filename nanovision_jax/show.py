@@ -9,7 +9,6 @@ import itertools
 import sys
 
 from nanovision_jax import cli
-from nanovision_jax.errors import Parser, UserError, run
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import start
 
@@ -41,14 +40,9 @@ def render(row, tokenizer, colour=True):
 
 def main(argv):
     """The command: see the module's docstring."""
-    parser = Parser(add_help=False)
-    parser.add_argument('--rows', type=int, default=2)
-    options, rest = parser.parse_known_args(argv)
-    if options.rows < 1:
-        raise UserError(f'--rows takes a number above 0, not {options.rows}.')
-    config, _ = cli.parse(rest, __doc__)
+    config, options = cli.parse(argv, __doc__, rows=2)
 
-    from nanovision_jax.data import pipeline
+    from nanovision_jax.data import pipeline  # opens data sets
 
     sources = start.available(config)
     tokenizer = pipeline.family_tokenizer(config, next((s.tokenizer for s in sources if s.tokenizer), None))
@@ -58,7 +52,7 @@ def main(argv):
         print(f'{name:10} {value.dtype!s:8} {list(value.shape)}')
     if bad:
         print(f'{len(bad)} bad examples left out, the first: {bad[0]}')
-    for i in range(min(options.rows, config.data.batch_size)):
+    for i in range(min(options['rows'], config.data.batch_size)):
         row = {name: value[i] for name, value in batch.items()}
         print(f'\nrow {i}')
         if stage_of(config).data == 'pairs':
@@ -69,4 +63,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    run(main)
+    cli.run(main)

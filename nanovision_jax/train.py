@@ -12,17 +12,16 @@ say
 import sys
 
 from nanovision_jax import cli
-from nanovision_jax.errors import run
 
 
 def main(argv):
     """The command: see the module's docstring."""
     sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
-    config, flags = cli.parse(argv, __doc__, ('resume', 'anew'))
+    config, flags = cli.parse(argv, __doc__, resume=False, anew=False)
     from nanovision_jax.training.loop import train  # jax loads once the command line is read
 
     train(config, **flags)
 
 
 if __name__ == '__main__':
-    run(main)
+    cli.run(main)

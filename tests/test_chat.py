@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 import nanovision_jax
-from nanovision_jax import chat, errors
+from nanovision_jax import chat, cli
 from nanovision_jax.data import images
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import run as inference
@@ -292,7 +292,7 @@ def test_mistakes_are_one_sentence(talk, folder):
 def test_a_mistake_ends_the_command_with_code_2(monkeypatch, capsys, folder):
     monkeypatch.setattr(sys, 'argv', ['chat', f'--run={folder}/pretrain', f'--image={folder}/green.png'])
     with pytest.raises(SystemExit) as stop:
-        errors.run(chat.main)
+        cli.run(chat.main)
     assert stop.value.code == 2
     assert capsys.readouterr() == ('', f"error: no picture '{folder}/green.png'.\n")
 

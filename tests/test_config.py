@@ -90,7 +90,7 @@ MISTAKES = {
 
 def message_of(argv):
     with pytest.raises(UserError) as caught:
-        cli.parse(argv, 'usage', ('resume', 'anew'))
+        cli.parse(argv, 'usage', resume=False, anew=False)
     return str(caught.value)
 
 
@@ -201,16 +201,16 @@ def test_the_last_of_two_overrides_counts():
 
 def test_order_does_not_matter():
     argv = [SFT, '--config.steps=9', '--config.optim.b1=0.5', '--resume']
-    expected = cli.parse(argv, flags=('resume', 'anew'))
+    expected = cli.parse(argv, resume=False, anew=False)
     assert expected[0].steps == 9 and expected[0].optim.b1 == 0.5
     assert expected[1] == {'resume': True, 'anew': False}
     for shuffled in itertools.permutations(argv):
-        assert cli.parse(shuffled, flags=('resume', 'anew')) == expected
+        assert cli.parse(shuffled, resume=False, anew=False) == expected
 
 
 @pytest.mark.parametrize('text, value', {'': True, '=true': True, '=False': False, '=0': False}.items())
 def test_flags_take_values(text, value):
-    assert cli.parse([SFT, f'--resume{text}'], flags=('resume',))[1] == {'resume': value}
+    assert cli.parse([SFT, f'--resume{text}'], resume=False)[1] == {'resume': value}
 
 
 def test_parse_reads_its_argument_and_not_the_process(monkeypatch):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
 from nanovision_jax import config as configs
-from nanovision_jax import convert, models, report
+from nanovision_jax import convert, models
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
@@ -24,6 +24,7 @@ from nanovision_jax.hf import convert as conversions
 from nanovision_jax.inference import engine
 from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.reporting import blocks
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -179,7 +180,7 @@ def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
     card = (tmp_path / 'again' / 'README.md').read_text()
     assert '| sft, from out | not known | not known to this card: see where the data come from | not known |' in card
     assert 'tiny_world' not in card
-    page = report.report(back.parent).with_suffix('.md').read_text()
+    page = blocks.write(back.parent).with_suffix('.md').read_text()
     assert f'python -m nanovision_jax.convert --from=hf --input={folder} --output={back}' in page
     with pytest.raises(UserError, match=r'data.source is unknown: say what to learn from'):
         configs.check(after.config)

@@ -10,16 +10,17 @@ import sys
 import pytest
 from conftest import ROOT
 
+from nanovision_jax import cli, convert, errors
 from nanovision_jax import config as configs
-from nanovision_jax import convert, errors, report
 from nanovision_jax.data import preparation
+from nanovision_jax.reporting import blocks
 from nanovision_jax.training import loop as train
 
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('lines', [1, 100_000])  # one fits the buffer and is only written at the end
 def test_a_reader_that_goes_away_ends_the_command_without_a_word(lines, unbuffered):
-    program = f'from nanovision_jax import errors; errors.run(lambda argv: [print("row") for _ in range({lines})])'
+    program = f'from nanovision_jax import cli; cli.run(lambda argv: [print("row") for _ in range({lines})])'
     reader, writer = os.pipe()
     os.close(reader)
     env = os.environ | {'PYTHONUNBUFFERED': unbuffered}
@@ -29,16 +30,16 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_word(lines, unbuffer
 
 
 def test_another_broken_pipe_is_not_hidden():
-    program = 'from nanovision_jax import errors\ndef main(argv): raise BrokenPipeError("a worker")\nerrors.run(main)'
+    program = 'from nanovision_jax import cli\ndef main(argv): raise BrokenPipeError("a worker")\ncli.run(main)'
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert 'BrokenPipeError: a worker' in done.stderr
 
 
 def command(program, **options):
-    """What a program leaves that calls errors.run(main) on its own main(argv)."""
+    """What a program leaves that calls cli.run(main) on its own main(argv)."""
     env = os.environ | options.pop('env', {})
-    program = f'from nanovision_jax import errors\n{program}\nerrors.run(main)'
+    program = f'from nanovision_jax import cli\n{program}\ncli.run(main)'
     return subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=env, capture_output=True, **options)
 
 
@@ -60,7 +61,8 @@ def main(argv):
     bar = tqdm(range(3), '{text}', file=sys.stderr)
     for _ in bar:
         bar.write('{text}', file=sys.stdout)
-    raise errors.UserError('{text}')
+    from nanovision_jax.errors import UserError
+    raise UserError('{text}')
 """
     done = command(program, env={'PYTHONIOENCODING': encoding})
     assert done.returncode == 2 and b'Traceback' not in done.stderr
@@ -116,7 +118,7 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
 
 @pytest.mark.parametrize('order', [['--run=a', '--run', 'b'], ['--run=a', '--image=x', '--run=a']])
 def test_an_option_of_one_value_is_given_once(order):
-    parser = errors.Parser()
+    parser = cli.Parser()
     parser.add_argument('--run')
     parser.add_argument('--image', action='append')
     with pytest.raises(errors.UserError, match=r'^--run is given 2 times: it takes one value\.$'):
@@ -140,7 +142,7 @@ def test_every_command_tries_its_folder_before_its_work(tmp_path, monkeypatch):
             called()
     monkeypatch.setattr(errors.tempfile, 'TemporaryFile', refuse)  # a test may run as root, who may write anywhere
     with pytest.raises(errors.UserError, match=r'family cannot be written: .*\(Read-only file system\)'):
-        report.report(family)
+        blocks.write(family)
     assert [file.name for file in family.iterdir()] == ['clip']
 
 

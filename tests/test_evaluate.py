@@ -12,7 +12,7 @@ import pytest
 import reference
 from PIL import Image
 
-from nanovision_jax import errors, evaluate
+from nanovision_jax import cli, evaluate
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base, vqa
@@ -245,7 +245,7 @@ def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(mode
     monkeypatch.setattr(Stub, 'say', lambda *_, **__: pytest.fail('the model was asked'))
     monkeypatch.setattr(sys, 'argv', ['evaluate', *argv])
     with pytest.raises(SystemExit) as stop:
-        errors.run(evaluate.main)
+        cli.run(evaluate.main)
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert '4 of 300 questions cannot be asked, and at most 1% may be left out: 4 × missing image; mend' in said

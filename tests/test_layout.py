@@ -163,8 +163,8 @@ def test_help_and_a_mistake_load_no_jax(verb):
     for argv, code in ((['--help'], 0), (['--nonsense=1'], 2)):
         program = (
             f'import sys; sys.argv = ["{verb}", *{argv!r}]\n'
-            f'from nanovision_jax import {verb}, errors\n'
-            'try: errors.run(%s.main)\n'
+            f'from nanovision_jax import {verb}, cli\n'
+            'try: cli.run(%s.main)\n'
             'except SystemExit as stop: code = stop.code\n'
             'else: code = 0\n'
             'print("jax" in sys.modules, code or 0)' % verb

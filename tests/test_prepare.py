@@ -15,12 +15,12 @@ from conftest import ROOT, parse, sentence
 from published import MAGPIE, asked, llava_rows, magpie_rows, pictures, said, write_jsonl, write_parquet, write_zip
 
 from nanovision_jax import prepare as verb
-from nanovision_jax import report
 from nanovision_jax.data import catalog, download, images, packing, preparation, sources, text
 from nanovision_jax.data.datasets import fineweb_edu
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
+from nanovision_jax.reporting import blocks
 
 
 @pytest.fixture
@@ -180,11 +180,11 @@ def test_lineage_report_and_questions_know_prepared_data(captions, tmp_path):
     assert told['mixture'] == 'llava_pretrain:1' and told['prepared'] == {'llava_pretrain': [made]}
     held_out = examples(tmp_path / 'data', split='validation')
     names = {held_out[0].names[0], held_out[3].names[0], 'unknown'}
-    assert set(report.find_pictures(config, names)) == names - {'unknown'}
+    assert set(blocks.find_pictures(config, names)) == names - {'unknown'}
     questions = vqa.load_questions(config, 'validation').found
     assert [question.image for question in questions] == [example.names[0] for example in held_out]
     config.data.path = str(tmp_path / 'moved')
-    assert report.find_pictures(config, names) == {}
+    assert blocks.find_pictures(config, names) == {}
 
 
 # The hub -------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from nanovision_jax import config as configs
-from nanovision_jax import report, report_page
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
+from nanovision_jax.reporting import blocks, page
 from nanovision_jax.runs import config_file as runconfig
 
 HOSTILE = '<script>alert("1")</script> | & *b*'
@@ -93,7 +93,7 @@ def family(tmp_path):
 
 
 def pages(family):
-    path = report.report(family)
+    path = blocks.write(family)
     assert path == family / 'report.html'
     return path.read_text(), (family / 'report.md').read_text()
 
@@ -133,15 +133,15 @@ def test_what_an_evaluation_left_out_is_told(family):
     folder = family / 'vision_instruct'
     rows = make_vqa(folder)
     file = folder / 'eval' / 'vqa.json'
-    for page in pages(family):  # of older code, which did not count
-        assert 'left out' not in page.split('Questions about pictures')[1]
+    for text in texts(family):  # of older code, which did not count
+        assert 'left out' not in text.split('Questions about pictures')[1]
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {'asked': 41, 'left_out': {'missing image': 1}, 'other': {}})
     )
     write_lines(folder / 'eval' / 'vqa.jsonl', [{'id': 'x', 'image': None, 'left_out': 'missing', 'kind': None}, *rows])
-    for page in pages(family):
-        assert 'Questions asked 41, answered 40, left out 1 (1 × missing image).' in page
-        assert '75.0% of all' in page
+    for text in texts(family):
+        assert 'Questions asked 41, answered 40, left out 1 (1 × missing image).' in text
+        assert '75.0% of all' in text
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_what_an_evaluation_left_out_is_told(family):
 )
 def test_whether_it_looks(family, blank, shuffled, said):
     make_vqa(family / 'vision_instruct', blank, shuffled)
-    for page in pages(family):
-        assert f'The model {said}' in page
+    for text in pages(family):
+        assert f'The model {said}' in text
 
 
 def test_too_few_questions_to_tell_whether_it_looks():
@@ -186,14 +186,14 @@ def test_pictures_are_inlined_and_lost_ones_leave_their_caption(family):
 
 def test_chosen_questions_are_spread_and_in_proportion(family):
     rows = make_vqa(family / 'vision_instruct')
-    chosen = report.choose(rows)
-    assert chosen == report.choose(rows[::-1])
+    chosen = blocks.choose(rows)
+    assert chosen == blocks.choose(rows[::-1])
     assert sum(row['correct'] == 0 for row in chosen) == 3
     assert sorted(row['kind'] for row in chosen) == ['colour'] * 6 + ['shape'] * 6
     assert len({row['image'] for row in chosen}) == 12
     mostly_right = [row | {'correct': float(i > 0)} for i, row in enumerate(rows)]
-    assert [row['id'] for row in report.choose(mostly_right) if row['correct'] == 0] == ['q0']
-    assert report.choose(rows[:1]) == rows[:1]
+    assert [row['id'] for row in blocks.choose(mostly_right) if row['correct'] == 0] == ['q0']
+    assert blocks.choose(rows[:1]) == rows[:1]
 
 
 def test_chat_is_shown_with_its_pictures(family):
@@ -214,7 +214,7 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert '2.500' in markdown
     assert not any(text in html for text in ('Minutes', 'Where it came from', 'Questions', 'None', '>nan'))
     with pytest.raises(UserError, match='holds no run'):
-        report.report(tmp_path / 'clip')
+        blocks.write(tmp_path / 'clip')
 
 
 def test_parameters_come_from_the_checkpoint(family):
@@ -233,7 +233,7 @@ def test_parameters_come_from_the_checkpoint(family):
 @pytest.mark.parametrize('losses', [[3.0], [3.0, 3.0], [9.0, 0.5, 0.02], [2.0, -1.0], np.linspace(4, 3, 50).tolist()])
 def test_charts_of_any_losses(losses):
     train = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
-    svg = report_page.chart('sft', train, train[-1:])
+    svg = page.chart('sft', train, train[-1:])
     assert svg.count('<circle') == 1
     points = re.search(r'points="([^"]*)"', svg)[1].replace(',', ' ').split()
     assert all(0 <= float(x) <= 360 for x in points)
@@ -241,6 +241,7 @@ def test_charts_of_any_losses(losses):
 
 
 def test_pages_are_made_without_jax(family):
-    code = f'import sys; from nanovision_jax.report import report; report({str(family)!r}); print("jax" in sys.modules)'
+    code = f'from nanovision_jax.reporting import blocks; blocks.write({str(family)!r})'
+    code += '; import sys; print("jax" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout == 'False\n'

@@ -11,6 +11,7 @@ import json
 import pathlib
 import runpy
 import statistics
+import sys
 import time
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import optax
 
 from nanovision_jax import config as configs
 from nanovision_jax.data.batch import fake_batch
-from nanovision_jax.errors import UserError, run
+from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.training import meter, optim
@@ -45,7 +46,7 @@ def read(argv):
         configs.put(config, name, configs.parse_field(name, value))
     configs.fill(config)
     configs.check(config)
-    return config, int(steps)
+    return config, configs.parse_value('--steps', int, steps)
 
 
 def measure(config, steps):
@@ -98,4 +99,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    run(main)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(print(f'error: {error}', file=sys.stderr) or 2)

@@ -1,0 +1,1 @@
+"""The report of a family of runs: its blocks, and the pages that they become."""
