@@ -133,13 +133,13 @@ def test_what_an_evaluation_left_out_is_told(family):
     folder = family / 'vision_instruct'
     rows = make_vqa(folder)
     file = folder / 'eval' / 'vqa.json'
-    for text in texts(family):  # of older code, which did not count
+    for text in pages(family):  # of older code, which did not count
         assert 'left out' not in text.split('Questions about pictures')[1]
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {'asked': 41, 'left_out': {'missing image': 1}, 'other': {}})
     )
     write_lines(folder / 'eval' / 'vqa.jsonl', [{'id': 'x', 'image': None, 'left_out': 'missing', 'kind': None}, *rows])
-    for text in texts(family):
+    for text in pages(family):
         assert 'Questions asked 41, answered 40, left out 1 (1 × missing image).' in text
         assert '75.0% of all' in text
 
