@@ -127,7 +127,8 @@ def test_a_mixtures_order_is_a_function_of_seed_and_epoch():
 def test_an_unshuffled_mixture_has_every_part_from_the_start():
     order = packing.Mixed(SIZES, WEIGHTS, seed=3, shuffle=False).order(0)
     assert [parts_of(order[i : i + 100]) for i in range(0, 600, 100)] == [[70, 10, 20]] * 6
-    assert all(sorted(part) == part for part in ([i for i in order.tolist() if i < 1000],))
+    first = order[order < 1000]
+    assert len(first) > 400 and (np.diff(first) > 0).all()
 
 
 @pytest.mark.parametrize('subset, wanted', {
