@@ -19,12 +19,13 @@ import sys
 import urllib.parse
 
 from nanovision_jax.cli import Parser, run
-from nanovision_jax.data import conversation, images
+from nanovision_jax.data import images as image_files
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import stage_of
 
 
-def find_picture(text):
+def find_image(text):
     """The file that a path means: as it stands, or as terminals and file managers write one that is dragged in.
 
     That is in quotes, with its spaces escaped, with ~ for the home folder, or as a file:// address.
@@ -47,15 +48,15 @@ def _readings(text):
             yield urllib.parse.unquote(urllib.parse.urlsplit(text).path)
 
 
-def open_picture(text):
-    """A PIL picture from a file, as find_picture() finds it. Raises UserError if there is none."""
-    path = find_picture(text)
+def open_image(text):
+    """A PIL picture from a file, as find_image() finds it. Raises UserError if there is none."""
+    path = find_image(text)
     try:
-        return images.load(pathlib.Path(path).read_bytes())
+        return image_files.load(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from error
-    except conversation.BadExample as error:
-        raise UserError(f'{path}: {error}; pictures are {", ".join(images.FORMATS)}.') from error
+    except BadExample as error:
+        raise UserError(f'{path}: {error}; pictures are {", ".join(image_files.FORMATS)}.') from error
 
 
 def say(pieces):
@@ -68,9 +69,9 @@ def say(pieces):
     return answer
 
 
-def question(text, pictures):
+def question(text, images):
     """A user message: the pictures, then the words."""
-    return {'role': 'user', 'content': [{'type': 'image'}] * pictures + [{'type': 'text', 'text': text}]}
+    return {'role': 'user', 'content': [{'type': 'image'}] * images + [{'type': 'text', 'text': text}]}
 
 
 def typed(prompt):
@@ -89,9 +90,9 @@ def typed(prompt):
         yield line
 
 
-def converse(model, system, pictures, options):
+def converse(model, system, images, options):
     """The conversation: reads lines until the end of input or /quit. `system`: the messages that it begins with."""
-    messages, shown = list(system), list(pictures)
+    messages, shown = list(system), list(images)
     waiting = len(shown)  # pictures that go with the next question
     for line in map(str.strip, typed('you: ')):
         if line == '/quit':
@@ -100,12 +101,12 @@ def converse(model, system, pictures, options):
             messages, shown, waiting = list(system), [], 0
         elif line.split()[:1] == ['/image']:
             try:
-                picture = open_picture(line.removeprefix('/image').strip())
+                image = open_image(line.removeprefix('/image').strip())
                 model.check_sees()
             except UserError as error:
                 print(f'error: {error}')
                 continue
-            shown.append(picture)
+            shown.append(image)
             waiting += 1
         elif line:
             messages.append(question(line, waiting))
@@ -148,7 +149,7 @@ def main(argv):
     parser.add_argument('--seed', type=int, default=0, help='of the sampling: any whole number')
     parser.add_argument('--max-new-tokens', type=int, default=256, help='the longest answer')
     args = parser.parse(argv)
-    pictures = [open_picture(path) for path in args.image]
+    images = [open_image(path) for path in args.image]
     options = {name: getattr(args, name) for name in ('temperature', 'top_k', 'top_p', 'seed', 'max_new_tokens')}
 
     from nanovision_jax.inference.run import load
@@ -157,7 +158,7 @@ def main(argv):
     stage = stage_of(model.config)
     if not stage.decodes:
         raise UserError(f'{args.run} is a {stage.name} run: it compares pictures with captions, and does not answer.')
-    if pictures:
+    if images:
         model.check_sees()
     system = [] if args.system is None else [{'role': 'system', 'content': args.system}]
     if system and not stage.answers:
@@ -169,10 +170,10 @@ def main(argv):
         else:
             continued(model, args.prompt, options)
     elif args.prompt is not None:
-        say(model.chat([*system, question(args.prompt, len(pictures))], images=pictures, stream=True, **options))
+        say(model.chat([*system, question(args.prompt, len(images))], images=images, stream=True, **options))
     else:
         print('(/image FILE shows a picture, /new starts over, /quit leaves)', file=sys.stderr)
-        converse(model, system, pictures, options)
+        converse(model, system, images, options)
 
 
 if __name__ == '__main__':

@@ -82,7 +82,7 @@ RED, BLUE = (250, 3, 5), (7, 11, 240)
 
 def test_what_is_no_address_is_no_picture():
     with pytest.raises(UserError, match=r'no picture'):
-        chat.find_picture('file://[')
+        chat.find_image('file://[')
 
 
 def test_a_conversation_keeps_its_turns_and_pictures(talk, asked, folder):
@@ -195,15 +195,15 @@ def test_a_picture_is_found_as_a_terminal_writes_it(tmp_path, monkeypatch):
             file.as_uri(),
             file.as_uri().replace('file://', 'FILE://localhost'),
         ):
-            assert chat.find_picture(written) == str(file), written
+            assert chat.find_image(written) == str(file), written
     (tmp_path / 'quoted').mkdir()
     monkeypatch.chdir(tmp_path / 'quoted')
     for name in ("'x.png'", 'x\\ y.png'):  # a file that is called so comes first
         pathlib.Path(name).write_bytes(b'')
-        assert chat.find_picture(name) == name
+        assert chat.find_image(name) == name
     for none in ('', '""', '~', '/', str(tmp_path), 'x' * 5000, '\0', '\udce9.png', "it's", 'file://', 'a.png b.png'):
         with pytest.raises(UserError, match=r'^no picture '):
-            chat.find_picture(none)
+            chat.find_image(none)
 
 
 def test_a_dragged_picture_is_shown(talk, asked, folder, tmp_path):
@@ -216,7 +216,7 @@ def test_a_dragged_picture_is_shown(talk, asked, folder, tmp_path):
 def test_a_picture_that_may_not_be_read_is_said(folder, monkeypatch):
     monkeypatch.setattr(pathlib.Path, 'read_bytes', refuse)  # a test may run as root, who may read everything
     with pytest.raises(UserError, match=r'red\.png cannot be read: Permission denied\.$'):
-        chat.open_picture(str(folder / 'red.png'))
+        chat.open_image(str(folder / 'red.png'))
 
 
 def refuse(path):

@@ -133,8 +133,8 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
             text = '\n'.join(texts).strip()
             kind = str(answer.get('kind') or ' '.join(text.lower().split()[:3]))
             name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
-            picture = example.names[0] if example.names else None
-            question = Question(name, picture, i, text, conversation.text_of(answer), kind, system)
+            image = example.names[0] if example.names else None
+            question = Question(name, image, i, text, conversation.text_of(answer), kind, system)
             if reason or not question.reference.strip():
                 questions.lost.append(row_of(question, left_out=reason or 'empty answer'))
             else:
@@ -184,13 +184,13 @@ def reader(source, vision):
     """A function place → the picture of that row, uint8 [size, size, 3]; it keeps the last BATCH pictures."""
 
     @functools.lru_cache(BATCH)
-    def picture(place):
+    def image(place):
         try:
             return images.decode(source[place].images[0], vision)
         except conversation.BadExample as error:
             raise UserError(f'a picture that was read before cannot be read again: {error}.') from error
 
-    return picture
+    return image
 
 
 def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False):
@@ -210,21 +210,21 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
     check_left_out(loaded, len(questions), allow_missing)
     if len({q.image for q in questions}) == 1:
         raise UserError('all questions are about one picture: the control that swaps pictures needs another.')
-    picture = reader(loaded.source, vision)
+    image = reader(loaded.source, vision)
     place, other = {q.image: q.place for q in questions}, others([q.image for q in questions])
     grey = np.full((vision.image_size, vision.image_size, 3), GREY, np.uint8)
 
-    def asked(picture_of, title):
+    def asked(image_of, title):
         def prompt(i):
-            return Prompt(prompt_ids(questions[i], config, tokenizer), [picture_of(i)])
+            return Prompt(prompt_ids(questions[i], config, tokenizer), [image_of(i)])
 
         answers = ask(model_run, questions, prompt, title)
         return answers, np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
 
-    answers, scores = asked(lambda i: picture(questions[i].place), 'vqa')
+    answers, scores = asked(lambda i: image(questions[i].place), 'vqa')
     controls = {
         'blank': asked(lambda _: grey, 'vqa, blank pictures')[1],
-        'shuffled': asked(lambda i: picture(place[other[questions[i].image]]), 'vqa, shuffled pictures')[1],
+        'shuffled': asked(lambda i: image(place[other[questions[i].image]]), 'vqa, shuffled pictures')[1],
     }
     by_kind = {}
     for kind in sorted({q.kind for q in questions}):

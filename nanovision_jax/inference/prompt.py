@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 
-from nanovision_jax.data import conversation, images
+from nanovision_jax.data import conversation
+from nanovision_jax.data.images import prepare, to_rgb
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Prompt
 
@@ -16,8 +17,8 @@ def text_prompt(tokenizer, text: str) -> Prompt:
     return Prompt(np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32), [])
 
 
-def chat_prompt(config, tokenizer, messages: list[dict], pictures=()) -> Prompt:
-    """A conversation that ends with a question. pictures: PIL images, in the order of the messages' image parts.
+def chat_prompt(config, tokenizer, messages: list[dict], images=()) -> Prompt:
+    """A conversation that ends with a question. images: PIL images, in the order of the messages' image parts.
 
     Images for which no message has a part go before the first question. Raises UserError for a conversation that makes
     no sense.
@@ -25,11 +26,11 @@ def chat_prompt(config, tokenizer, messages: list[dict], pictures=()) -> Prompt:
     vision = config.model.vision
     try:
         conversation.check(messages)
-        messages = with_image_parts(messages, len(pictures))
-        ids = conversation.encode(messages, tokenizer, [vision.patches] * len(pictures), question=True).ids
+        messages = with_image_parts(messages, len(images))
+        ids = conversation.encode(messages, tokenizer, [vision.patches] * len(images), question=True).ids
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
-    return Prompt(ids, [images.prepare(images.to_rgb(picture), vision) for picture in pictures])
+    return Prompt(ids, [prepare(to_rgb(image), vision) for image in images])
 
 
 def with_image_parts(messages: list[dict], count: int) -> list[dict]:

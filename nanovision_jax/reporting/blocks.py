@@ -98,7 +98,7 @@ def choose(rows, n=12):
     return sorted(chosen, key=lambda row: row['kind'])
 
 
-def find_pictures(config, names):
+def find_images(config, names):
     """{name: data: URI} of the held-out pictures that still are where the run read them."""
     found, data = {}, config.data
     if data.source == 'tiny_world':
@@ -111,12 +111,12 @@ def find_pictures(config, names):
             source = sources.open_source(config, 'validation')
             examples = (source[i] for i in range(len(source)))
             shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
-            found = {name: data_uri(picture) for name, picture in shown if name in names}
+            found = {name: data_uri(image) for name, image in shown if name in names}
     elif pathlib.Path(data.path).is_file():
-        pictures = sources.Conversations(data.path, data.images).images_by_name()
+        named = sources.Conversations(data.path, data.images).images_by_name()
         for name in names:
             try:
-                found[name] = data_uri(pictures.read(name))
+                found[name] = data_uri(named.read(name))
             except BadExample:  # its caption is shown alone
                 continue
     return found
@@ -256,7 +256,7 @@ def answers(family, runs):
     asked = [(run_, rows) for run_ in runs if (rows := answered(runfolder.Paths(run_.folder).results / 'vqa.jsonl'))]
     for run_, rows in asked[-1:]:
         chosen = choose(rows)
-        found = find_pictures(run_.config, {row['image'] for row in chosen}) if run_.config else {}
+        found = find_images(run_.config, {row['image'] for row in chosen}) if run_.config else {}
         right, share = (sum(row['correct'] == 1 for row in some) for some in (chosen, rows))
         yield 'heading', f'{len(chosen)} questions and answers'
         yield 'text', (

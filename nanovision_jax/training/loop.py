@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovision_jax import models
-from nanovision_jax.data import conversation, images, pipeline
+from nanovision_jax.data import conversation, pipeline
+from nanovision_jax.data.images import load as load_image
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import check_writable
 from nanovision_jax.inference import prompt
@@ -237,8 +238,8 @@ def validation_prompt(config, data: RunData, i: int) -> tuple[prompt.Prompt, str
     example = rows.source[rows.index.rows[i]]
     question = example.messages[: 1 + (example.messages[0]['role'] == 'system')]
     shown = 0 if isinstance(question[-1]['content'], str) else sum(map(conversation.is_image, question[-1]['content']))
-    pictures = [images.load(encoded) for encoded in example.images[:shown]]
-    return prompt.chat_prompt(config, tokenizer, question, pictures), conversation.text_of(question[-1])
+    images = [load_image(encoded) for encoded in example.images[:shown]]
+    return prompt.chat_prompt(config, tokenizer, question, images), conversation.text_of(question[-1])
 
 
 def _is_text(config):
