@@ -9,7 +9,6 @@ A question that cannot be asked is left out, counted, and listed with its reason
 """
 
 import collections
-import collections.abc
 import dataclasses
 import functools
 import itertools
@@ -70,25 +69,72 @@ def chance(questions):
     return float(np.mean([score(q.kind, commonest, q.reference) for q in questions]))
 
 
-@dataclasses.dataclass
 class Questions:
-    """A split's questions about one picture: `found`, and `lost`, which cannot be asked, as rows of the .jsonl.
+    """A split's questions about one image: `found`, and `lost`, which cannot be asked, as rows of the .jsonl.
 
-    other: {what is no question about one picture: how many of these}. source: where the pictures are.
+    other: {what is no question about one image: how many of these}. source: where the images are. split: which rows of
+    a source that mixes splits are taken; None takes all.
     """
 
-    source: collections.abc.Sequence
-    found: list[Question]
-    lost: list[dict]
-    other: collections.Counter
+    def __init__(self, source: sources.Source, split: str | None):
+        self.source, self.split = source, split if source.mixes_splits else None
+        self.found, self.lost, self.other = [], [], collections.Counter()
 
-    def reasons(self):
-        """{reason: how many were lost for it}, the commonest first; names of pictures are left out of the reasons."""
+    def reasons(self) -> dict[str, int]:
+        """{reason: how many were lost for it}, the commonest first; names of images are left out of the reasons."""
         reasons = (conversation.kind_of(row['left_out']) for row in self.lost)
         return dict(collections.Counter(reasons).most_common())
 
+    def take(self, place: int, vision):
+        """Takes the questions of row `place` of the source. vision: the config.Vision that its image must suit."""
+        reason = None
+        try:
+            example = self.source[place]
+        except conversation.BadExample as error:  # of conversations alone: other sources were checked as they were made
+            example, reason = self.source.without_images(place), str(error)
+        if self.split and self.split != (
+            self.source.likely_split_of(place) if reason else self.source.split_of(example)
+        ):
+            return
+        if example is None:
+            unread = Question(str(self.source.number(place)), None, place, None, None, None)
+            self.lost.append(row_of(unread, left_out=reason))
+            return
+        asked, shown = pairs(example.messages), image_parts(example.messages)
+        if shown > len(example.names):
+            reason = f'{shown} image places for {len(example.names)} images'
+        elif len(example.names) != 1:
+            self.other[f'question about {len(example.names) or "no"} pictures'] += len(asked)
+            return
+        reason = reason or _damage(example.images[0], vision)  # it is read again when it is asked about
+        for user, answer in asked:
+            question = self._question(example, place, user, answer)
+            if reason or not question.reference.strip():
+                self.lost.append(row_of(question, left_out=reason or 'empty answer'))
+            else:
+                self.found.append(question)
 
-def load_questions(config, split, data=None, image_store=None, limit=None):
+    def _question(self, example, place, user, answer):
+        content = user['content']
+        texts = [content] if isinstance(content, str) else [p['text'] for p in content if p['type'] == 'text']
+        text = '\n'.join(texts).strip()
+        kind = str(answer.get('kind') or ' '.join(text.lower().split()[:3]))
+        name = f'{example.id}-{len(self.found) + len(self.lost)}'
+        image = example.names[0] if example.names else None
+        system = [message for message in example.messages if message['role'] == 'system']
+        return Question(name, image, place, text, conversation.text_of(answer), kind, system)
+
+
+def _damage(encoded, vision):
+    """Why an image cannot be read; None where it can."""
+    try:
+        images.decode(encoded, vision)
+    except conversation.BadExample as error:
+        return str(error)
+    return None
+
+
+def load_questions(config, split, data=None, image_store=None, limit=None) -> Questions:
     """The Questions of a split. kind: the data's own, else the question's first three words.
 
     limit: at most this many are found. Raises UserError where there is no question, readable or not.
@@ -99,46 +145,9 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
         source = sources.TinyWorldSource(config.data.path, split, 'conversation')
     else:
         source = sources.open_source(config, split)
-    mixed = source.mixes_splits and not data
-    questions = Questions(source, [], [], collections.Counter())
-    for i in range(len(source)):
-        reason = None
-        try:
-            example = source[i]
-        except conversation.BadExample as error:  # of conversations alone: other sources were checked as they were made
-            example, reason = source.without_images(i), str(error)
-        if mixed and (source.likely_split_of(i) if reason else source.split_of(example)) != split:
-            continue
-        if example is None:
-            unread = Question(str(source.number(i)), None, i, None, None, None)
-            questions.lost.append(row_of(unread, left_out=reason))
-            continue
-        asked = pairs(example.messages)
-        shown = [m['content'] for m in example.messages if not isinstance(m['content'], str)]
-        places = sum(map(conversation.is_image, itertools.chain(*shown)))
-        if places > len(example.names):
-            reason = f'{places} image places for {len(example.names)} images'
-        elif len(example.names) != 1:
-            questions.other[f'question about {len(example.names) or "no"} pictures'] += len(asked)
-            continue
-        try:
-            if not reason:
-                images.decode(example.images[0], config.model.vision)  # it is read again when it is asked about
-        except conversation.BadExample as error:
-            reason = str(error)
-        system = [message for message in example.messages if message['role'] == 'system']
-        for user, answer in asked:
-            content = user['content']
-            texts = [content] if isinstance(content, str) else [p['text'] for p in content if p['type'] == 'text']
-            text = '\n'.join(texts).strip()
-            kind = str(answer.get('kind') or ' '.join(text.lower().split()[:3]))
-            name = f'{example.id}-{len(questions.found) + len(questions.lost)}'
-            image = example.names[0] if example.names else None
-            question = Question(name, image, i, text, conversation.text_of(answer), kind, system)
-            if reason or not question.reference.strip():
-                questions.lost.append(row_of(question, left_out=reason or 'empty answer'))
-            else:
-                questions.found.append(question)
+    questions = Questions(source, None if data else split)
+    for place in range(len(source)):
+        questions.take(place, config.model.vision)
         if limit and len(questions.found) >= limit:
             break
     if not questions.found and not questions.lost:
@@ -146,6 +155,12 @@ def load_questions(config, split, data=None, image_store=None, limit=None):
         raise UserError(f'no question about one picture in the {split} split of {data or config.data.path}.{held}')
     questions.found = questions.found[:limit]
     return questions
+
+
+def image_parts(messages) -> int:
+    """How many images a conversation has places for."""
+    shown = [message['content'] for message in messages if not isinstance(message['content'], str)]
+    return sum(map(conversation.is_image, itertools.chain(*shown)))
 
 
 def pairs(messages):
@@ -226,18 +241,12 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
         'blank': asked(lambda _: grey, 'vqa, blank pictures')[1],
         'shuffled': asked(lambda i: image(place[other[questions[i].image]]), 'vqa, shuffled pictures')[1],
     }
-    by_kind = {}
-    for kind in sorted({q.kind for q in questions}):
-        members = [i for i, q in enumerate(questions) if q.kind == kind]
-        row = {'n': len(members), 'accuracy': scores[members].mean(), 'chance': chance([questions[i] for i in members])}
-        row |= {name: values[members].mean() for name, values in controls.items()}
-        by_kind[kind] = {name: value if name == 'n' else float(value) for name, value in row.items()}
     result = Accuracy(
         'vqa',
         len(questions),
         float(scores.mean()),
         interval(scores, [q.image for q in questions]),
-        by_kind,
+        by_kind(questions, scores, controls),
         {name: float(values.mean()) for name, values in controls.items()},
         asked=len(questions) + len(loaded.lost),
         left_out=loaded.reasons(),
@@ -249,6 +258,17 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
         for q, answer, correct in zip(questions, answers, scores.tolist(), strict=True)
     ]
     return result, rows + loaded.lost
+
+
+def by_kind(questions, scores, controls) -> dict[str, dict]:
+    """{kind: {n, accuracy, chance, and the accuracy under each control}}. controls: {control: scores}."""
+    found = {}
+    for kind in sorted({q.kind for q in questions}):
+        members = [i for i, q in enumerate(questions) if q.kind == kind]
+        row = {'accuracy': scores[members].mean(), 'chance': chance([questions[i] for i in members])}
+        row |= {name: values[members].mean() for name, values in controls.items()}
+        found[kind] = {'n': len(members)} | {name: float(value) for name, value in row.items()}
+    return found
 
 
 def askable(loaded, config, tokenizer):
