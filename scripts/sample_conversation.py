@@ -1,4 +1,4 @@
-"""Shows a finished family three pictures it has never seen, asks about them, and keeps the talk for the report.
+"""Shows a finished family three images it has never seen, asks about them, and keeps the conversations for the report.
 
     python scripts/sample_conversation.py runs/tiny
 
@@ -7,15 +7,17 @@ Writes runs/tiny/pictures/{1,2,3}.png and runs/tiny/chat.jsonl.
 
 import json
 import pathlib
-import sys
 
 import nanovision_jax as nv
 from nanovision_jax.chat import question, say
+from nanovision_jax.cli import Parser, run
 from nanovision_jax.data import conversation, images, pipeline
 
 
-def main(family):
-    family = pathlib.Path(family)
+def main(argv):
+    parser = Parser(prog='python scripts/sample_conversation.py', description=__doc__)
+    parser.add_argument('family', type=pathlib.Path, help='a folder with a finished run vision_instruct')
+    family = parser.parse(argv).family
     model = nv.load(family / 'vision_instruct')
     rows, _ = pipeline.open_rows(model.config, model.tokenizer, 'validation')
     folder = family / 'pictures'
@@ -39,4 +41,4 @@ def main(family):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    run(main)

@@ -12,6 +12,7 @@ import pytest
 import reference
 from PIL import Image
 
+import nanovision_jax
 from nanovision_jax import cli, evaluate
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
@@ -444,3 +445,44 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     assert (found.asked, found.left_out, found.other) == (windows * length, {}, other)
     assert rest and bool(beyond) == bool(limit)
     assert found.lines()[0] == 'task: bpb' and f'bytes: {size}' in found.lines()
+
+
+# A real engine -------------------------------------------------------------------------------------------------------
+
+
+def test_the_scores_of_a_real_run_are_those_of_asking_it_by_hand(tokenizer, tmp_path, monkeypatch):
+    """Of a model that never learned: four of seven wanted answers are what it says."""
+    monkeypatch.setattr(vqa, 'BATCH', 4)
+    run_dir = micro.run_folder(micro.odd_config('vision_instruct', tmp_path / 'run'), tokenizer)
+    opened, rng = nanovision_jax.load(run_dir), np.random.default_rng(0)
+
+    def by_hand(image, text):
+        messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': text}]}]
+        return opened.chat(messages, images=[image], max_new_tokens=64)
+
+    shown, rows = {}, []
+    for i in range(7):
+        image, text = Image.fromarray(rng.integers(0, 256, (21, 21, 3), np.uint8)), ('cat?', 'dog?')[i % 2]
+        shown[f'{i}.png'] = image
+        image.save(tmp_path / f'{i}.png')
+        said = [('human', f'<image>\n{text}'), ('gpt', by_hand(image, text) if i % 3 else 'a house')]
+        said = [{'from': who, 'value': value} for who, value in said]
+        rows.append({'id': f'q{i}', 'image': f'{i}.png', 'conversations': said})
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    found = evaluating.evaluate(run_dir, 'vqa', data=tmp_path / 'rows.json', images=tmp_path)
+
+    asked = [json.loads(line) for line in (run_dir / 'eval/vqa.jsonl').read_text().splitlines()]
+    assert [row['answer'] for row in asked] == [by_hand(shown[row['image']], row['question']) for row in asked]
+    assert len({row['answer'] for row in asked}) > 2  # it does look
+    other, grey = base.others([row['image'] for row in asked]), Image.new('RGB', (21, 21), (128, 128, 128))
+
+    def mean(image_of):
+        scores = [
+            vqa.score(row['kind'], by_hand(image_of(row['image']), row['question']), row['reference']) for row in asked
+        ]
+        return pytest.approx(np.mean(scores))
+
+    assert found.n == found.asked == 7 and found.accuracy == mean(shown.get) == 4 / 7
+    assert found.controls == {'blank': mean(lambda _: grey), 'shuffled': mean(lambda name: shown[other[name]])}
+    assert found.controls['shuffled'] < found.accuracy
+    assert {kind: row['n'] for kind, row in found.by_kind.items()} == {'cat?': 4, 'dog?': 3}
