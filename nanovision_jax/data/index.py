@@ -14,12 +14,14 @@ import itertools
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import read_lines, whole
 from nanovision_jax.stages import stage_of
 
 BLOCK = 64  # examples a thread takes at once
@@ -117,21 +119,21 @@ def build_index(source, config, tokenizer, split):
     listed = _list_of_bad(file)
     place = f'{source.name} {data.path}'.strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
-        told = '; '.join(f'{n} × {reason}' for reason, n in _count(_read(listed)).most_common(3))
+        told = '; '.join(f'{n} × {reason}' for reason, n in _count(read_lines(listed)).most_common(3))
         raise UserError(
             f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}. {listed} lists them.'
         )
-    bad = list(_read(listed))
+    bad = list(read_lines(listed))
     _check_dropped(int((fits == DROPPED).sum()), asked, data, place)
-    on_side = sides == (split == 'validation') if source.mixes_splits else np.ones(len(sides), bool)
-    rows = np.flatnonzero((lengths > 0) & on_side).astype(np.int32)
+    in_split = sides == (split == 'validation') if source.mixes_splits else np.ones(len(sides), bool)
+    rows = np.flatnonzero((lengths > 0) & in_split).astype(np.int32)
     if not len(rows):
         why = ''
         if split == 'validation' and source.mixes_splits and asked:
             why = f': of {asked} examples 5% should be, by a hash of picture or question, and none is; more are needed'
         raise UserError(f'no {split} example in {place} for stage {config.stage}{why}.')
-    left_out = [row for row, here in zip(bad, on_side[lengths == 0], strict=True) if here]
-    dropped, cut, shortened = (int((fits[on_side] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
+    left_out = [row for row, here in zip(bad, in_split[lengths == 0], strict=True) if here]
+    dropped, cut, shortened = (int((fits[in_split] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
     asked = len(rows) + len(left_out) + dropped
     return Index(rows, lengths[rows], pictures[rows], bad, asked, left_out, dropped, cut, shortened)
 
@@ -162,64 +164,76 @@ def join(indices, sizes):
     )
 
 
+class _Look(NamedTuple):
+    """What one look at an example finds."""
+
+    length: int  # inputs of a row that it fills; 0: it is bad, -1: it is left out without being bad
+    images: int = 0
+    validation: bool = False  # of a source that holds every split
+    done: int = WHOLE
+    bad: dict | None = None  # {row, reason}
+
+
 def _scan(source, config, tokenizer, file):
-    def is_held_out(i, example):
-        if not source.mixes_splits:
-            return False
-        return (source.split_of(example) if example else source.likely_split_of(i)) == 'validation'
-
-    def look(i):
-        example = None
-        try:
-            example = source[i]
-            if source.text_only and example.images:
-                return -1, 0, False, WHOLE, None  # not for this stage, and not bad
-            ids, _, pictures, done = _encode(example, config, tokenizer)
-            for data in () if source.decoded else pictures:
-                images.load(data)
-        except conversation.TooLong:
-            return -1, 0, is_held_out(i, example), DROPPED, None
-        except conversation.BadExample as error:
-            row = {'row': source.number(i), 'reason': str(error)}
-            return 0, 0, is_held_out(i, example), WHOLE, row
-        # A row of T tokens holds T + 1 ids: the last one is only ever a target.
-        return len(ids) - 1, len(pictures), is_held_out(i, example), done, None
-
-    def look_at(block):
-        return [look(i) for i in block]
-
-    lengths, pictures, sides, fits = array.array('i'), array.array('i'), bytearray(), bytearray()
+    """Looks at every example of a source, in threads, and writes what is found to `file` and the list of bad rows."""
+    lengths, counts, validation, fits = array.array('i'), array.array('i'), bytearray(), bytearray()
     workers, total = os.cpu_count(), len(source)
     blocks = (range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial, listed = (file.with_name(f'{file.stem}.{os.getpid()}{ending}') for ending in ('.part.npz', '.part'))
-    try:
+
+    def look_at(block):
+        return [_look(source, i, config, tokenizer) for i in block]
+
+    with whole(file) as partial, whole(_list_of_bad(file)) as listed:
         with (
             open(listed, 'w') as bad_rows,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
             tqdm(total=total, desc='reading', leave=False, mininterval=1) as bar,
         ):
             for block in ordered_map(pool, look_at, blocks, 2 * workers):
-                for length, count, held_out, done, bad in block:
-                    lengths.append(length)
-                    pictures.append(count)
-                    sides.append(held_out)
-                    fits.append(done)
-                    if bad:
-                        bad_rows.write(json.dumps(bad) + '\n')
+                for look in block:
+                    lengths.append(look.length)
+                    counts.append(look.images)
+                    validation.append(look.validation)
+                    fits.append(look.done)
+                    if look.bad:
+                        bad_rows.write(json.dumps(look.bad) + '\n')
                 bar.update(len(block))
-        np.savez(
-            partial,
-            lengths=np.frombuffer(lengths, np.int32),
-            pictures=np.frombuffer(pictures, np.int32),
-            sides=np.frombuffer(sides, bool),
-            fits=np.frombuffer(fits, np.uint8),
-        )
-        listed.rename(_list_of_bad(file))
-        partial.rename(file)
-    finally:
-        for left in (listed, partial):
-            left.unlink(missing_ok=True)
+        with open(partial, 'wb') as opened:  # the names in the file are those of older indices
+            np.savez(
+                opened,
+                lengths=np.frombuffer(lengths, np.int32),
+                pictures=np.frombuffer(counts, np.int32),
+                sides=np.frombuffer(validation, bool),
+                fits=np.frombuffer(fits, np.uint8),
+            )
+
+
+def _look(source, i, config, tokenizer):
+    """The _Look at example i."""
+    example = None
+    try:
+        example = source[i]
+        if source.text_only and example.images:
+            return _Look(-1)
+        ids, _, kept, done = _encode(example, config, tokenizer)
+        if not source.decoded:
+            for data in kept:
+                images.load(data)
+    except conversation.TooLong:
+        return _Look(-1, validation=_is_validation(source, i, example), done=DROPPED)
+    except conversation.BadExample as error:
+        bad = {'row': source.number(i), 'reason': str(error)}
+        return _Look(0, validation=_is_validation(source, i, example), bad=bad)
+    # A row of T tokens holds T + 1 ids: the last one is only ever a target.
+    return _Look(len(ids) - 1, len(kept), _is_validation(source, i, example), done)
+
+
+def _is_validation(source, i, example):
+    """Whether a source that holds every split has example i in validation; `example` is None if it cannot be read."""
+    if not source.mixes_splits:
+        return False
+    return (source.split_of(example) if example else source.likely_split_of(i)) == 'validation'
 
 
 def _list_of_bad(file):
@@ -229,11 +243,6 @@ def _list_of_bad(file):
 
 def _count(bad):
     return collections.Counter(conversation.kind_of(row['reason']) for row in bad)
-
-
-def _read(listed):
-    with open(listed) as rows:
-        yield from map(json.loads, rows)
 
 
 def ordered_map(pool, function, items, ahead):

@@ -10,6 +10,7 @@ from nanovision_jax.data.catalog import TOKENS
 from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.folders import data_files
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import whole
 
 _HOW = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'
 HELD_OUT = 0.05  # the end of every text file is kept out of training
@@ -112,9 +113,8 @@ def _tokenized(config, tokenizer, split):
             raise UserError(f'no {split} text at {config.data.path}.')
         file.parent.mkdir(parents=True, exist_ok=True)
         tokens = tokenizer.encode_documents(texts).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
-        partial = file.with_suffix('.part.npy')
-        np.save(partial, tokens)
-        partial.rename(file)
+        with whole(file) as partial, open(partial, 'wb') as opened:
+            np.save(opened, tokens)
     return np.load(file, mmap_mode='r')
 
 

@@ -7,6 +7,7 @@ A path in a run's files is relative to the run (it begins with ./ or ../), or ab
 lies outside the run's family. So a family may be moved, and opened from any folder. No jax is imported here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,6 +50,21 @@ def write_whole(file, text):
     partial = file.with_name(f'{file.name}.part')
     partial.write_text(text, encoding='utf-8')
     os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def whole(file):
+    """A path to write to, which becomes `file` when all went well; else nothing is left of it.
+
+    Each process has its own, so several may write the same file.
+    """
+    file = pathlib.Path(file)
+    partial = file.with_name(f'{file.name}.{os.getpid()}.part')
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Object(dict):

@@ -25,6 +25,7 @@ from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.text import open_shard, shard_files
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import whole
 
 PATTERNS = ('*.npy', '*.bin', '*.parquet')
 DOCUMENTS = 100_000  # of a shard: about 100M tokens, as published
@@ -107,32 +108,27 @@ def write_shards(task):
     tokens, counts = {'train': [], 'val': []}, collections.Counter()
     for file, group in groups:
         texts = open_parquet(file).read_row_group(group, ['text'])['text'].to_pylist()
-        sides = {'train': [], 'val': []}
-        for text in texts:
-            if text and text.strip():
-                sides[_side(text)].append(text)
-        counts.update(rows=len(texts), bad=len(texts) - sum(map(len, sides.values())))
-        for side, kept in sides.items():
-            if kept:
-                tokens[side].append(tokenizer.encode_documents(kept).astype(dtype))
-    for side, arrays in tokens.items():
+        usable = [text for text in texts if text and text.strip()]
+        counts.update(rows=len(texts), bad=len(texts) - len(usable))
+        for split, documents in _splits(usable).items():
+            if documents:
+                tokens[split].append(tokenizer.encode_documents(documents).astype(dtype))
+    for split, arrays in tokens.items():
         if arrays:
             shard = np.concatenate(arrays)
-            counts[f'{side}_tokens'] = len(shard)
-            _write(folder / f'edufineweb_{side}_{number:06d}.npy', lambda file, shard=shard: np.save(file, shard))
-    _write(folder / f'counts-{number:06d}.json', lambda file: file.write(json.dumps(counts).encode()))
+            counts[f'{split}_tokens'] = len(shard)
+            with whole(folder / f'edufineweb_{split}_{number:06d}.npy') as partial, open(partial, 'wb') as file:
+                np.save(file, shard)
+    with whole(folder / f'counts-{number:06d}.json') as partial:
+        partial.write_text(json.dumps(counts))
 
 
-def _side(text):
-    return 'val' if hashes_low(text.encode(), 100) else 'train'
-
-
-def _write(file, write):
-    """A file that is whole or not there, whoever else writes the same."""
-    partial = file.with_name(f'{file.name}.{os.getpid()}.part')
-    with open(partial, 'wb') as out:
-        write(out)
-    partial.rename(file)
+def _splits(texts):
+    """{'train', 'val'}: the texts of each split, in order."""
+    splits = {'train': [], 'val': []}
+    for text in texts:
+        splits['val' if hashes_low(text.encode(), 100) else 'train'].append(text)
+    return splits
 
 
 @functools.cache
