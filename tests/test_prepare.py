@@ -1,6 +1,7 @@
 """The verb: prepared once, whole or not there, the same whoever reads, downloaded at one commit."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
