@@ -1,18 +1,21 @@
-# Sourced by the other scripts, from the repository's root: makes .venv and installs the project into it, once for each
-# content of pyproject.toml. Takes the extras to install, as in: source scripts/install.sh dev
-extras=${1:+[$1]}
-stamp=".venv/installed-$(cat pyproject.toml <(echo "$extras") | cksum | tr ' ' '-')"
+# Sourced by the other scripts, from the repository's root: makes a virtual environment and installs the project into it,
+# once for each content of pyproject.toml. Sets $python; returns 1 where the packages cannot be had.
+#
+#   source scripts/install.sh [EXTRAS [FOLDER [PYTHON]]]        as in: source scripts/install.sh dev
+#
+# FOLDER is .venv where it is not given; PYTHON the first of 3.11 or newer that is found.
+extras=${1:+[$1]} venv=${2:-.venv}
+stamp="$venv/installed-$(cat pyproject.toml <(echo "$extras") | cksum | tr ' ' '-')"
 if [ ! -e "$stamp" ]; then
-  python=python3
-  for candidate in python3 python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+  for python in ${3:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break || python=
   done
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed." >&2; exit 2; }
-  echo "installing into .venv (a few minutes the first time)"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extras"
+  [ -n "$python" ] || { echo "error: Python 3.11 or newer is needed." >&2; exit 2; }
+  echo "installing into $venv (a few minutes the first time)"
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$extras" || return 1
   touch "$stamp"
 fi
-python=.venv/bin/python
+python=$venv/bin/python
 # XLA's large buffers come and go with every step on a CPU: huge pages save a quarter of the time (page faults).
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1

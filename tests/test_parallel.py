@@ -23,8 +23,6 @@ MESHES = {
     'data4-tensor2': configs.Mesh(4, 1, 2),
     'fsdp2-tensor4': configs.Mesh(1, 2, 4),
 }
-# What these sizes are computed with is of no interest, so the compiler need not try hard: five times as quick.
-QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
 VOCABULARY = types.SimpleNamespace(size=50261, image=50260)
@@ -153,7 +151,7 @@ def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax'):
     mesh = parallel.make_mesh(configs.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parallel.shardings(params, mesh))
-        gradients = jax.jit(step.make_gradients(cfg, graphdef), compiler_options=QUICK)
+        gradients = jax.jit(step.make_gradients(cfg, graphdef))
         return jax.device_get(gradients(*step.partition(cfg, placed), parallel.put_batch(micro.batch(cfg), mesh)))
 
 
@@ -212,7 +210,7 @@ def test_activations_stay_split_by_rows():
         def forward(params, batch):
             return models.merge(graphdef, params)(batch['tokens'], batch['positions'], batch['segments'])
 
-        step = jax.jit(forward, compiler_options=QUICK).lower(placed, batch).compile()
+        step = jax.jit(forward).lower(placed, batch).compile()
     gathered = re.findall(r'(\w+\[[\d,]*\])\S* all-gather', step.as_text())
     assert gathered and not [shape for shape in gathered if shape.startswith('f32[8,32,')], gathered
     assert step.output_shardings.shard_shape((8, 32, 128)) == (1, 32, 128)

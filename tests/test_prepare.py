@@ -1,7 +1,6 @@
 """The verb: prepared once, whole or not there, the same whoever reads, downloaded at one commit."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -364,12 +363,17 @@ def check_shards(output, texts, tokenizer_folder):
         assert shards.dtype == np.uint16 and np.array_equal(shards, wanted)
 
 
+def without_beam(monkeypatch):
+    """As if Apache Beam were not installed; transformers looks for packages by the same door, which stays open."""
+    util = types.SimpleNamespace(find_spec=lambda name: None)
+    monkeypatch.setattr(fineweb_edu, 'importlib', types.SimpleNamespace(util=util))
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_parquet_is_tokenized_the_same_by_any_number_of_processes(
     documents, tmp_path, tokenizer_folder, monkeypatch, workers
 ):
-    find = importlib.util.find_spec  # for all others as ever: who imports meanwhile must find what there is
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: name != 'apache_beam' and find(name, *rest))
+    without_beam(monkeypatch)
     monkeypatch.setattr(fineweb_edu, 'DOCUMENTS', 60)
     raw, texts = documents
     made = preparation.prepare(
@@ -417,8 +421,7 @@ def test_text_mistakes_are_one_sentence(tmp_path, tokenizer_folder, monkeypatch)
     with pytest.raises(UserError, match=r'x\.parquet has no column text: words'):
         preparation.prepare('fineweb_edu', str(tmp_path / 'raw'), str(tmp_path / 'data'), **options)
     assert not (tmp_path / 'data/fineweb_edu').exists()
-    find = importlib.util.find_spec  # for all others as ever: who imports meanwhile must find what there is
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: name != 'apache_beam' and find(name, *rest))
+    without_beam(monkeypatch)
     write_parquet(tmp_path / 'raw/x.parquet', [{'text': 'a'}], {'text': pyarrow.string()})
     with pytest.raises(UserError, match='--beam needs Apache Beam'):
         preparation.prepare(
