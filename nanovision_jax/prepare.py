@@ -12,7 +12,24 @@
   chat             conversations in any form that data.source=conversations takes
 
 A set lies in OUTPUT/NAME, with bad_rows.jsonl (what was left out, and why) and source.json (what it is made from).
-Downloads are kept in OUTPUT/downloads/NAME.
+Downloads are kept in OUTPUT/downloads/NAME; they are of one commit (pinned, or the newest at the first download),
+continue where they broke off, and are checked by their sha256. While it is written a set takes twice its room. More
+than 1% of bad rows is an error.
+
+--from=FOLDER takes files that are there already:
+  fineweb_edu      edufineweb_*.npy, .bin shards of nanoGPT or llm.c, or parquet with `text`
+  magpie           parquet, or JSON lines with prompt and response
+  llava_pretrain   chat.json or blip_laion_cc_sbu_558k.json, with images.zip or images/
+  llava_instruct   llava_instruct_150k.json with COCO's train2017.zip or train2017/, or llava_v1_5_mix665k.json with
+                   coco/ gqa/ ocr_vqa/ textvqa/ vg/
+  cauldron         parquet with `images` and `texts`
+  chat             JSON, JSON lines and parquet, pictures beside them or in the rows
+Pictures are read out of zip files and decoded once: JPEG, PNG, WEBP, GIF, BMP, TIFF (first frame) and, where Pillow
+can, AVIF.
+
+Licences: FineWeb-Edu is under ODC-By 1.0 and Common Crawl's terms (the token files' page says MIT); Magpie's page
+states none; LLaVA's captions are under CC-3M's terms, for reproducing LLaVA only, and BLIP's; LLaVA-Instruct is CC BY
+4.0 under OpenAI's terms of use, and its pictures are Flickr's; of The Cauldron and FineVision each part has its own.
 """
 
 from nanovision_jax.cli import Parser, run

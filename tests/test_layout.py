@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from nanovision_jax import prepare
+from nanovision_jax.data import catalog
+
 PACKAGE = ROOT / 'nanovision_jax'
 VERBS = {'train', 'chat', 'evaluate', 'show', 'report', 'prepare', 'convert'}
 # Packages that most runs do without; transformers takes long to load, and only who imports a tokenizer needs it.
@@ -182,3 +185,12 @@ def test_git_ignores_no_source_file():
     assert {'.ci/run', 'nanovision_jax/runs/folder.py'} <= files
     assert git(['git', 'check-ignore', '--no-index', '--stdin'], input='\n'.join(files)).stdout == ''
     assert git(['git', 'check-ignore', '--no-index', 'runs/tiny/config.json']).stdout  # and it does ignore runs
+
+
+def test_the_readme_tells_every_data_set_and_its_licence():
+    rows = [line.split('|') for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('| `')]
+    told = {cells[1].split('`')[1]: cells[3].strip() for cells in rows if len(cells) == 5}
+    for name, record in catalog.SETS.items():
+        assert name in told, f'the README does not tell of {name}'
+        assert record.licence in told[name], f'the README tells another licence of {name}'
+    assert all(f'\n  {name} ' in prepare.__doc__ for name in catalog.SETS)
