@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import re
 import subprocess
 import sys
 
@@ -182,3 +183,9 @@ def test_git_ignores_no_source_file():
     assert {'.ci/run', 'nanovision_jax/runs/folder.py'} <= files
     assert git(['git', 'check-ignore', '--no-index', '--stdin'], input='\n'.join(files)).stdout == ''
     assert git(['git', 'check-ignore', '--no-index', 'runs/tiny/config.json']).stdout  # and it does ignore runs
+
+
+def test_the_guide_names_files_that_are_there():
+    guide = (ROOT / 'scripts/CONTRIBUTING.md').read_text()
+    named = set(re.findall(r'[\w/]+/\w+\.(?:py|sh)\b', guide))
+    assert len(named) > 12 and [name for name in named if not (ROOT / name).is_file()] == []
