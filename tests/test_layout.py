@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import re
 import subprocess
 import sys
 
@@ -194,3 +195,9 @@ def test_the_readme_tells_every_data_set_and_its_licence():
         assert name in told, f'the README does not tell of {name}'
         assert record.licence in told[name], f'the README tells another licence of {name}'
     assert all(f'\n  {name} ' in prepare.__doc__ for name in catalog.SETS)
+
+
+def test_the_guide_names_files_that_are_there():
+    guide = (ROOT / 'scripts/CONTRIBUTING.md').read_text()
+    named = set(re.findall(r'[\w/]+/\w+\.(?:py|sh)\b', guide))
+    assert len(named) > 12 and [name for name in named if not (ROOT / name).is_file()] == []
