@@ -22,7 +22,9 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 jax.config.update('jax_num_cpu_devices', 8)  # meshes need devices; too late once a backend runs
-install_import_hook('nanovision_jax.models', 'beartype.beartype')  # shapes are checked in test runs only
+CHECKED = ('models', 'training', 'inference', 'data.batch', 'data.packing')
+for checked in CHECKED:  # types and shapes are checked in test runs only
+    install_import_hook(f'nanovision_jax.{checked}', 'beartype.beartype')
 
 from nanovision_jax import cli  # noqa: E402
 from nanovision_jax.data import tokenizer as tokenizers  # noqa: E402

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Int32, Shaped, UInt8
 
 from nanovision_jax.stages import stage_of
 
-Example = tuple[Int32[np.ndarray, ' n'], Bool[np.ndarray, ' n'], list | UInt8[np.ndarray, 'm S S 3']]
+# (ids [n], learned [n], images); anonymous axes, since the examples of a row differ in length.
+Example = tuple[Int32[np.ndarray, ' _'], Bool[np.ndarray, ' _'], list | UInt8[np.ndarray, '_ _ _ 3']]
 
 
 def pack(examples: list[Example], length: int, slots: int = 0, size: int = 0) -> dict[str, Shaped[np.ndarray, '...']]:

@@ -10,6 +10,7 @@ import os
 import threading
 
 import numpy as np
+from jaxtyping import Int
 
 from nanovision_jax.data import batch, images
 from nanovision_jax.data.catalog import bounds
@@ -21,14 +22,20 @@ from nanovision_jax.stages import stage_of
 OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
 
 
-def plan(order, lengths, pictures, length, slots):
-    """Puts examples, in `order`, into rows of at most `length` tokens and `slots` pictures: a list of index lists.
+def plan(
+    order: Int[np.ndarray, ' n'],
+    lengths: Int[np.ndarray, ' all'],
+    images: Int[np.ndarray, ' all'],
+    length: int,
+    slots: int,
+) -> list[list[int]]:
+    """Puts examples, in `order`, into rows of at most `length` tokens and `slots` images: a list of index lists.
 
-    First fit among the last OPEN_ROWS rows. lengths, pictures: int arrays over examples.
+    First fit among the last OPEN_ROWS rows. lengths, images: of every example, whether it is in `order` or not.
     """
     done, rows, space = [], [], []
     for i in order:
-        need, seen = int(lengths[i]), int(pictures[i])
+        need, seen = int(lengths[i]), int(images[i])
         place = next((r for r, left in enumerate(space) if left[0] >= need and left[1] >= seen), None)
         if place is None:
             if len(rows) == OPEN_ROWS:

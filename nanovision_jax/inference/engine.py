@@ -8,6 +8,7 @@ Axes: B batch, T prompt (padded), S cache length, V vocabulary, M image slots, F
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,7 +113,7 @@ class Engine:
             raise UserError(f'a {config.stage} run compares pictures with captions: it has no decoder to chat with.')
         self.config, self.graphdef, self.params, self.stops = config, graphdef, params, tuple(stops)
 
-    def generate(self, prompts: list[Prompt], max_new_tokens: int = 256, sampling=None):
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens=256, sampling=None):
         """Yields, chunk by chunk, a list with each prompt's new token ids; stop tokens are left out.
 
         sampling: a Sampling for each prompt, or one for all, whose i-th row then takes the seed `seed + i`: what a
@@ -157,7 +158,7 @@ class Engine:
         sampler = make_sampler(sampling, logits.shape[1])
         return State(logits, cache, jnp.array(lengths), jnp.zeros(len(prompts), bool), sampler)
 
-    def features(self, prompts: list[Prompt]) -> Float[Array, 'B F D'] | None:
+    def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.
 
         All rows have the same power of two of image slots: those that are not filled are never looked at.

@@ -10,14 +10,14 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Prompt
 
 
-def text_prompt(tokenizer, text: str) -> Prompt:
+def text_prompt(tokenizer, text) -> Prompt:
     """The beginning of a document, for a model to continue. Raises UserError for what is no text."""
     if not isinstance(text, str) or re.search('[\ud800-\udfff]', text):  # a byte that was no character, say
         raise UserError(f'{text!a:.60} cannot be continued: text that is not Unicode.')
     return Prompt(np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32), [])
 
 
-def chat_prompt(config, tokenizer, messages: list[dict], images=()) -> Prompt:
+def chat_prompt(config, tokenizer, messages: list, images=()) -> Prompt:
     """A conversation that ends with a question. images: PIL images, in the order of the messages' image parts.
 
     Images for which no message has a part go before the first question. Raises UserError for a conversation that makes

@@ -4,6 +4,7 @@ Axes: B batch, V vocabulary.
 """
 
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ class Sampler(NamedTuple):
     keys: Key[Array, ' B']
 
 
-def make_sampler(rows: list[Sampling], vocab_size: int) -> Sampler:
+def make_sampler(rows: Sequence[Sampling], vocab_size: int) -> Sampler:
     """The Sampler of checked options, one a row."""
     temperature, top_k, top_p, seeds = zip(*rows, strict=True)
     return Sampler(

@@ -30,7 +30,7 @@ PEAK = {
 }
 
 
-def peak_flops():
+def peak_flops() -> tuple[float, str]:
     """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or a measured product's.
 
     On CPU one product is measured, which uses all cores, however many devices they pretend to be; elsewhere a larger
@@ -45,7 +45,7 @@ def peak_flops():
     return measured_flops(4096, jnp.bfloat16) * jax.device_count(), 'measured 4096³ bf16 product, times the devices'
 
 
-def measured_flops(n, dtype):
+def measured_flops(n: int, dtype) -> float:
     """FLOP/s of the fastest of five n × n matrix products on the first device."""
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -58,7 +58,7 @@ def measured_flops(n, dtype):
     return 2 * n**3 / best
 
 
-def peak_memory():
+def peak_memory() -> int | None:
     """The most bytes in use so far on one device, or None where the backend does not say."""
     stats = hosts.first_device().memory_stats()
     return stats.get('peak_bytes_in_use') if stats else None

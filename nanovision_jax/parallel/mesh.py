@@ -46,7 +46,7 @@ RULES = (
 )
 
 
-def make_mesh(sizes, devices=None, rows=None):
+def make_mesh(sizes, devices: list | None = None, rows: int | None = None) -> jax.sharding.Mesh:
     """A (data, fsdp, tensor) mesh over all devices. `sizes` is a config.Mesh; -1 takes what the others leave.
 
     rows: how many go through at once. data=-1 takes as many devices as divide them, and says which it leaves idle.
@@ -76,7 +76,7 @@ def make_mesh(sizes, devices=None, rows=None):
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_divides(config, mesh, vocab_size):
+def check_divides(config, mesh: jax.sharding.Mesh, vocab_size: int):
     """Raises UserError where an axis of the mesh does not divide what it splits."""
     shape, model, data = dict(mesh.shape), config.model, config.data
     rows = shape['data'] * shape['fsdp']
@@ -95,12 +95,12 @@ def check_divides(config, mesh, vocab_size):
             raise UserError(f'mesh axis {axis} is {parts} and does not divide {name}, which is {value}.')
 
 
-def path_name(path):
+def path_name(path) -> str:
     """A tree path as 'blocks/qkv/kernel'."""
     return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
 
 
-def shardings(tree, mesh):
+def shardings(tree, mesh: jax.sharding.Mesh):
     """The NamedSharding of every leaf of a parameter tree, or of an optimizer state made of such trees."""
 
     def rule(path, leaf):
@@ -113,7 +113,7 @@ def shardings(tree, mesh):
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def put_batch(batch, mesh):
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Numpy batch to device arrays, rows split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

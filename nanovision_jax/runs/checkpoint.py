@@ -32,7 +32,7 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread, self._error = None, None
 
-    def save(self, step, params, optimizer, extra):
+    def save(self, step: int, params: dict, optimizer, extra: dict):
         """Starts writing `params` and `optimizer` (trees of arrays; None: none); `extra` goes into the manifest.
 
         Returns once the arrays are copied. An error in the background is raised by the next save() or wait().
@@ -82,7 +82,7 @@ def write_manifest(folder, content):
     write_whole(folder / MANIFEST, json.dumps(content | {'files': digests}, indent=1) + '\n')
 
 
-def restore(run_dir, step, item, target):
+def restore(run_dir, step: int, item: str, target):
     """Reads `item` ('params' or 'optimizer') of a checkpoint into the shapes, dtypes and shardings of `target`.
 
     target: a tree of jax.ShapeDtypeStruct; for params it may be a part of what was saved. Raises UserError where a
@@ -114,7 +114,7 @@ def like(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def tree_digest(tree):
+def tree_digest(tree) -> str:
     """A digest over every leaf's name, shape, dtype and bytes: equal exactly when two trees are, bit for bit."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -123,7 +123,7 @@ def tree_digest(tree):
     return f'2:{digest.hexdigest()}'
 
 
-def former_tree_digest(tree):
+def former_tree_digest(tree) -> str:
     """What tree_digest() was before shape and dtype belonged to it: lineage.json of older runs holds it."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):

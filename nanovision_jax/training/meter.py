@@ -14,7 +14,7 @@ from nanovision_jax.models.layers import padded
 from nanovision_jax.stages import stage_of
 
 
-def matmul_weights(part):
+def matmul_weights(part) -> int:
     """Weights in the matrix products of a transformer's blocks. part: config.Model, Vision or Text."""
     if getattr(part, 'flavour', '') == 'llama':
         attention = 2 * part.width * part.head_size * (part.heads + (part.kv_heads or part.heads))
@@ -22,12 +22,12 @@ def matmul_weights(part):
     return part.layers * (4 * part.width**2 + 2 * part.width * part.ffn)
 
 
-def attention_width(part):
+def attention_width(part) -> int:
     """Numbers a token of all heads together: what scores and weighted values are products of."""
     return part.heads * (part.head_size if isinstance(part, Model) else part.width // part.heads)
 
 
-def step_flops(config, vocab_size, tokens, images):
+def step_flops(config, vocab_size: int, tokens: int, images: int) -> int:
     """Model FLOPs of a step over `tokens` decoder (or caption) tokens and `images` images."""
     model, vision = config.model, config.model.vision
 
@@ -50,10 +50,10 @@ def step_flops(config, vocab_size, tokens, images):
 class Clock:
     """Seconds of training: laps between log lines and the sum over the run, without evaluation and saving."""
 
-    def __init__(self, so_far):
+    def __init__(self, so_far: float):
         self.total, self.since = so_far, time.perf_counter()
 
-    def lap(self):
+    def lap(self) -> tuple[float, float]:
         """(seconds since the last lap, seconds in all)."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now

@@ -19,7 +19,7 @@ MATRICES = (
 )
 
 
-def schedule(cfg, steps):
+def schedule(cfg, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warmup from 0, then cosine or linear to end_learning_rate. cfg: config.Optim."""
     warmup = min(steps, round(cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup))
     decay = max(1, steps - warmup)
@@ -30,12 +30,12 @@ def schedule(cfg, steps):
     return optax.join_schedules([optax.linear_schedule(0.0, cfg.learning_rate, max(1, warmup)), tail], [warmup])
 
 
-def decayed(params):
+def decayed(params) -> dict:
     """Which leaves get weight decay: the matrices (kernels), never norms, biases, embeddings, positions."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith('kernel'), params)
 
 
-def matrix_axes(params):
+def matrix_axes(params) -> dict:
     """Each leaf's axes as Muon takes them (optax.contrib.MuonDimensionNumbers), None where AdamW stays in charge."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path_name(path)), params)
 
@@ -47,7 +47,7 @@ def _axes(name):
     return None
 
 
-def make_optimizer(cfg, steps):
+def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW (arXiv:1711.05101), Muon or plain SGD, with the schedule. cfg: config.Optim.
 
     Muon (Keller Jordan, 2024) steps by orthogonal matrices, so that a direction that the loss seldom names moves as far

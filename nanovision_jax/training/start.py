@@ -134,7 +134,7 @@ class Published:
         return f'the published weights {self.name}'
 
 
-def find(config, anew=False):
+def find(config, anew: bool = False) -> list:
     """The sources of a run: what its parameters come from and, where it starts to see, its tower. See the module.
 
     anew: the run itself is none of them. Raises Missing where one is not there, naming the command that makes it.
@@ -171,7 +171,7 @@ def _sources(config, anew):
         yield _run(config, place, ('clip',), 'vision', 'vision')
 
 
-def is_run(folder):
+def is_run(folder: pathlib.Path) -> bool:
     """Whether a folder is a run that one can start from: with a config and a checkpoint written to its end."""
     return runfolder.Paths(folder).config.is_file() and bool(runfolder.whole_steps(folder))
 
@@ -192,7 +192,7 @@ def _run(config, folder, allowed, part='', target=''):
     return source
 
 
-def available(config, anew=False):
+def available(config, anew: bool = False) -> list:
     """As find(), without those that are not there yet."""
     found = []
     with contextlib.suppress(Missing):
@@ -201,7 +201,7 @@ def available(config, anew=False):
     return found
 
 
-def inherit(config, given, anew=False):
+def inherit(config, given: set[str], anew: bool = False) -> list[str]:
     """Takes over what the sources fix and is not in `given` (names of fields). Returns lines that say what changed.
 
     A source that is not there yet fixes nothing. Raises UserError for what is given and contradicts; a run that goes on
@@ -237,7 +237,7 @@ def _know_vocabulary(config, given):
         config.data.vocab_size = size
 
 
-def check(config, sources):
+def check(config, sources: list):
     """Raises UserError where a field is not what a source fixes."""
     for source in sources:
         for name, value in source.fixes(config).items():
@@ -255,7 +255,7 @@ def _compare(config, source, name, value):
         )
 
 
-def lines(config, sources):
+def lines(config, sources: list) -> list[str]:
     """What is printed as a run begins: where it starts."""
     if not sources:
         return [f'{config.stage} starts from random numbers']

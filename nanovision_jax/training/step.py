@@ -59,9 +59,9 @@ def abstract_state(config, vocabulary, optimizer, mesh) -> tuple:
     return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def shardings_of(state) -> dict:
-    """The sharding of every array of a state, abstract or not."""
-    return jax.tree.map(lambda x: x.sharding, state)
+def shardings_of(tree):
+    """The same tree with the sharding of every array, abstract or not."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def init_state(config, vocabulary, optimizer, shapes, params=None) -> dict:
