@@ -32,7 +32,7 @@ def main(argv):
         asked = [message for message in example.messages if message['role'] == 'user']
         for user in asked[:3]:  # in one conversation
             text = conversation.text_of(user)
-            messages.append(question(text, pictures=not messages))
+            messages.append(question(text, images=not messages))
             print(f'you: {text}')
             answer = say(model.chat(messages, images=[picture], stream=True, max_new_tokens=64))
             messages.append({'role': 'assistant', 'content': answer})
