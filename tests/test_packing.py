@@ -60,7 +60,7 @@ def test_a_plan_is_a_function_of_its_input():
 
 
 def test_an_example_of_the_whole_row_fits():
-    assert packing.plan([0, 1, 2], np.array([8, 8, 1]), np.array([0, 1, 1]), 8, 1) == [[0], [1], [2]]
+    assert packing.plan(np.arange(3), np.array([8, 8, 1]), np.array([0, 1, 1]), 8, 1) == [[0], [1], [2]]
 
 
 # Orders --------------------------------------------------------------------------------------------------------------

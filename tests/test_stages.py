@@ -1,5 +1,6 @@
 """What each stage trains, and its loss."""
 
+import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
@@ -36,7 +37,8 @@ def test_the_loss_of_tokens_is_summed_over_what_is_learned():
     logits = rng.normal(size=(b, t, v)).astype(np.float32)
     logits[..., 5:] = -np.inf  # the padded vocabulary
     targets, weights = rng.integers(0, 5, (b, t)), rng.integers(0, 2, (b, t)).astype(np.float32)
-    total, count = objectives.next_token(lambda hidden: hidden, jnp.asarray(logits), targets, weights)
+    arrays = map(jnp.asarray, (logits, targets, weights))
+    total, count = objectives.next_token(lambda hidden: hidden, *arrays)
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = [-np.log(chances[i, j, targets[i, j]]) for i, j in zip(*np.nonzero(weights), strict=True)]
     np.testing.assert_allclose(total, sum(wanted), rtol=1e-5)
@@ -45,7 +47,7 @@ def test_the_loss_of_tokens_is_summed_over_what_is_learned():
 
 def test_only_vision_stages_hand_pictures_to_the_model():
     for stage, given in (('pretrain', 3), ('vision_instruct', 4)):
-        batch, seen = micro.batch(micro.config(stage)), []
+        batch, seen = jax.tree.map(jnp.asarray, micro.batch(micro.config(stage))), []
 
         class Model:
             def hidden(self, *inputs, seen=seen):
