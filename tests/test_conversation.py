@@ -194,7 +194,7 @@ def test_the_pictures_behind_a_cut_go_with_it(tokenizer):
             talk.append(user(PICTURE, words('and this?')))
             pictures += 1
         example = encode(talk, tokenizer, [PATCHES] * pictures)
-        assert example.pictures[-1] == (example.ids == tokenizer.image).sum() / PATCHES
+        assert example.images[-1] == (example.ids == tokenizer.image).sum() / PATCHES
         for length in range(example.ends[0] - 1, example.ends[-1] + 2):
             ids, _, kept = fit(example, length)
             assert kept * PATCHES == (ids == tokenizer.image).sum()

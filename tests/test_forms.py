@@ -203,7 +203,7 @@ def test_a_question_whose_picture_is_lost_is_no_text(lost, key):
     with pytest.raises(BadExample, match='1 image places for 0 images'):
         encode(messages, None)
     row['messages'][0] = message('what?')
-    assert formats.read_row(row) == ([message('what?'), ANSWER], []) and not formats.has_pictures(row)
+    assert formats.read_row(row) == ([message('what?'), ANSWER], []) and not formats.has_images(row)
 
 
 def test_a_part_of_nothing_carries_no_picture():

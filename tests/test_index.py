@@ -63,7 +63,7 @@ def test_bad_rows_are_skipped_counted_and_listed(made, tokenizer):
     found = build(made(rows), tokenizer)
     assert found.bad == [{'row': place, 'reason': reason} for reason, place in places.items()]
     assert found.rows.tolist() == [i for i in range(505) if i not in places.values()]
-    assert len(set(found.lengths.tolist())) == 1 and (found.pictures == 1).all()
+    assert len(set(found.lengths.tolist())) == 1 and (found.images == 1).all()
 
 
 @pytest.mark.parametrize('reason', BAD)
@@ -107,7 +107,7 @@ def test_lengths_are_those_of_the_examples(llava_folder, tokenizer, tmp_path):
         config = parse(stage, *place)
         source, found = sources.open_source(config, 'train'), build(config, tokenizer)
         assert len(found.rows) >= 10
-        for row, length, pictures in zip(found.rows, found.lengths, found.pictures, strict=True):
+        for row, length, pictures in zip(found.rows, found.lengths, found.images, strict=True):
             ids, learned, _ = index.encode_example(source[row], config, tokenizer)
             assert length == len(ids) - 1 == len(learned) - 1
             assert pictures == len(source[row].images)
@@ -239,7 +239,7 @@ def test_a_too_long_answer_is_cut_to_its_beginning(long, tokenizer):
     config = write(20, 'data.too_long=cut')
     found = build(config, tokenizer)
     assert (found.asked, len(found.rows), found.cut, found.dropped, found.shortened) == (100, 100, 20, 0, 0)
-    assert found.lengths[-1] == 64 and found.pictures[-1] == 1
+    assert found.lengths[-1] == 64 and found.images[-1] == 1
     ids, learned, pictures = index.encode_example(sources.open_source(config, 'train')[99], config, tokenizer)
     whole = list(tokenizer.encode(answer['conversations'][1]['value']))
     said = ids[learned].tolist()
@@ -297,7 +297,7 @@ def test_another_file_or_config_has_another_index(made, tokenizer):
 def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
     config = made(good(10))
     with monkeypatch.context() as patch:
-        patch.setattr(index.images, 'load', lambda data: 1 / 0)
+        patch.setattr(index.image_files, 'load', lambda data: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # a mistake of ours is never taken for a bad example
             build(config, tokenizer)
     assert not list((config.family / 'data').iterdir())

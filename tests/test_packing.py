@@ -290,7 +290,7 @@ def test_a_run_of_image_tokens_gets_its_own_picture(tokenizer, tmp_path):
     seen, cut = 0, 0
     for i in range(rows.rows_per_epoch()):
         row = rows[i]
-        cut += sum(len(source[found.rows[k]].images) > found.pictures[k] for k in rows.examples(i))
+        cut += sum(len(source[found.rows[k]].images) > found.images[k] for k in rows.examples(i))
         image = row['tokens'] == tokenizer.image
         starts = np.flatnonzero(image & ~np.append(False, image[:-1]))
         for slot, at in enumerate(starts):  # the model gives the picture of slot k to the k-th run of image tokens

@@ -136,12 +136,10 @@ def test_a_mixture_packs_words_and_pictures_into_the_same_rows(prepared, tokeniz
     pictured, worded = sizes_of(prepared, split)
     drawn = [k for i in range(rows.rows_per_epoch()) for k in rows.examples(i)]
     assert sorted(drawn) == sorted(rows.shuffled.order(0).tolist())
-    shown = sum(rows.index.pictures[k] == 1 for k in drawn)
+    shown = sum(rows.index.images[k] == 1 for k in drawn)
     assert shown == min(pictured, int(worded / 0.25 * 0.75 + 1e-6)) and len(drawn) - shown == round(shown / 3)
     assert {len(rows.source[rows.index.rows[k]].images) for k in drawn} == {0, 1}
-    both = [
-        i for i in range(rows.rows_per_epoch()) if {0, 1} <= {int(rows.index.pictures[k]) for k in rows.examples(i)}
-    ]
+    both = [i for i in range(rows.rows_per_epoch()) if {0, 1} <= {int(rows.index.images[k]) for k in rows.examples(i)}]
     assert both
     row = rows[both[0]]
     assert row['images'].any() and row['weights'].any() and row['segments'].max() > 1

@@ -29,7 +29,7 @@ class TooLong(BadExample):
 
 
 def kind_of(reason):
-    """A reason without the names it quotes and a picture's size, so that reasons of one kind are counted together."""
+    """A reason without the names it quotes and an image's size, so that reasons of one kind are counted together."""
     return re.sub(r""" ['"].*['"]| of \d+ × \d+ pixels""", '', reason)
 
 
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray  # int32 [n]
     learned: np.ndarray  # bool [n]
     ends: list[int]  # the lengths at which an answer is complete
-    pictures: list[int]  # how many pictures stand before each of these ends
+    images: list[int]  # how many images stand before each of these ends
 
 
 def encode(messages: list[dict], tokenizer, image_tokens: list[int] | tuple = (), question: bool = False) -> Encoded:
@@ -50,7 +50,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int] | tuple = ()
     Raises BadExample for an unknown speaker, turns out of order, no answer, or images that do not match.
     """
     check(messages)
-    expected, seen, pictures = 'user', 0, []
+    expected, seen, images = 'user', 0, []
     for message in messages:
         role, content = message['role'], message['content']
         shown = 0 if isinstance(content, str) else sum(part['type'] == 'image' for part in content)
@@ -65,12 +65,12 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int] | tuple = ()
         if role == 'assistant':
             if not text_of(message).strip():
                 raise BadExample('empty answer')
-            pictures.append(seen)
+            images.append(seen)
     if seen != len(image_tokens):
         raise BadExample(f'{seen} image places for {len(image_tokens)} images')
     if question and expected != 'assistant':
         raise BadExample('no question to answer')
-    if not question and not pictures:
+    if not question and not images:
         raise BadExample('no answer')
     if not question and expected == 'assistant':
         messages = messages[:-1]
@@ -86,7 +86,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int] | tuple = ()
         length += len(read)
         if any(span.learned for span in turn):
             ends.append(length)
-    return Encoded(np.concatenate(ids), np.concatenate(learned), ends, pictures)
+    return Encoded(np.concatenate(ids), np.concatenate(learned), ends, images)
 
 
 def check(messages):
@@ -113,17 +113,17 @@ def check(messages):
 def fit(encoded, length, cut=False):
     """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
 
-    Returns (ids, learned, how many pictures are left): the pictures behind the cut go with it.
+    Returns (ids, learned, how many images are left): the images behind the cut go with it.
     A row of T tokens holds T inputs and the T ids that follow them: an example of T + 1 ids.
     If not even the first answer fits, its beginning is kept, without its end, where `cut` allows it and the row holds
     any of it. Raises TooLong else.
     """
-    ids, learned, ends, pictures = encoded
+    ids, learned, ends, images = encoded
     whole = sum(end <= length + 1 for end in ends)
     if whole:
-        return ids[: ends[whole - 1]], learned[: ends[whole - 1]], pictures[whole - 1]
-    if cut and learned[: length + 1].any():  # so the question is whole, with all its pictures
-        return ids[: length + 1], learned[: length + 1], pictures[0]
+        return ids[: ends[whole - 1]], learned[: ends[whole - 1]], images[whole - 1]
+    if cut and learned[: length + 1].any():  # so the question is whole, with all its images
+        return ids[: length + 1], learned[: length + 1], images[0]
     raise TooLong(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
 
 
@@ -134,7 +134,7 @@ def first_answers(messages, count):
 
 
 def is_image(part):
-    """Whether a part of a message is a picture's place: type image, or image_url."""
+    """Whether a part of a message is an image's place: type image, or image_url."""
     return isinstance(part, dict) and str(part.get('type')).startswith('image')
 
 
@@ -147,10 +147,10 @@ def role_of(speaker):
     return SPEAKERS[speaker]
 
 
-def from_llava(turns, pictures=True):
+def from_llava(turns, images=True):
     """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages.
 
-    An <image> in a question is a picture's place; in an answer, or without `pictures`, the string is left as it stands.
+    An <image> in a question is an image's place; in an answer, or without `images`, the string is left as it stands.
     Raises BadExample for a speaker that is none of SPEAKERS.
     """
     messages = []
@@ -162,16 +162,16 @@ def from_llava(turns, pictures=True):
         message = {'role': role, 'content': text}
         if turn.get('kind') is not None:
             message['kind'] = turn['kind']
-        if message['role'] == 'user' and pictures:
-            message['content'] = place_images(text)
+        if message['role'] == 'user' and images:
+            message['content'] = split_at_images(text)
         messages.append(message)
     return messages
 
 
-def place_images(text):
-    """A question with an <image> wherever a picture belongs, as parts; without any, the text itself.
+def split_at_images(text):
+    """A question with an <image> wherever an image belongs, as parts; without any, the text itself.
 
-    Line breaks beside an <image> go: a question about a picture is asked without them.
+    Line breaks beside an <image> go: a question about an image is asked without them.
     """
     if '<image>' not in text:
         return text
@@ -183,7 +183,7 @@ def place_images(text):
 
 
 def text_of(message):
-    """The words of a message, without its pictures."""
+    """The words of a message, without its images."""
     content = message['content']
     return content if isinstance(content, str) else ' '.join(p['text'] for p in content if p['type'] == 'text').strip()
 

@@ -1,7 +1,7 @@
 """Files of rows: a JSON list, JSON lines or parquet; and the forms of conversations that a row may have.
 
 Forms are ShareGPT's and LLaVA's `conversations: [{from, value}]`, and `messages: [{role, content}]` with strings, in
-which <image> is a picture's place where the row has `images` (LLaMA-Factory), or parts, which may carry their picture
+which <image> is an image's place where the row has `images` (LLaMA-Factory), or parts, which may carry their image
 (transformers, OpenAI).
 """
 
@@ -16,7 +16,7 @@ import weakref
 
 import pyarrow.parquet
 
-from nanovision_jax.data.conversation import BadExample, check, from_llava, is_image, place_images, role_of
+from nanovision_jax.data.conversation import BadExample, check, from_llava, is_image, role_of, split_at_images
 from nanovision_jax.data.text import check_text
 from nanovision_jax.errors import UserError
 
@@ -233,7 +233,7 @@ def check_form(row, path):
 
 
 def read_row(row):
-    """(messages, references) of a row: conversation.py's messages, and what the row says of each picture, in order.
+    """(messages, references) of a row: conversation.py's messages, and what the row says of each image, in order.
 
     A reference is a name, an address, bytes or {bytes, path}: see image_names.fetch. A part that carries none, and an
     <image> in a question, take the next of the row's `image` or `images`. Raises BadExample where there is no
@@ -249,8 +249,8 @@ def read_row(row):
     for key in ('video', 'videos', 'audio', 'audios'):
         if _found(row, key):
             raise BadExample(f'a row with {key}, which is not supported')
-    waiting = collections.deque(pictures_of(row))
-    # Not only where there is a picture: without its picture a question about one would be learned as text.
+    waiting = collections.deque(images_of(row))
+    # Not only where there is an image: without its image a question about one would be learned as text.
     messages, references, places = [], [], not row.keys().isdisjoint(('image', 'images'))
     for turn in turns:
         message = from_llava([turn])[0] if turn.get('from') is not None else _message(turn, places)
@@ -261,7 +261,7 @@ def read_row(row):
             reference = _carried(part)
             if reference is None and waiting:
                 reference = waiting.popleft()
-            if reference is not None:  # else there are fewer pictures than places, as encode says
+            if reference is not None:  # else there are fewer images than places, as encode says
                 references.append(reference)
         if isinstance(content, list):
             message['content'] = [_plain(part) for part in content]
@@ -275,15 +275,15 @@ def read_row(row):
     return messages, [*references, *waiting]
 
 
-def pictures_of(row):
-    """What a row's `image` or `images` says, as a list; see _is_nothing for what is no picture."""
+def images_of(row):
+    """What a row's `image` or `images` says, as a list; see _is_nothing for what is no image."""
     return (_found(row, 'image') or _found(row, 'images')) if isinstance(row, dict) else []
 
 
-def has_pictures(row):
-    """Whether a row has pictures, as far as it can be read."""
+def has_images(row):
+    """Whether a row has images, as far as it can be read."""
     try:
-        return bool(pictures_of(row) or read_row(row)[1])
+        return bool(images_of(row) or read_row(row)[1])
     except BadExample:
         return False
 
@@ -295,25 +295,25 @@ def _found(row, key):
 
 
 def _is_nothing(value):
-    """Whether a value says nothing: null, '', pandas' NaN, and a picture of parquet without bytes and path."""
+    """Whether a value says nothing: null, '', pandas' NaN, and an image of parquet without bytes and path."""
     if isinstance(value, dict):
         return value.keys() <= {'bytes', 'path'} and all(map(_is_nothing, value.values()))
     return value is None or value == '' or value != value
 
 
 def _message(turn, places):
-    """A message of ours; `places`: an <image> in a question is a picture's place."""
+    """A message of ours; `places`: an <image> in a question is an image's place."""
     role, content = role_of(turn.get('role')), turn.get('content')
     if turn.get('tool_calls'):
         raise BadExample('tool_calls belong to tools, which are not supported')
     if isinstance(content, str) and role == 'user' and places:
-        content = place_images(content)
+        content = split_at_images(content)
     message = {'role': role, 'content': content}
     return message if turn.get('kind') is None else message | {'kind': turn['kind']}
 
 
 def _carried(part):
-    """The picture that a part carries: OpenAI's image_url, or the keys of transformers. None for none."""
+    """The image that a part carries: OpenAI's image_url, or the keys of transformers. None for none."""
     found = next((part[key] for key in ('image_url', 'image', 'url', 'path') if not _is_nothing(part.get(key))), None)
     return found.get('url') or found if isinstance(found, dict) else found
 

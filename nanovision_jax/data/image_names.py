@@ -1,4 +1,4 @@
-"""Finding the picture that a row means: bytes, a data: URI, or a name in the folders and zip files around the rows."""
+"""Finding the image that a row means: bytes, a data: URI, or a name in the folders and zip files around the rows."""
 
 import base64
 import binascii
@@ -17,12 +17,12 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.
 
 
 class NamedImages:
-    """The pictures in a zip file, or in a folder as it was downloaded, by the names that rows have for them.
+    """The images in a zip file, or in a folder as it was downloaded, by the names that rows have for them.
 
     In a folder they lie under their names, below images/ or COCO's folder too, or in zip files in it or one folder
     down, which are not unpacked. A name may have images/ before it, backslashes, or letters in another Unicode form.
-    One that ends in .jpg finds the same picture as .gif or .png, and the other way round: the format is in the bytes,
-    the ending only in the name (OCR-VQA). Safe in threads; files are opened when a picture is first asked for.
+    One that ends in .jpg finds the same image as .gif or .png, and the other way round: the format is in the bytes,
+    the ending only in the name (OCR-VQA). Safe in threads; files are opened when an image is first asked for.
     """
 
     def __init__(self, path):
@@ -35,12 +35,12 @@ class NamedImages:
         self._loose = [ImageStore(folder) for folder in folders if folder.is_dir()]
 
     def read(self, name):
-        """The bytes of a picture by its name. Raises BadExample for none."""
+        """The bytes of an image by its name. Raises BadExample for none."""
         store, name = self._find(name)
         return store.read(name)
 
     def stamp(self, names):
-        """What the pictures of these names depend on, as a digest, wherever they lie: they are not read."""
+        """What the images of these names depend on, as a digest, wherever they lie: they are not read."""
         digest = hashlib.sha256(repr([(inside, store.stamp(())) for inside, store in self._zips()]).encode())
         for name in names if self._loose else ():
             try:
@@ -75,10 +75,10 @@ class NamedImages:
         return self._opened
 
     def _find(self, name):
-        """(the store, the picture's name in it)."""
+        """(the store, the image's name in it)."""
         if found := self._first(_spellings(name), [store for _, store in self._zips()] + self._loose):
             return found
-        # GQA and Visual Genome have pictures of the same name: every folder that the row names must be on the way.
+        # GQA and Visual Genome have images of the same name: every folder that the row names must be on the way.
         path = pathlib.PurePosixPath(_composed(name.replace('\\', '/')))
         fitting = [found for found in self._by_stem().get(path.stem, ()) if _within(path.parts[:-1], found[0])]
         if fitting:
@@ -97,7 +97,7 @@ class NamedImages:
         return next(((store, name) for store in stores for name in names if store.has(name)), None)
 
     def _by_stem(self):
-        """{stem: [(parts of its path, zip, member)]} of the pictures in zip files, made when it is first needed."""
+        """{stem: [(parts of its path, zip, member)]} of the images in zip files, made when it is first needed."""
         zips = self._zips()
         with self._lock:
             if self._members is None:
@@ -111,10 +111,10 @@ class NamedImages:
         return self._members
 
 
-def fetch(reference, pictures):
-    """The encoded picture that a row's reference means; `pictures`: where names are looked up. Raises BadExample.
+def fetch(reference, named):
+    """The encoded image that a row's reference means; `named`: where names are looked up. Raises BadExample.
 
-    A reference is bytes, {bytes, path} as parquet holds pictures, a data: URI, a file: URI or a name. The web is never
+    A reference is bytes, {bytes, path} as parquet holds images, a data: URI, a file: URI or a name. The web is never
     asked.
     """
     if isinstance(reference, dict):
@@ -137,15 +137,15 @@ def fetch(reference, pictures):
     if '://' in reference:
         raise BadExample(f'a picture on the web {reference!r}')
     try:
-        return pictures.read(reference)
+        return named.read(reference)
     except BadExample:  # many write a file: URI without escaping it
         if not is_file or (unescaped := urllib.parse.unquote(reference)) == reference:
             raise
-    return pictures.read(unescaped)
+    return named.read(unescaped)
 
 
 def name_of(reference, otherwise):
-    """What a picture is called: its reference where that is a name, else `otherwise`."""
+    """What an image is called: its reference where that is a name, else `otherwise`."""
     named = isinstance(reference, str | int) and not _is_data(str(reference))
     return str(reference) if named else otherwise
 
@@ -159,7 +159,7 @@ def _composed(name):
 
 
 def _spellings(name):
-    """The names under which a picture may lie, the row's own first."""
+    """The names under which an image may lie, the row's own first."""
     slashed = name.replace('\\', '/').removeprefix('./')
     names = (name, slashed, slashed.removeprefix('images/'))
     return list(

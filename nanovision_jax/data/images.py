@@ -1,4 +1,4 @@
-"""Pictures: from a zip or a folder, to bytes, to uint8 [S, S, 3] as CLIP crops or LLaVA pads them."""
+"""Images: from a zip or a folder, to bytes, to uint8 [S, S, 3] as CLIP crops or LLaVA pads them."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', *(('AVIF',) if features.check('avif') else ()))
-# What else may be called a picture, by its first bytes.
+# What else may be called an image, by its first bytes.
 _OTHERS = {
     b'8BPS': 'PSD',
     b'\0\0\1\0': 'ICO',
@@ -30,7 +30,7 @@ _OTHERS = {
     **dict.fromkeys((b'P1\n', b'P2\n', b'P3\n', b'P4\n', b'P5\n', b'P6\n', b'P7\n'), 'PPM'),
 }
 _PNG = b'\x89PNG\r\n\x1a\n'
-_TURNS = {  # EXIF's orientation: what makes the picture upright
+_TURNS = {  # EXIF's orientation: what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +48,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError
 
 
 class ImageStore:
-    """Reads pictures by name from a zip file, without unpacking it, or from a folder."""
+    """Reads images by name from a zip file, without unpacking it, or from a folder."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
@@ -62,7 +62,7 @@ class ImageStore:
         return ImageStore, (self.path,)
 
     def _opened(self):
-        # One handle for all threads: the directory of half a million pictures takes seconds to read and much memory.
+        # One handle for all threads: the directory of half a million images takes seconds to read and much memory.
         if self._zip is None:
             try:
                 self._zip = zipfile.ZipFile(self.path)
@@ -82,7 +82,7 @@ class ImageStore:
             return [info.filename for info in self._opened().infolist() if not info.is_dir()]
 
     def stamp(self, names):
-        """What the pictures of these names depend on, as text, wherever they lie.
+        """What the images of these names depend on, as text, wherever they lie.
 
         Of a zip file its directory, whatever the names; of a folder the files' sizes and times, in the names' order.
         """
@@ -121,7 +121,7 @@ class ImageStore:
             return False
 
     def read(self, name):
-        """The bytes of one picture. Raises BadExample if there is none of that name, or one beyond MAX_BYTES."""
+        """The bytes of one image. Raises BadExample if there is none of that name, or one beyond MAX_BYTES."""
         if self.path.is_dir():
             return self._read_file(name)
         try:
@@ -162,9 +162,9 @@ def decode(data, vision):
 
 
 def load(data):
-    """Encoded bytes to an upright RGB picture; the first frame of an animation, transparency over white.
+    """Encoded bytes to an upright RGB image; the first frame of an animation, transparency over white.
 
-    Raises BadExample, and nothing else, for what is no whole picture in FORMATS, whatever the bytes are.
+    Raises BadExample, and nothing else, for what is no whole image in FORMATS, whatever the bytes are.
     """
     try:
         try:
@@ -215,7 +215,7 @@ def _other_format(data):
 
 
 def to_rgb(image):
-    """Any PIL picture as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
+    """Any PIL image as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
     image = _upright(image)
     if image.mode.startswith('I'):  # 16-bit grey: convert('RGB') would clip it to white
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
@@ -231,13 +231,13 @@ def _upright(image):
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
-    except Exception:  # broken EXIF: the picture is shown as it lies, as viewers do
+    except Exception:  # broken EXIF: the image is shown as it lies, as viewers do
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def prepare(image, vision):
-    """An RGB picture to uint8 [S, S, 3], S = vision.image_size. vision: config.Vision.
+    """An RGB image to uint8 [S, S, 3], S = vision.image_size. vision: config.Vision.
 
     vision.fit: crop takes the short side to S, then the middle square, as CLIP does; pad makes a square with the mean
     colour first, as LLaVA 1.5 does; stretch does not keep the proportions, as SigLIP does not.
@@ -258,7 +258,7 @@ def prepare(image, vision):
 
 
 def augment(image, rng):
-    """A random crop of at least 60% of an RGB picture's area, mirrored half of the time."""
+    """A random crop of at least 60% of an RGB image's area, mirrored half of the time."""
     scale = np.sqrt(rng.uniform(0.6, 1.0))
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)

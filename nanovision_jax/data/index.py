@@ -1,7 +1,7 @@
 """One pass over a source before training: the length of every example, and which examples cannot be used.
 
 Rows are planned from these lengths, so that what a row holds never depends on how it is read. The pass decodes every
-picture once, unless the source says that this was done; its result is kept in the family's data folder. In memory it
+image once, unless the source says that this was done; its result is kept in the family's data folder. In memory it
 holds ten bytes an example, and of the examples themselves only those that are looked at.
 """
 
@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from nanovision_jax.data import conversation, images
+from nanovision_jax.data import conversation
+from nanovision_jax.data import images as image_files
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.folder import read_lines, whole
 from nanovision_jax.stages import stage_of
@@ -32,7 +33,7 @@ WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so t
 class Index:
     """One split of a source, as a stage sees it.
 
-    `rows`, `lengths`, `pictures`: int32 arrays over the usable examples of the split; `asked`: how many examples it
+    `rows`, `lengths`, `images`: int32 arrays over the usable examples of the split; `asked`: how many examples it
     has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of all splits of the source; `dropped`:
     how many have a first answer too long for a row, and are left out for it; `cut`: how many such answers are cut;
     `shortened`: how many conversations end earlier, with their last answer that fits.
@@ -40,7 +41,7 @@ class Index:
 
     rows: np.ndarray
     lengths: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     bad: list[dict]
     asked: int
     left_out: list[dict]
@@ -68,15 +69,15 @@ class Index:
 
 
 def encode_example(example, config, tokenizer):
-    """(ids, learned, pictures) of an example as this stage sees it: a caption for clip, else a conversation.
+    """(ids, learned, images) of an example as this stage sees it: a caption for clip, else a conversation.
 
-    A conversation is cut to fit a row; `pictures` are the first ones of example.images, which its ids have places for.
+    A conversation is cut to fit a row; `images` are the first ones of example.images, which its ids have places for.
     """
     return _encode(example, config, tokenizer)[:3]
 
 
 def _encode(example, config, tokenizer):
-    """(ids, learned, pictures, what was done to make it fit: WHOLE, SHORTENED or CUT)."""
+    """(ids, learned, images, what was done to make it fit: WHOLE, SHORTENED or CUT)."""
     data, stage = config.data, stage_of(config)
     if stage.data == 'pairs':
         if len(example.images) != 1:
@@ -91,7 +92,7 @@ def _encode(example, config, tokenizer):
     while tokenizer.template.opening and len(encoded.ends) > 1 and encoded.ends[-1] > data.length + 1:
         # The last answer is written otherwise than those before it: it is another one now.
         messages = conversation.first_answers(example.messages, len(encoded.ends) - 1)
-        encoded = conversation.encode(messages, tokenizer, [patches] * encoded.pictures[-2])
+        encoded = conversation.encode(messages, tokenizer, [patches] * encoded.images[-2])
     ids, learned, kept = conversation.fit(encoded, data.length, cut=data.too_long == 'cut')
     if kept > slots:
         raise conversation.BadExample(f'{kept} images for {slots} slots')
@@ -106,7 +107,8 @@ def build_index(source, config, tokenizer, split):
     data.too_long allows, or if none is left.
     """
     vision, data = config.model.vision, config.data
-    limits = images.MAX_PIXELS, images.MAX_SIDE, images.MAX_ASPECT, images.MAX_BYTES, images.FORMATS
+    bounds = ('MAX_PIXELS', 'MAX_SIDE', 'MAX_ASPECT', 'MAX_BYTES', 'FORMATS')
+    limits = tuple(getattr(image_files, name) for name in bounds)
     words = tokenizer.digest, tokenizer.template.digest
     shape = data.length, data.slots, vision.patches, data.too_long == 'cut'
     parts = (8, source.key, words, config.stage, shape, limits)
@@ -115,7 +117,7 @@ def build_index(source, config, tokenizer, split):
     if not file.exists():
         _scan(source, config, tokenizer, file)
     with np.load(file) as saved:
-        lengths, pictures, sides, fits = (saved[name] for name in ('lengths', 'pictures', 'sides', 'fits'))
+        lengths, images, sides, fits = (saved[name] for name in ('lengths', 'pictures', 'sides', 'fits'))
     listed = _list_of_bad(file)
     place = f'{source.name} {data.path}'.strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
@@ -135,7 +137,7 @@ def build_index(source, config, tokenizer, split):
     left_out = [row for row, here in zip(bad, in_split[lengths == 0], strict=True) if here]
     dropped, cut, shortened = (int((fits[in_split] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
     asked = len(rows) + len(left_out) + dropped
-    return Index(rows, lengths[rows], pictures[rows], bad, asked, left_out, dropped, cut, shortened)
+    return Index(rows, lengths[rows], images[rows], bad, asked, left_out, dropped, cut, shortened)
 
 
 def _check_dropped(dropped, asked, data, place):
@@ -156,7 +158,7 @@ def join(indices, sizes):
     return Index(
         np.concatenate([index.rows + start for index, start in zip(indices, starts, strict=False)]).astype(np.int32),
         np.concatenate([index.lengths for index in indices]),
-        np.concatenate([index.pictures for index in indices]),
+        np.concatenate([index.images for index in indices]),
         [row for index in indices for row in index.bad],
         sum(index.asked for index in indices),
         [row for index in indices for row in index.left_out],
@@ -219,7 +221,7 @@ def _look(source, i, config, tokenizer):
         ids, _, kept, done = _encode(example, config, tokenizer)
         if not source.decoded:
             for data in kept:
-                images.load(data)
+                image_files.load(data)
     except conversation.TooLong:
         return _Look(-1, validation=_is_validation(source, i, example), done=DROPPED)
     except conversation.BadExample as error:

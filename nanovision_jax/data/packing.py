@@ -1,4 +1,4 @@
-"""Rows of fixed shape: packed conversations, windows of text, pictures with captions.
+"""Rows of fixed shape: packed conversations, windows of text, images with captions.
 
 A rows object is an endless sequence: rows[i] is a dict of numpy arrays, a pure function of (seed, i). Epoch after epoch
 follows, each in an order of its own, so the position in the data is one integer. rows.identity() tells what row i
@@ -12,7 +12,8 @@ import threading
 import numpy as np
 from jaxtyping import Int
 
-from nanovision_jax.data import batch, images
+from nanovision_jax.data import batch
+from nanovision_jax.data import images as image_files
 from nanovision_jax.data.catalog import bounds
 from nanovision_jax.data.index import encode_example
 from nanovision_jax.data.text import open_shard
@@ -128,7 +129,7 @@ def _data_identity(rows):
 
 
 class PackedRows:
-    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots pictures."""
+    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots images."""
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
@@ -148,7 +149,7 @@ class PackedRows:
             kept = {e: p for e, p in self._plans.items() if e == epoch - 1}
             length = self.config.data.length
             order = self.shuffled.order(epoch)
-            self._plans = kept | {epoch: plan(order, self.index.lengths, self.index.pictures, length, self.slots)}
+            self._plans = kept | {epoch: plan(order, self.index.lengths, self.index.images, length, self.slots)}
         return self._plans[epoch]
 
     def examples(self, i):
@@ -164,8 +165,8 @@ class PackedRows:
         laid = []
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
-            ids, learned, pictures = encode_example(example, self.config, self.tokenizer)
-            laid.append((ids, learned, [images.decode(data, vision) for data in pictures]))
+            ids, learned, images = encode_example(example, self.config, self.tokenizer)
+            laid.append((ids, learned, [image_files.decode(data, vision) for data in images]))
         return batch.pack(laid, self.config.data.length, self.slots, vision.image_size)
 
     def rows_per_epoch(self):
@@ -173,11 +174,11 @@ class PackedRows:
         return len(self.epoch(0))
 
     def efficiency(self):
-        """Which share of tokens, and of picture slots, the first epoch's rows use."""
+        """Which share of tokens, and of image slots, the first epoch's rows use."""
         rows, drawn = self.rows_per_epoch(), self.shuffled.order(0)
         used = {'tokens': float(self.index.lengths[drawn].sum() / (rows * self.config.data.length))}
         if self.slots:
-            used['image slots'] = float(self.index.pictures[drawn].sum() / (rows * self.slots))
+            used['image slots'] = float(self.index.images[drawn].sum() / (rows * self.slots))
         return used
 
     def identity(self):
@@ -256,7 +257,7 @@ class TextRows:
 
 
 class PairRows:
-    """Pictures with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
+    """Images with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
@@ -266,12 +267,12 @@ class PairRows:
     def __getitem__(self, i):
         epoch, k = self.shuffled.at(i)
         example, vision = self.source[self.index.rows[k]], self.config.model.vision
-        ids, _, pictures = encode_example(example, self.config, self.tokenizer)
-        picture = images.load(pictures[0])
+        ids, _, images = encode_example(example, self.config, self.tokenizer)
+        image = image_files.load(images[0])
         if self.augment:
-            picture = images.augment(picture, np.random.default_rng((self.shuffled.seed, epoch, k)))
+            image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {
-            'images': images.prepare(picture, vision),
+            'images': image_files.prepare(image, vision),
             'tokens': np.pad(ids, (0, self.config.data.length - len(ids))),
             'ends': np.int32(len(ids) - 1),
         }

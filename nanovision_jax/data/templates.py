@@ -98,8 +98,8 @@ class Template:
         return text.strip() if self.trim else text
 
     def _content(self, content, escape, head=''):
-        """The words of a message with IMAGE wherever a picture is; texts side by side are lines of one."""
-        runs = [[]]  # of texts between pictures; one text could else hold a part of a control string, the next the rest
+        """The words of a message with IMAGE wherever an image is; texts side by side are lines of one."""
+        runs = [[]]  # of texts between images; one text could else hold a part of a control string, the next the rest
         for part in [{'type': 'text', 'text': content}] if isinstance(content, str) else content:
             if part['type'] == 'image':
                 runs.append([])

@@ -1,7 +1,7 @@
-"""Questions about pictures, in LLaVA's format: exact match after normalisation, by kind of question.
+"""Questions about images, in LLaVA's format: exact match after normalisation, by kind of question.
 
-Every question is asked alone, with its picture. Then all are asked again with the pictures blanked, and with pictures
-of other questions: a model that answers as well without its picture does not look at it.
+Every question is asked alone, with its image. Then all are asked again with the images blanked, and with images
+of other questions: a model that answers as well without its image does not look at it.
 
 A description is scored by its parts: the share of things named rightly, of all that are there or were named.
 
@@ -31,7 +31,7 @@ TOO_LONG = 'longer than the context'  # a reason to leave a question out
 
 @dataclasses.dataclass
 class Question:
-    """A question, its picture's name and which row of the source holds it, and the answer wanted.
+    """A question, its image's name and which row of the source holds it, and the answer wanted.
 
     system: the system messages of its conversation, which stand before the question.
     """
@@ -176,7 +176,7 @@ def row_of(question, **found):
 
 
 def prompt_ids(question, config, tokenizer):
-    """A question asked alone, behind its picture and what the system says, as token ids."""
+    """A question asked alone, behind its image and what the system says, as token ids."""
     content = [{'type': 'image'}, {'type': 'text', 'text': question.text}]
     messages = [*question.system, {'role': 'user', 'content': content}]
     return conversation.encode(messages, tokenizer, [config.model.vision.patches], question=True).ids
@@ -196,7 +196,7 @@ def ask(run, questions, prompt, title):
 
 
 def reader(source, vision):
-    """A function place → the picture of that row, uint8 [size, size, 3]; it keeps the last BATCH pictures."""
+    """A function place → the image of that row, uint8 [size, size, 3]; it keeps the last BATCH images."""
 
     @functools.lru_cache(BATCH)
     def image(place):
@@ -211,10 +211,10 @@ def reader(source, vision):
 def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False):
     """(result, rows): the scores with their controls, and one object a question. Needs a vision run.
 
-    Pictures are read as they are asked about: at most 2 × BATCH are in memory, and of all questions only their text.
+    Images are read as they are asked about: at most 2 × BATCH are in memory, and of all questions only their text.
 
-    result: asked = n + the sum of left_out, {reason: count}. A question is left out if its picture cannot be read, or
-    if it is longer than the context. `other` counts what is no question about one picture, and so is not asked.
+    result: asked = n + the sum of left_out, {reason: count}. A question is left out if its image cannot be read, or
+    if it is longer than the context. `other` counts what is no question about one image, and so is not asked.
     Raises UserError, before the model is asked, if over 1% are left out without allow_missing.
     """
     config, tokenizer, vision = model_run.config, model_run.tokenizer, model_run.config.model.vision

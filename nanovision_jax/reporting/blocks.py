@@ -99,7 +99,7 @@ def choose(rows, n=12):
 
 
 def find_images(config, names):
-    """{name: data: URI} of the held-out pictures that still are where the run read them."""
+    """{name: data: URI} of the held-out images that still are where the run read them."""
     found, data = {}, config.data
     if data.source == 'tiny_world':
         if (pathlib.Path(data.path) / 'tiny_world' / 'scenes').exists():  # opening what is not there would make it
@@ -123,7 +123,7 @@ def find_images(config, names):
 
 
 def data_uri(data):
-    """A picture as a data: URI, at most 256 pixels a side and without what else the file tells; '' if it is none."""
+    """An image as a data: URI, at most 256 pixels a side and without what else the file tells; '' if it is none."""
     try:
         image = images.load(data)
     except BadExample:
@@ -220,7 +220,7 @@ def training(runs):
 
 
 def evaluation(run_, split, result):
-    """Blocks: accuracy by kind, what becomes of it without the pictures, and what that means."""
+    """Blocks: accuracy by kind, what becomes of it without the images, and what that means."""
     yield 'heading', f'Questions about pictures: {run_.stage}, {split} split'
     yield 'text', headline(run_, split, result), ''
     if told := result.coverage():
@@ -252,7 +252,7 @@ def answered(file):
 
 
 def answers(family, runs):
-    """Blocks: a dozen questions with their pictures, and the conversations of chat.jsonl."""
+    """Blocks: a dozen questions with their images, and the conversations of chat.jsonl."""
     asked = [(run_, rows) for run_ in runs if (rows := answered(runfolder.Paths(run_.folder).results / 'vqa.jsonl'))]
     for run_, rows in asked[-1:]:
         chosen = choose(rows)

@@ -77,7 +77,7 @@ def html_cell(cell):
 
 
 def html_card(uri, name, kind, turns):
-    """A picture and what is said about it."""
+    """An image and what is said about it."""
     lines = [f'<span class="kind">{html.escape(kind)}</span>'] if kind else []
     for question, answer, reference, correct in turns:
         tick = ' ✓' if correct == 1 and reference else ''

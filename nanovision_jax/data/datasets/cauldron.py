@@ -43,11 +43,11 @@ class Cauldron(ConversationsBuilder):
             turns += [{'from': 'human', 'value': turn['user']}, {'from': 'gpt', 'value': turn['assistant']}]
         if not turns:
             raise BadExample('no answer')
-        pictures = [(picture or {}).get('bytes') for picture in row.get('images') or []]
-        if not all(pictures):
+        images = [(image or {}).get('bytes') for image in row.get('images') or []]
+        if not all(images):
             raise BadExample('missing image')
         messages = from_llava(turns)
-        if pictures and not any('<image>' in turn['value'] for turn in turns[::2]):
+        if images and not any('<image>' in turn['value'] for turn in turns[::2]):
             text = {'type': 'text', 'text': messages[0]['content']}
-            messages[0]['content'] = [{'type': 'image'}] * len(pictures) + [text]
-        return messages, pictures
+            messages[0]['content'] = [{'type': 'image'}] * len(images) + [text]
+        return messages, images

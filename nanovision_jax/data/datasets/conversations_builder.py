@@ -19,7 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from nanovision_jax.data import conversation, images
+from nanovision_jax.data import conversation
+from nanovision_jax.data import images as image_files
 from nanovision_jax.data.catalog import PREPARED_VERSION
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.index import ordered_map
@@ -107,16 +108,16 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     def _look(self, item):
         key, row = item
         try:
-            messages, pictures = self.example(row)
-            conversation.encode(messages, _NONE, [1] * len(pictures))
-            for picture in pictures:
-                images.load(picture)
+            messages, images = self.example(row)
+            conversation.encode(messages, _NONE, [1] * len(images))
+            for image in images:
+                image_files.load(image)
         except conversation.BadExample as error:
             return key, None, None, 0, str(error)
         name = str(next((row[field] for field in ('id', 'uuid') if row.get(field) is not None), key))
-        record = {'id': name, 'messages': json.dumps(messages), 'images': pictures}
+        record = {'id': name, 'messages': json.dumps(messages), 'images': images}
         characters = sum(len(conversation.text_of(message)) for message in messages)
-        return key, record, conversation.split_of(messages, pictures), characters, None
+        return key, record, conversation.split_of(messages, images), characters, None
 
     def _refuse(self, counts, reasons, listed):
         if counts['bad'] > 0.01 * counts['rows']:
@@ -143,12 +144,12 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
 
 def _put_by(spool, key, record):
     """Appends a record to a file: a line of JSON with the sizes of its pictures, then their bytes."""
-    sizes = [len(picture) for picture in record['images']]
+    sizes = [len(image) for image in record['images']]
     spool.write(json.dumps([key, record | {'images': sizes}]).encode() + b'\n' + b''.join(record['images']))
 
 
 def _encodable(record):
-    return record | {'images': [io.BytesIO(picture) for picture in record['images']]}
+    return record | {'images': [io.BytesIO(image) for image in record['images']]}
 
 
 def build(builder):

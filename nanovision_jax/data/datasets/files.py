@@ -47,7 +47,7 @@ def _parquet_rows(file, columns):
     parquet = open_parquet(file)
     wanted = [name for name in columns if name in parquet.schema_arrow.names] or None
     try:
-        for group in range(parquet.num_row_groups):  # pictures: a row group may be a gigabyte, a file many
+        for group in range(parquet.num_row_groups):  # images: a row group may be a gigabyte, a file many
             for batch in parquet.iter_batches(64, [group], wanted, use_threads=False):
                 yield from _batch_rows(batch)
     except (OSError, ValueError) as error:

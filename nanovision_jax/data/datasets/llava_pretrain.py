@@ -15,7 +15,7 @@ class LlavaPretrain(ConversationsBuilder):
     def rows(self):
         """Every row of the files, whose first ones tell whether their form is taken."""
         source, seen = pathlib.Path(self.source), None
-        self.pictures = NamedImages(source if source.is_dir() else source.parent)
+        self.named_images = NamedImages(source if source.is_dir() else source.parent)
         for key, row in super().rows():
             if (file := key.rpartition(':')[0]) != seen:
                 seen = file
@@ -25,4 +25,4 @@ class LlavaPretrain(ConversationsBuilder):
     def example(self, row):
         """The conversation, and the pictures in the order of their places."""
         messages, references = read_row(row)
-        return messages, [fetch(reference, self.pictures) for reference in references]
+        return messages, [fetch(reference, self.named_images) for reference in references]

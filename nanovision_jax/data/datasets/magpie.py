@@ -15,6 +15,6 @@ class Magpie(ConversationsBuilder):
         if not isinstance(row, dict):
             raise BadExample('a row that is no JSON object')
         if row.get('conversations'):
-            return from_llava(row['conversations'], pictures=False), []
+            return from_llava(row['conversations'], images=False), []
         question = row.get('instruction') or row.get('prompt')
         return [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': row.get('response')}], []

@@ -29,7 +29,7 @@ class Conversations(Source):
         if not pathlib.Path(path).is_file():
             raise UserError(f'no conversations at {path}: data.path is a JSON, JSON lines or parquet file.')
         if images:
-            ImageStore(images)  # a wrong path is answered now, not as so many missing pictures
+            ImageStore(images)  # a wrong path is answered now, not as so many missing images
 
     def __reduce__(self):
         return Conversations, (self.path, self.images, self.text_only)
@@ -57,7 +57,7 @@ class Conversations(Source):
             if self._rows is None:
                 rows = formats.open_rows(self.path)
                 if self.text_only:
-                    kept = (n for n, row in enumerate(rows) if not formats.has_pictures(row))
+                    kept = (n for n, row in enumerate(rows) if not formats.has_images(row))
                     self._numbers = np.fromiter(kept, np.int64)
                 else:
                     self._numbers = np.arange(len(rows))
