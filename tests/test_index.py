@@ -281,7 +281,7 @@ def test_the_index_is_made_once(made, tokenizer, monkeypatch):
     monkeypatch.setattr(sources.Conversations, '__getitem__', None)  # reading anything would fail
     again = build(config, tokenizer)
     assert files(config) == kept
-    for name in ('rows', 'lengths', 'pictures', 'bad'):
+    for name in ('rows', 'lengths', 'images', 'bad'):
         assert np.array_equal(getattr(first, name), getattr(again, name))
 
 
