@@ -172,8 +172,8 @@ def _split_files(config, tokenizer, split):
     files = shard_files(path)
     if not files or not files[0].is_file():
         raise UserError(f'no token shards at {path}: it is an .npy or .bin file or a folder of them.')
-    held_out = [f for f in files if 'val' in f.name] or files[-1:]
-    files = held_out if split == 'validation' else [f for f in files if f not in held_out]
+    validation = [f for f in files if 'val' in f.name] or files[-1:]
+    files = validation if split == 'validation' else [f for f in files if f not in validation]
     if not files:
         raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
     return files

@@ -24,8 +24,7 @@ BATCH = 16
 @functools.partial(jax.jit, static_argnames='graphdef')
 def losses(graphdef, params, batch):
     """The loss of every target of a batch, in nats: float32 [B, T]."""
-    model = models.merge(graphdef, params)
-    decoder = getattr(model, 'decoder', model)
+    decoder = models.decoder_of(models.merge(graphdef, params))
     hidden = decoder.hidden(batch['tokens'], batch['positions'], batch['segments'])
     return objectives.token_losses(decoder.logits, hidden, batch['targets'])
 

@@ -64,7 +64,7 @@ def prefill(
 ) -> tuple[Float[Array, 'B V'], dict]:
     """Padded prompts and their images' features (None: a text model) → (logits of the next token, cache)."""
     model = models.merge(graphdef, params)
-    decoder = model if features is None else model.decoder
+    decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = decoder.extend(x, positions, decoder.empty_cache(len(tokens), cache_length))
@@ -79,8 +79,7 @@ def decode(graphdef, params, state: State, stops: Int[Array, ' stops'], greedy: 
     A row is done after the first of `stops`, which is among its tokens, and at the end of the cache.
     Returns (tokens [B, CHUNK], how many columns of them are filled, the State to go on with).
     """
-    decoder = models.merge(graphdef, params)
-    decoder = getattr(decoder, 'decoder', decoder)
+    decoder = models.decoder_of(models.merge(graphdef, params))
     cache_length = state.cache['k'].shape[2]
 
     def going_on(carry):

@@ -35,6 +35,11 @@ def abstract(config, vocab_size: int, image_token: int):
     return graphdef, nnx.to_pure_dict(state)
 
 
+def decoder_of(model: nnx.Module) -> Decoder:
+    """The decoder of a model that has one: the model itself, or a part of it."""
+    return model.decoder if isinstance(model, VLM) else model
+
+
 def merge(graphdef, params):
     """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
     return nnx.merge(graphdef, params)

@@ -211,9 +211,9 @@ def training(runs):
     curves = []
     for run_ in runs:
         finite = [x for x in run_.metrics if math.isfinite(x.get('loss', x.get('eval_loss', math.nan)))]
-        train, held_out = ([(x['step'], x[name]) for x in finite if name in x] for name in ('loss', 'eval_loss'))
+        train, validation = ([(x['step'], x[name]) for x in finite if name in x] for name in ('loss', 'eval_loss'))
         if train:
-            curves.append((run_.stage, train, held_out))
+            curves.append((run_.stage, train, validation))
     if curves:
         yield 'text', 'Losses over the steps: training as a line, held-out data as dots.', ''
         yield 'curves', curves

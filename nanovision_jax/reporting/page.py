@@ -122,12 +122,12 @@ def plain(cell):
     return re.sub(r'([\\\\`*\[\]|])', r'\\\1', html.escape(' '.join(cell.split()), quote=False))
 
 
-def curve_text(stage, train, held_out, points):
+def curve_text(stage, train, validation, points):
     """A loss curve in words: training losses at a few points from the first to the last, and the last held-out one."""
     points = min(points, len(train) - 1) or 1
     some = [train[round(i * (len(train) - 1) / points)] for i in range(points + 1)]
     text = f'{stage}: ' + ', '.join(f'{loss:.3f} (step {step:,})' for step, loss in some)
-    return text + (f'; held-out {held_out[-1][1]:.3f}' if held_out else '')
+    return text + (f'; held-out {validation[-1][1]:.3f}' if validation else '')
 
 
 def ticks(low, high, log=False):
@@ -140,9 +140,9 @@ def ticks(low, high, log=False):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def chart(stage, train, held_out):
+def chart(stage, train, validation):
     """A loss curve as SVG, logarithmic where the loss falls to less than a tenth."""
-    steps, losses = zip(*train, *held_out, strict=True)
+    steps, losses = zip(*train, *validation, strict=True)
     low, high, end = min(losses), max(losses), max(steps)
     log = 0 < 10 * low < high
     scale, room = (math.log if log else float), 0.05 * (high - low or 1)
@@ -159,12 +159,12 @@ def chart(stage, train, held_out):
         parts.append(f'<path d="M{x:.1f} 165v4" stroke="#999"/>')
         parts.append(f'<text x="{x:.1f}" y="180" text-anchor="middle">{step:,.0f}</text>')
     line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in itertools.starmap(at, train))
-    dots = ''.join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in itertools.starmap(at, held_out))
+    dots = ''.join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in itertools.starmap(at, validation))
     return (
         f'<figure><svg viewBox="0 0 360 200" role="img" font-size="10.5" fill="#444">{"".join(parts)}'
         '<path d="M40 165H350" stroke="#999"/><text x="195" y="196" text-anchor="middle">step</text>'
         f'<text transform="translate(9 86) rotate(-90)" text-anchor="middle">loss{" (log)" * log}</text>'
         f'<polyline points="{line}" fill="none" stroke="#2a5d8c" stroke-width="1.4" stroke-linejoin="round"/>'
         f'<g fill="#c8601a" stroke="#fff">{dots}</g></svg>'
-        f'<figcaption>{html.escape(curve_text(stage, train, held_out, points=1))}</figcaption></figure>'
+        f'<figcaption>{html.escape(curve_text(stage, train, validation, points=1))}</figcaption></figure>'
     )

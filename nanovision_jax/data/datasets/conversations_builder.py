@@ -78,7 +78,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     def _split_generators(self, dl_manager):
         del dl_manager  # prepare.py downloads
         # One pass serves both: what is held out waits in a file until the training rows are through.
-        return {'train': self._generate_examples(), 'validation': self._held_out()}
+        return {'train': self._generate_examples(), 'validation': self._validation()}
 
     def _generate_examples(self):
         folder = pathlib.Path(self.data_path)
@@ -134,7 +134,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
                     f'no {split} example in {self.source}: of {counts["rows"]} rows in all, 5% are for validation.'
                 )
 
-    def _held_out(self):
+    def _validation(self):
         self.spool.seek(0)
         while line := self.spool.readline():
             key, record = json.loads(line)
