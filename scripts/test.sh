@@ -4,7 +4,7 @@
 #   bash scripts/test.sh           all but the slow ones; at most 8 minutes on 2 cores
 #   bash scripts/test.sh --slow    lists the slow ones and runs them
 #
-# Further arguments go to pytest, as in: bash scripts/test.sh tests/test_gpt.py -k causal
+# Further arguments go to pytest, as in: bash scripts/test.sh tests/test_decoder.py -k causal
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh dev
