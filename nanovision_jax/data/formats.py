@@ -32,7 +32,7 @@ OTHER_FORMS = {
 FORMS = 'conversations: [{from, value}] (ShareGPT, LLaVA) and messages: [{role, content}] (OpenAI, LLaMA-Factory)'
 
 
-def open_rows(path):
+def open_rows(path) -> 'Rows':
     """The rows of a file by number, in threads: of parquet, JSON or JSON lines.
 
     Raises UserError where it is none of these, and where the first row tells of a form that is not taken.
@@ -44,7 +44,25 @@ def open_rows(path):
     return rows
 
 
-class RowFile:
+class Rows:
+    """The rows of a file by number: len(rows), rows[i], which raises BadExample for a row that cannot be read."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, i):
+        raise NotImplementedError
+
+    def __iter__(self):
+        """The rows in order, None for one that cannot be read."""
+        for i in range(len(self)):
+            try:
+                yield self[i]
+            except BadExample:
+                yield None
+
+
+class RowFile(Rows):
     """The rows of a JSON list or of JSON lines, each read where it lies when it is asked for. Safe in threads.
 
     Held in memory are two numbers a row and, while the file is opened, a window of 1 MiB or of the largest row.
@@ -160,14 +178,6 @@ class RowFile:
         except (ValueError, RecursionError) as error:
             raise BadExample('a row that is no JSON') from error
 
-    def __iter__(self):
-        """The rows in order, None for one that is no JSON."""
-        for i in range(len(self)):
-            try:
-                yield self[i]
-            except BadExample:
-                yield None
-
 
 def _list_of_rows(row):
     """Under which name a JSON object holds a list of objects, if it is no row itself. None for none."""
@@ -177,7 +187,7 @@ def _list_of_rows(row):
     return next(lists, None)
 
 
-class ParquetFile:
+class ParquetFile(Rows):
     """The rows of a parquet file, held in memory as columns. Raises UserError beyond MAX_TABLE bytes."""
 
     def __init__(self, path):
@@ -198,14 +208,6 @@ class ParquetFile:
 
     def __getitem__(self, i):
         return row_of(self._table, i)
-
-    def __iter__(self):
-        """The rows in order, None for one that is not UTF-8."""
-        for i in range(len(self)):
-            try:
-                yield self[i]
-            except BadExample:
-                yield None
 
 
 def row_of(table, i):
