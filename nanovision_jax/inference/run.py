@@ -13,7 +13,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Engine
 from nanovision_jax.inference.prompt import chat_prompt, text_prompt
 from nanovision_jax.inference.sampling import Sampling
-from nanovision_jax.parallel import hosts
+from nanovision_jax.parallel import compile_cache, hosts
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -113,6 +113,7 @@ def load(run_dir) -> Run:
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
         hint = f' There are: {", ".join(str(p) for p in beside)}.' if beside else ''
         raise UserError(f'{folder} is no run folder: it has no config.json.{hint}')
+    compile_cache.use()
     config = runconfig.read(folder)
     step = runfolder.newest(folder, 'params')
     if step is None:

@@ -18,7 +18,7 @@ from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import check_writable
 from nanovision_jax.inference import prompt
 from nanovision_jax.inference.run import Run
-from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import compile_cache, hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import folder as runfolder
@@ -46,6 +46,7 @@ def train(config, resume: bool = False, anew: bool = False) -> pathlib.Path:
     if config.steps and start >= config.steps:
         return finished(folder, start, config.steps)
     check_writable(folder)
+    compile_cache.use()
     mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
     with jax.set_mesh(mesh), StopOnSignal() as stop:
         came_from = [f'{config.stage} goes on from {folder}, step {start}'] if start else starts.lines(config, sources)
