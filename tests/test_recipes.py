@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import batch as batches
+from nanovision_jax.models.layers import padded
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.stages import STAGES
+from nanovision_jax.stages import STAGES, stage_of
 from nanovision_jax.training import optim, step
 
 TOKENIZER = types.SimpleNamespace(size=50261, image=50260)  # GPT-2's, and ours on top
@@ -98,7 +99,12 @@ def test_the_step_compiles_for_eight_devices(stage, mesh, record_property):
         parallel.check_divides(cfg, mesh, TOKENIZER.size)
         graphdef, state, batch = abstract(cfg, optimizer, mesh)
         lowered = step.make_train_step(cfg, graphdef, optimizer, step.shardings_of(state)).lower(state, batch)
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
+    if stage_of(cfg).decodes:  # nowhere are the logits of all rows of a device, in any layout
+        rows, length, vocabulary = cfg.data.batch_size // 8, cfg.data.length, padded(TOKENIZER.size)
+        shapes = f'{rows},{length},{vocabulary}', f'{rows * length},{vocabulary}', f'{vocabulary},{rows * length}'
+        assert not [shape for shape in shapes if f'[{shape}]' in compiled.as_text()]
+    memory = compiled.memory_analysis()
     record_property('seconds', round(time.perf_counter() - began, 1))
     # Parameters and two moments of what learns, float32, and the batch: all there is beside the step's own work.
     every, learning = COUNTS[stage]

@@ -26,7 +26,7 @@ def losses(graphdef, params, batch):
     """The loss of every target of a batch, in nats: float32 [B, T]."""
     decoder = models.decoder_of(models.merge(graphdef, params))
     hidden = decoder.hidden(batch['tokens'], batch['positions'], batch['segments'])
-    return objectives.token_losses(decoder.logits, hidden, batch['targets'])
+    return objectives.token_losses(decoder, hidden, batch['targets'])
 
 
 def run(model_run, split='validation', data=None, limit=None):

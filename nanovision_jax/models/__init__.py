@@ -35,7 +35,7 @@ def abstract(config, vocab_size: int, image_token: int):
     return graphdef, nnx.to_pure_dict(state)
 
 
-def decoder_of(model: nnx.Module) -> Decoder:
+def decoder_of(model):
     """The decoder of a model that has one: the model itself, or a part of it."""
     return model.decoder if isinstance(model, VLM) else model
 

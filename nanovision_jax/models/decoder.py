@@ -182,6 +182,10 @@ class Decoder(nnx.Module):
             scores = (self.embedding.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)
             return jnp.where(jnp.arange(scores.shape[-1]) < self.vocab_size, scores, -jnp.inf)
 
+    def output_kernel(self) -> Float[Array, 'D V']:
+        """The matrix that turns normed hidden states into scores, in the parameters' dtype."""
+        return self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
+
     def __call__(
         self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
     ) -> Float[Array, 'B T V']:
