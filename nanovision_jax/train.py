@@ -5,8 +5,9 @@
 Stages: clip, pretrain, sft, vision_pretrain, vision_instruct; each starts from the run of the one before, which it
 finds beside its own run folder. A run that is already there goes on where it stopped, if its config is the same; else
 say
-  --resume   go on with the new config from the newest checkpoint
-  --anew     start again; the old run is kept under another name
+  --resume     go on with the new config from the newest checkpoint
+  --anew       start again; the old run is kept under another name
+  --profile=N  write a trace of N steps to RUN/profile, which ui.perfetto.dev and XProf open
 """
 
 import sys
@@ -17,7 +18,7 @@ from nanovision_jax import cli
 def main(argv):
     """The command: see the module's docstring."""
     sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
-    config, flags = cli.parse(argv, __doc__, resume=False, anew=False)
+    config, flags = cli.parse(argv, __doc__, resume=False, anew=False, profile=0)
     from nanovision_jax.training.loop import train  # jax loads once the command line is read
 
     train(config, **flags)

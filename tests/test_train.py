@@ -1,5 +1,6 @@
 """The training loop: its step, the runs it leaves behind, and what it refuses."""
 
+import gzip
 import json
 import re
 import shutil
@@ -251,6 +252,13 @@ def test_a_missing_parent_is_named_with_its_command(tmp_path):
     with pytest.raises(UserError, match=r'Make it: python -m nanovision_jax.train --config=configs/vision_pretrain.py'):
         verb.main(argv)
     assert not list((tmp_path / 'tiny').iterdir())
+
+
+def test_a_trace_of_some_steps_is_written(family, capsys):
+    train.train(micro.run_config('pretrain', family, steps=6, eval__every=9), anew=True, profile=2)
+    (trace,) = (family / 'pretrain/profile').rglob('perfetto_trace.json.gz')
+    events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+    assert len(events) > 100 and 'a trace is in' in capsys.readouterr().out
 
 
 def test_a_run_with_another_config_is_not_overwritten(family, capsys):

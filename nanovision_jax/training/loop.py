@@ -36,10 +36,14 @@ from nanovision_jax.training.step import (
     partition,
     shardings_of,
 )
+from nanovision_jax.training.trace import Trace
 
 
-def train(config, resume: bool = False, anew: bool = False) -> pathlib.Path:
-    """Runs a stage to its end (or to the next signal), and returns the run folder."""
+def train(config, resume: bool = False, anew: bool = False, profile: int = 0) -> pathlib.Path:
+    """Runs a stage to its end (or to the next signal), and returns the run folder.
+
+    profile: so many steps are traced, into the run's folder profile.
+    """
     folder = pathlib.Path(config.run_dir)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
@@ -55,7 +59,7 @@ def train(config, resume: bool = False, anew: bool = False) -> pathlib.Path:
         if start >= data.steps:
             return finished(folder, start, data.steps)
         training = begin(config, data, sources, mesh, start)
-        step, params = run_steps(config, data, training, mesh, start, stop)
+        step, params = run_steps(config, data, training, mesh, start, stop, profile)
         if step < data.steps:
             print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
             sys.exit(128 + stop.signal)
@@ -171,7 +175,9 @@ def prefetch(batches, mesh, ahead: int = 2):
 # Act 3: the steps ----------------------------------------------------------------------------------------------------
 
 
-def run_steps(config, data: RunData, training: Training, mesh, start: int, stop: 'StopOnSignal') -> tuple[int, dict]:
+def run_steps(
+    config, data: RunData, training: Training, mesh, start: int, stop: 'StopOnSignal', profile: int = 0
+) -> tuple[int, dict]:
     """Takes steps until the run ends or is stopped. Returns the last step and the parameters after it."""
     folder, state, batches = pathlib.Path(config.run_dir), training.state, training.batches
     eval_step = make_eval_step(config, training.graphdef)
@@ -180,8 +186,9 @@ def run_steps(config, data: RunData, training: Training, mesh, start: int, stop:
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
     batch, work = next(batches)
-    with Log(config, data.tokenizer.size, start, data.steps) as log:
+    with Log(config, data.tokenizer.size, start, data.steps) as log, Trace(folder, profile) as trace:
         for step in range(start + 1, data.steps + 1):
+            trace.before_step(step - start - 1, state)
             with jax.transfer_guard('disallow'):
                 state, metrics = training.step(state, batch)
             log.count(work)
