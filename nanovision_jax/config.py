@@ -53,12 +53,12 @@ class Vision:
     std: tuple[float, float, float] = option((0.26862954, 0.26130258, 0.27577711), 'and what they are divided by')
 
     @property
-    def patches(self):
+    def patches(self) -> int:
         """Patch tokens a picture: P."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def class_tokens(self):
+    def class_tokens(self) -> int:
         """Tokens before the patches: one class token, or none."""
         return int(self.kind == 'clip')
 
@@ -106,7 +106,7 @@ class Model:
     text: Text = dataclasses.field(default_factory=Text)
 
     @property
-    def head_size(self):
+    def head_size(self) -> int:
         """Numbers a head: H."""
         return self.head_dim or self.width // self.heads
 
@@ -219,7 +219,7 @@ class Config:
     log: Log = dataclasses.field(default_factory=Log)
 
     @property
-    def family(self):
+    def family(self) -> pathlib.Path:
         """The folder that the stages of one road share: runs/<name>."""
         return pathlib.Path(self.run_dir).parent
 
@@ -227,7 +227,7 @@ class Config:
 # The size dial -------------------------------------------------------------------------------------------------------
 
 
-def base_config(stage, size):
+def base_config(stage: str, size: str) -> Config:
     """A Config whose models have `size`: tiny, or d<even depth> as d20 (width 64·d, heads of 128, ffn 4·width).
 
     The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020); tiny's has no class token.
@@ -248,7 +248,7 @@ def base_config(stage, size):
 # Fields --------------------------------------------------------------------------------------------------------------
 
 
-def options(kind, prefix=''):
+def options(kind: type, prefix: str = '') -> dict[str, dataclasses.Field]:
     """{'optim.learning_rate': dataclasses.Field, …}: every settable field of a config, by its dotted name."""
     found = {}
     hints = typing.get_type_hints(kind)
@@ -260,25 +260,25 @@ def options(kind, prefix=''):
     return found
 
 
-def fields(kind):
+def fields(kind: type) -> dict[str, type]:
     """{'optim.learning_rate': float, …}: the types of options(); a tuple's is tuple."""
     return {name: typing.get_origin(field.type) or field.type for name, field in options(kind).items()}
 
 
-def get(config, name):
+def get(config, name: str):
     """The value of a dotted field name."""
     for part in name.split('.'):
         config = getattr(config, part)
     return config
 
 
-def put(config, name, value):
+def put(config, name: str, value):
     """Sets the value of a dotted field name."""
     part, _, field = name.rpartition('.')
     setattr(get(config, part) if part else config, field, value)
 
 
-def parse_field(name, text):
+def parse_field(name: str, text: str):
     """The value of a dotted field from its text on a command line. Raises UserError where it is none."""
     known = fields(Config)
     if name not in known:
@@ -302,7 +302,7 @@ def parse_value(option, kind, text, numbers=3):
     raise UserError(f'{option} takes {wanted}, not {text!r}.')
 
 
-def fill(config):
+def fill(config: Config):
     """Sets the fields whose default follows from other fields: name, run_dir, data.source of a mixture, data.path."""
     config.name = config.name or config.size
     config.run_dir = config.run_dir or os.path.join('runs', config.name, config.stage)
@@ -317,7 +317,7 @@ def fill(config):
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 
-def check(config):
+def check(config: Config):
     """Raises UserError where a field is out of its bounds or fields contradict each other, before any time is spent."""
     check_values(config)
     check_model(config)
@@ -331,7 +331,7 @@ def check(config):
     _check_data(config)
 
 
-def check_values(config):
+def check_values(config: Config):
     """Raises UserError where a value is none of its field's choices, out of its bounds, or no finite number."""
     for name, field in options(Config).items():
         value, limits = get(config, name), field.metadata
@@ -348,7 +348,7 @@ def check_values(config):
             raise UserError(f'{name} is {value}, and must be below {limits["below"]}.')
 
 
-def check_model(config):
+def check_model(config: Config):
     """Raises UserError where the sizes of a model do not go together."""
     m = config.model
     for name, part in (('model', m), ('model.vision', m.vision), ('model.text', m.text)):

@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from nanovision_jax.data.templates import TOOL_ROLES
 
@@ -28,7 +29,7 @@ class TooLong(BadExample):
     """A conversation of which not even the first answer fits into a row: data.too_long says what becomes of it."""
 
 
-def kind_of(reason):
+def kind_of(reason: str) -> str:
     """A reason without the names it quotes and an image's size, so that reasons of one kind are counted together."""
     return re.sub(r""" ['"].*['"]| of \d+ × \d+ pixels""", '', reason)
 
@@ -36,8 +37,8 @@ def kind_of(reason):
 class Encoded(NamedTuple):
     """A conversation as tokens: what encode() makes, and fit() cuts."""
 
-    ids: np.ndarray  # int32 [n]
-    learned: np.ndarray  # bool [n]
+    ids: Int32[np.ndarray, ' n']
+    learned: Bool[np.ndarray, ' n']
     ends: list[int]  # the lengths at which an answer is complete
     images: list[int]  # how many images stand before each of these ends
 
@@ -110,7 +111,7 @@ def check(messages):
                 raise BadExample('text that is not Unicode')
 
 
-def fit(encoded, length, cut=False):
+def fit(encoded: Encoded, length: int, cut: bool = False) -> tuple:
     """Cuts a conversation after the last answer that a row of `length` tokens holds whole.
 
     Returns (ids, learned, how many images are left): the images behind the cut go with it.
@@ -127,18 +128,18 @@ def fit(encoded, length, cut=False):
     raise TooLong(f'the first answer ends at token {ends[0]}, beyond a row of {length}')
 
 
-def first_answers(messages, count):
+def first_answers(messages: list[dict], count: int) -> list[dict]:
     """A conversation up to its `count`-th answer."""
     answers = [number for number, message in enumerate(messages) if message['role'] == 'assistant']
     return messages[: answers[count - 1] + 1]
 
 
-def is_image(part):
+def is_image(part) -> bool:
     """Whether a part of a message is an image's place: type image, or image_url."""
     return isinstance(part, dict) and str(part.get('type')).startswith('image')
 
 
-def role_of(speaker):
+def role_of(speaker) -> str:
     """The role of a speaker. Raises BadExample for one that has none, and names those of tools."""
     if speaker in TOOL_ROLES:
         raise BadExample(f'the role {speaker} belongs to tools, which are not supported')
@@ -147,7 +148,7 @@ def role_of(speaker):
     return SPEAKERS[speaker]
 
 
-def from_llava(turns, images=True):
+def from_llava(turns: list, images: bool = True) -> list[dict]:
     """LLaVA's [{'from': 'human', 'value': '<image>\\n…'}, …] as messages.
 
     An <image> in a question is an image's place; in an answer, or without `images`, the string is left as it stands.
@@ -168,7 +169,7 @@ def from_llava(turns, images=True):
     return messages
 
 
-def split_at_images(text):
+def split_at_images(text: str) -> str | list[dict]:
     """A question with an <image> wherever an image belongs, as parts; without any, the text itself.
 
     Line breaks beside an <image> go: a question about an image is asked without them.
@@ -182,13 +183,13 @@ def split_at_images(text):
     return [part for part in parts if part['type'] == 'image' or part['text'].strip()]
 
 
-def text_of(message):
+def text_of(message: dict) -> str:
     """The words of a message, without its images."""
     content = message['content']
     return content if isinstance(content, str) else ' '.join(p['text'] for p in content if p['type'] == 'text').strip()
 
 
-def split_of(messages, images):
+def split_of(messages: list[dict], images: list[bytes]) -> str:
     """'train', or 'validation' for the 5% whose first image's bytes or, without one, first question hash low.
 
     One rule for all conversations: the same image is in the same split in every file, data set and stage.

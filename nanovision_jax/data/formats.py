@@ -234,7 +234,7 @@ def check_form(row, path):
                 raise UserError(f'the rows of {path} are in the form of {form}: the forms taken are {FORMS}.')
 
 
-def read_row(row):
+def read_row(row) -> tuple[list[dict], list]:
     """(messages, references) of a row: conversation.py's messages, and what the row says of each image, in order.
 
     A reference is a name, an address, bytes or {bytes, path}: see image_names.fetch. A part that carries none, and an
@@ -277,12 +277,12 @@ def read_row(row):
     return messages, [*references, *waiting]
 
 
-def images_of(row):
+def images_of(row) -> list:
     """What a row's `image` or `images` says, as a list; see _is_nothing for what is no image."""
     return (_found(row, 'image') or _found(row, 'images')) if isinstance(row, dict) else []
 
 
-def has_images(row):
+def has_images(row) -> bool:
     """Whether a row has images, as far as it can be read."""
     try:
         return bool(images_of(row) or read_row(row)[1])

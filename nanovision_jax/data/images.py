@@ -10,6 +10,7 @@ import zipfile
 import zlib
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, features
 
 from nanovision_jax.data.conversation import BadExample
@@ -76,12 +77,12 @@ class ImageStore:
             with self._lock:
                 self._opened()
 
-    def names(self):
+    def names(self) -> list[str]:
         """The names of all members of the zip file, folders left out."""
         with self._lock:
             return [info.filename for info in self._opened().infolist() if not info.is_dir()]
 
-    def stamp(self, names):
+    def stamp(self, names) -> str:
         """What the images of these names depend on, as text, wherever they lie.
 
         Of a zip file its directory, whatever the names; of a folder the files' sizes and times, in the names' order.
@@ -103,7 +104,7 @@ class ImageStore:
         except (OSError, ValueError):
             return name, None, None  # missing: another stamp once it is there
 
-    def has(self, name):
+    def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
         if not self.path.is_dir():
             with self._lock:
@@ -113,14 +114,14 @@ class ImageStore:
         except (OSError, ValueError):
             return False
 
-    def leaves(self, name):
+    def leaves(self, name: str) -> bool:
         """Whether a name, or a link of that name, leads out of the folder."""
         try:
             return not (self.path / name).resolve().is_relative_to(self.path.resolve())
         except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle
             return False
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         """The bytes of one image. Raises BadExample if there is none of that name, or one beyond MAX_BYTES."""
         if self.path.is_dir():
             return self._read_file(name)
@@ -156,12 +157,12 @@ def _check_size(name, size):
         raise BadExample(f'image {name!r} has more than {MAX_BYTES >> 20} MiB')
 
 
-def decode(data, vision):
+def decode(data: bytes, vision) -> UInt8[np.ndarray, 'S S 3']:
     """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample as load() does."""
     return prepare(load(data), vision)
 
 
-def load(data):
+def load(data: bytes) -> Image.Image:
     """Encoded bytes to an upright RGB image; the first frame of an animation, transparency over white.
 
     Raises BadExample, and nothing else, for what is no whole image in FORMATS, whatever the bytes are.
@@ -214,7 +215,7 @@ def _other_format(data):
     return next((name for start, name in _OTHERS.items() if data.startswith(start)), None)
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
     image = _upright(image)
     if image.mode.startswith('I'):  # 16-bit grey: convert('RGB') would clip it to white
@@ -236,7 +237,7 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def prepare(image, vision):
+def prepare(image: Image.Image, vision) -> UInt8[np.ndarray, 'S S 3']:
     """An RGB image to uint8 [S, S, 3], S = vision.image_size. vision: config.Vision.
 
     vision.fit: crop takes the short side to S, then the middle square, as CLIP does; pad makes a square with the mean
@@ -257,7 +258,7 @@ def prepare(image, vision):
     return np.asarray(image)
 
 
-def augment(image, rng):
+def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A random crop of at least 60% of an RGB image's area, mirrored half of the time."""
     scale = np.sqrt(rng.uniform(0.6, 1.0))
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))

@@ -17,6 +17,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32
 from tqdm import tqdm
 
 from nanovision_jax.data import conversation
@@ -68,7 +69,7 @@ class Index:
         return dict(_count(self.left_out).most_common())
 
 
-def encode_example(example, config, tokenizer):
+def encode_example(example, config, tokenizer) -> tuple[Int32[np.ndarray, ' n'], Bool[np.ndarray, ' n'], list[bytes]]:
     """(ids, learned, images) of an example as this stage sees it: a caption for clip, else a conversation.
 
     A conversation is cut to fit a row; `images` are the first ones of example.images, which its ids have places for.
@@ -100,7 +101,7 @@ def _encode(example, config, tokenizer):
     return ids, learned, example.images[:kept], done
 
 
-def build_index(source, config, tokenizer, split):
+def build_index(source, config, tokenizer, split: str) -> Index:
     """The Index of one split of a source.
 
     Raises UserError if over 1% of the examples are bad, if more have a first answer beyond data.length than
@@ -152,7 +153,7 @@ def _check_dropped(dropped, asked, data, place):
         )
 
 
-def join(indices, sizes):
+def join(indices: list[Index], sizes: list[int]) -> Index:
     """The Index of sources one after the other, of `sizes` examples each."""
     starts = np.cumsum([0, *sizes])
     return Index(

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -27,7 +28,7 @@ from nanovision_jax.runs.folder import file_digest, read_json, write_whole
 from nanovision_jax.stages import stage_of
 
 
-def family_tokenizer(config, inherited=None):
+def family_tokenizer(config, inherited: pathlib.Path | None = None) -> Tokenizer:
     """The tokenizer of a family of runs, in runs/<name>/tokenizer: made by whichever stage runs first.
 
     inherited: the tokenizer folder of the run that this one starts from, or goes on from. A family that has none yet
@@ -136,7 +137,7 @@ def _tokenizer_texts(config):
                     yield from map(conversation.text_of, formats.read_row(row)[0])
 
 
-def open_rows(config, tokenizer, split='train'):
+def open_rows(config, tokenizer, split: str = 'train') -> tuple:
     """The rows of a stage: (rows, bad), `bad` being the examples that cannot be used.
 
     Training rows are shuffled by config.seed; those of another split come in order.
@@ -163,7 +164,7 @@ def open_rows(config, tokenizer, split='train'):
     return rows(source, index, config, tokenizer, shuffled), index.bad
 
 
-def batches(rows, batch_size, start=0, workers=0):
+def batches(rows, batch_size: int, start: int = 0, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of `batch_size` rows from row `start` on, read ahead by threads, or by worker processes.
 
     Batch n is rows[start + n·batch_size : …] whatever the number of workers. Raises UserError for a batch in which

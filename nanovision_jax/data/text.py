@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from nanovision_jax.data.catalog import TOKENS
 from nanovision_jax.data.datasets import tiny_world
@@ -17,7 +18,7 @@ HELD_OUT = 0.05  # the end of every text file is kept out of training
 LLM_C = 20240520  # the first int32 of an llm.c shard: 256 of them, the third the number of tokens, come before them
 
 
-def text_files(path):
+def text_files(path) -> list[pathlib.Path]:
     """The text file, or the files of a folder (*.txt, *.md), in name order."""
     path = pathlib.Path(path)
     files = [file for file in data_files(path) if file.suffix in ('.txt', '.md')] if path.is_dir() else [path]
@@ -26,7 +27,7 @@ def text_files(path):
     return files
 
 
-def read_text(file):
+def read_text(file) -> str:
     r"""The text of a file in UTF-8, with or without a byte order mark; line ends become \n.
 
     Raises UserError for another encoding, and for what is no text.
@@ -38,7 +39,7 @@ def read_text(file):
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
-def decode(data, file):
+def decode(data: bytes, file) -> str:
     """The bytes of a file as text, in UTF-8. Raises UserError that says which byte is not, and how to convert it."""
     check_text(data[:4096], file)
     mark = b'\xef\xbb\xbf' if data.startswith(b'\xef\xbb\xbf') else b''
@@ -51,7 +52,7 @@ def decode(data, file):
         ) from error
 
 
-def check_text(head, file):
+def check_text(head: bytes, file):
     """Raises UserError where a file's first bytes are those of UTF-16, or of no text at all."""
     if head.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\0' in head:
         at = 0 if head[0] in (0xFE, 0xFF) else head.index(b'\0')
@@ -61,7 +62,7 @@ def check_text(head, file):
         )
 
 
-def read_texts(config, split):
+def read_texts(config, split: str) -> list[str]:
     """The documents of a split: tiny_world's, or files without their last 5% (which are the validation split)."""
     if config.data.source == 'tiny_world':
         return [row['text'].decode() for row in tiny_world.open_rows(config.data.path, 'text', split)]
@@ -75,7 +76,7 @@ def read_texts(config, split):
     return [text for text in texts if text.strip()]
 
 
-def token_shards(config, tokenizer, split):
+def token_shards(config, tokenizer, split: str) -> list[Int[np.ndarray, ' _']]:
     """The split's token arrays: 1-D unsigned, documents led by <|endoftext|>, memory-mapped."""
     return (
         _open_shards(config, tokenizer, split)
@@ -84,7 +85,7 @@ def token_shards(config, tokenizer, split):
     )
 
 
-def key(config, tokenizer, split):
+def key(config, tokenizer, split: str) -> str:
     """What a split's tokens depend on, as text; not where the files lie, so that data may be moved."""
     if config.data.source == 'tiny_world':
         stamp = f'tiny_world {tiny_world.TinyWorld.VERSION}'
@@ -118,7 +119,7 @@ def _tokenized(config, tokenizer, split):
     return np.load(file, mmap_mode='r')
 
 
-def open_shard(file):
+def open_shard(file) -> Shaped[np.ndarray, '...']:
     """The tokens of one file, memory-mapped: .npy, or .bin (uint16) as nanoGPT writes it or, with a header, llm.c."""
     file = pathlib.Path(file)
     if file.suffix != '.bin':
@@ -137,7 +138,7 @@ def open_shard(file):
     return np.memmap(file, np.uint16, 'r', offset=start)
 
 
-def shard_files(folder):
+def shard_files(folder) -> list[pathlib.Path]:
     """The token files of a folder, in name order; or the file itself."""
     path = pathlib.Path(folder)
     return sorted([*path.glob('*.npy'), *path.glob('*.bin')]) if path.is_dir() else [path]

@@ -13,6 +13,7 @@ import re
 
 import numpy as np
 import tokenizers
+from jaxtyping import Bool, Int32
 
 from nanovision_jax.data import templates
 from nanovision_jax.data.templates import IMAGE, OWN
@@ -27,7 +28,7 @@ LONGEST_WORD = 4096
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', IMAGE)  # what our own template is made of
 
 
-def escape(text, controls=SPECIAL):
+def escape(text: str, controls=SPECIAL) -> str:
     """`text` with its control strings defused: each gets a zero-width space behind its first character.
 
     The rule that the macro `write` of every stored chat template follows too.
@@ -37,7 +38,7 @@ def escape(text, controls=SPECIAL):
     return text
 
 
-def control_tokens(added):
+def control_tokens(added: dict) -> tuple[str, ...]:
     """The strings, in the order of their ids, that no text may become: {id: AddedToken} of a tokenizer.
 
     These are its special tokens, and of its other added tokens those that look like markup: Qwen does not call <think>
@@ -87,18 +88,18 @@ class Tokenizer:
     def __reduce__(self):
         return Tokenizer, (self.folder,)  # data workers open it again
 
-    def escape(self, text):
+    def escape(self, text: str) -> str:
         """`text` without anything that would become one of `controls`."""
         return escape(text, self.controls) if self._control.search(text) else text
 
-    def encode(self, text):
+    def encode(self, text: str) -> tuple[int, ...]:
         """Plain text as a tuple of ids: escaped and trimmed."""
         return tuple(self._read(self.escape(text).strip()).ids)
 
     def _read(self, text):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def tokenize(self, spans):
+    def tokenize(self, spans) -> tuple[Int32[np.ndarray, ' n'], Bool[np.ndarray, ' n']]:
         """(ids int32 [n], learned bool [n]) of Spans, read as one text, in which control strings are special tokens.
 
         A token is learned if one of its characters is: words may merge with what the template writes before them.
@@ -127,18 +128,18 @@ class Tokenizer:
             start = stop
         return np.concatenate([np.int32([]), *ids]).astype(np.int32), np.concatenate([np.array([], bool), *flags])
 
-    def encode_documents(self, texts):
+    def encode_documents(self, texts: list[str]) -> Int32[np.ndarray, ' n']:
         """Each text as ids with `end_of_text` before it: one int32 array of all of them."""
         texts = [self.escape(text).strip() for text in texts]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([np.array([self.end_of_text, *e.ids], np.int32) for e in encoded])
 
-    def decode(self, ids, special=False):
+    def decode(self, ids, special: bool = False) -> str:
         """Ids as text; special tokens are left out unless asked for."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     @functools.cached_property
-    def byte_lengths(self):
+    def byte_lengths(self) -> Int32[np.ndarray, ' size']:
         """int32 [size]: how many bytes of text each id stands for; control tokens stand for none."""
         lengths = np.zeros(self.size, np.int32)
         for token, i in self._tokenizer.get_vocab().items():
@@ -168,7 +169,7 @@ def _in_pieces(pre_tokenizer):
     return tokenizers.pre_tokenizers.Sequence(steps)
 
 
-def train_tokenizer(texts, vocab_size, folder):
+def train_tokenizer(texts, vocab_size: int, folder):
     """Trains a byte-level BPE of `vocab_size` tokens (specials included) on an iterator of texts; writes `folder`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,7 +188,7 @@ def train_tokenizer(texts, vocab_size, folder):
     )
 
 
-def import_tokenizer(source, folder, template='auto'):
+def import_tokenizer(source, folder, template: str = 'auto'):
     """Takes a byte-level BPE from a folder or a Hugging Face id with its chat template, and writes `folder`.
 
     template: auto keeps a chat template that is one of templates.KNOWN, and gives a tokenizer without any our own; own

@@ -19,7 +19,7 @@ PATHS = ('init_from', 'data.path', 'data.images')
 NAMES = ('model.decoder', 'model.tower', 'data.tokenizer')  # a path, or a name that hub_id() tells from one
 
 
-def hub_id(name):
+def hub_id(name: str) -> str | None:
     """The hub's id that a model's or tokenizer's name stands for, or None where it names a folder. The rule:
 
     hf:OWNER/NAME is an id of the hub; what begins with ./ ../ / or ~, and what exists, is a path; all else is an id.
@@ -31,7 +31,7 @@ def hub_id(name):
     return name
 
 
-def to_json(config):
+def to_json(config: Config) -> str:
     """The config as text, as config.json in its run folder holds it: with portable paths (see folder.py)."""
     kept = dataclasses.asdict(config)
     for name in (*PATHS, *NAMES):
@@ -41,12 +41,12 @@ def to_json(config):
     return json.dumps(kept | {'run_dir': '.'}, indent=2) + '\n'
 
 
-def save(config):
+def save(config: Config):
     """Writes config.json into config.run_dir."""
     runfolder.write_whole(runfolder.Paths(config.run_dir).config, to_json(config))
 
 
-def read(run_dir):
+def read(run_dir) -> Config:
     """The Config of a run folder, its paths as they are from here. Raises UserError where there is none, or damaged."""
     values = runfolder.read_json(runfolder.Paths(run_dir).config)
     config = from_dict(values, run_dir)
@@ -64,7 +64,7 @@ def read(run_dir):
     return config
 
 
-def from_dict(values, where):
+def from_dict(values: dict, where) -> Config:
     """The Config of `values`, a config.json's content as it stands. Raises UserError naming `where` it was found."""
 
     def build(kind, values):
@@ -87,7 +87,7 @@ def from_dict(values, where):
     return build(Config, values)
 
 
-def public(config):
+def public(config: Config) -> dict:
     """The config as a dict for others to see: of every path, only its last part."""
     kept = dataclasses.asdict(config)
     for name in (*PATHS, *NAMES, 'run_dir'):
@@ -104,7 +104,7 @@ def _put(tree, name, value):
     tree[field] = value
 
 
-def differences(old, new):
+def differences(old: Config, new: Config) -> list[str]:
     """Dotted names of the fields in which two runs' results may differ.
 
     Where a run lives, how it reads, saves, logs, evaluates and on which mesh it runs may change between a run and its
@@ -115,7 +115,7 @@ def differences(old, new):
     return [name for name in names if not equal(name, get(old, name), get(new, name))]
 
 
-def equal(name, a, b):
+def equal(name: str, a, b) -> bool:
     """Whether two values of a field are the same; a path may be written in two ways."""
     paths = name in PATHS or (name in NAMES and TRAINED not in (a, b))
     return a == b or (paths and bool(a and b) and os.path.abspath(a) == os.path.abspath(b))

@@ -44,7 +44,7 @@ class Paths:
 # Whole files ---------------------------------------------------------------------------------------------------------
 
 
-def write_whole(file, text):
+def write_whole(file, text: str):
     """Writes a text file under another name first: whoever reads it finds the old content or the new, never a part."""
     file = pathlib.Path(file)
     partial = file.with_name(f'{file.name}.part')
@@ -76,7 +76,7 @@ class Object(dict):
         raise UserError(f'{self.file} lacks {key!r}: it is damaged, or not what it is taken for.')
 
 
-def read_json(file):
+def read_json(file) -> Object:
     """The JSON object in a file, as an Object (nested ones too). Raises UserError where there is none."""
     kind = type('Object', (Object,), {'file': file})
     try:
@@ -109,7 +109,7 @@ def write_lines(file, rows):
 # Paths ---------------------------------------------------------------------------------------------------------------
 
 
-def portable(path, run_dir):
+def portable(path, run_dir) -> str:
     """A path as the files of the run in `run_dir` keep it: relative to the run, or absolute (see above)."""
     path, run_dir = os.path.expanduser(str(path)), os.path.abspath(run_dir)
     here = os.path.abspath(path)
@@ -120,12 +120,12 @@ def portable(path, run_dir):
     return relative if relative.startswith('.') else f'./{relative}'
 
 
-def is_portable(path):
+def is_portable(path: str) -> bool:
     """Whether portable() wrote this path. Older runs kept paths relative to the folder they were trained from."""
     return path in ('.', '..') or path.startswith(('./', '../', '/'))
 
 
-def resolve(path, run_dir, origin=''):
+def resolve(path: str, run_dir, origin: str = '') -> str:
     """The way back: a path that a file of the run in `run_dir` holds, as a path from here.
 
     origin: the folder that the paths of an older run are relative to (see origin_of).
@@ -139,7 +139,7 @@ def origin_of(run_dir, recorded):
     return (here.removesuffix(end) or os.sep) if here.endswith(end) and not os.path.isabs(recorded) else ''
 
 
-def read_lineage(run_dir):
+def read_lineage(run_dir) -> dict:
     """lineage.json of a run, with the places of its parents as they are from here; {} where there is none."""
     file = Paths(run_dir).lineage
     record = read_json(file) if file.exists() else {}
@@ -151,7 +151,7 @@ def read_lineage(run_dir):
     return record
 
 
-def locate(run_dir, path):
+def locate(run_dir, path: str) -> str:
     """A parent's place as lineage.json holds it, as a path from here. Older runs kept it as it was given."""
     if is_portable(path):
         return resolve(path, run_dir)
@@ -159,7 +159,7 @@ def locate(run_dir, path):
     return path if os.path.exists(path) or not beside.exists() else str(beside)
 
 
-def result_file(folder, task, split):
+def result_file(folder, task: str, split: str) -> pathlib.Path:
     """Where the result of an evaluation lies in a folder of results: <task>.json, or for other splits than validation
     <task>-<split>.json. Its rows are beside it, as .jsonl."""
     return pathlib.Path(folder) / (f'{task}.json' if split == 'validation' else f'{task}-{split}.json')
@@ -168,13 +168,13 @@ def result_file(folder, task, split):
 # Checkpoints, as far as a manifest proves them -----------------------------------------------------------------------
 
 
-def file_digest(file):
+def file_digest(file) -> str:
     """The sha256 of a file, in hex."""
     with open(file, 'rb') as handle:
         return hashlib.file_digest(handle, 'sha256').hexdigest()
 
 
-def weights_digest(source):
+def weights_digest(source: pathlib.Path) -> str:
     """The sha256, in hex, of a file of weights, or over those of a folder's safetensors."""
     if source.is_file():
         return file_digest(source)
@@ -182,13 +182,13 @@ def weights_digest(source):
     return hashlib.sha256(''.join(digests).encode()).hexdigest()
 
 
-def whole_steps(run_dir):
+def whole_steps(run_dir) -> list[int]:
     """The steps whose checkpoint has a manifest, newest first."""
     manifests = Paths(run_dir).checkpoints.glob(f'*/{MANIFEST}')
     return sorted((int(m.parent.name) for m in manifests if m.parent.name.isdigit()), reverse=True)
 
 
-def manifest(run_dir, step):
+def manifest(run_dir, step: int) -> dict:
     """The manifest of one checkpoint."""
     return json.loads(Paths(run_dir).manifest(step).read_text())
 
