@@ -9,7 +9,7 @@ __version__ = '0.1.0'
 
 
 def load(run_dir):
-    """Opens a run folder for use; see nanovision_jax.inference.Run."""
+    """Opens a run folder for use; see nanovision_jax.inference.run.Run."""
     from nanovision_jax.inference.run import load  # jax and the rest load here, not at import
 
     return load(run_dir)

@@ -115,7 +115,7 @@ def _no_device():
         wanted = os.environ.get('JAX_PLATFORMS', '')
         return (
             f'jax finds no device for JAX_PLATFORMS={wanted!r}{why and f" ({why})"}: install what it needs (see '
-            'Install in the README), or unset JAX_PLATFORMS.'
+            'Quickstart in the README), or unset JAX_PLATFORMS.'
         )
 
 
@@ -188,7 +188,7 @@ def _help(argv, usage):
     if any(arg.startswith('--config') for arg in argv):
         with contextlib.suppress(UserError):  # help is given whatever else is wrong
             given, options = _split(argv)
-            path, _, size = options['config'].partition(':')
+            path, _, size = options.get('config', '').partition(':')
             if pathlib.Path(path).is_file():
                 config = _read(pathlib.Path(path), size, given)
                 fill(config)

@@ -17,7 +17,7 @@ def main(argv):
     parser = Parser(prog='python -m nanovision_jax.evaluate', description=__doc__)
     parser.add_argument('--run', required=True, help='a run folder')
     parser.add_argument('--task', required=True, help=' or '.join(base.RESULTS))
-    parser.add_argument('--split', default='validation', help='validation (default), or heldout for tiny_world')
+    parser.add_argument('--split', default='validation', help='validation (default), train, or heldout for tiny_world')
     parser.add_argument(
         '--data', help='a file to evaluate on, instead of the held-out part of what the run learned from'
     )

@@ -326,6 +326,12 @@ def test_data_does_not_import_jax():
     )  # the search finds it
 
 
+def test_help_is_given_without_a_config_file_too(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(['--help', '--config.steps=2'], 'what it is for')
+    assert stop.value.code == 0 and 'what it is for' in capsys.readouterr().out
+
+
 def test_every_field_has_a_type_that_the_command_line_takes():
     assert set(configs.fields(configs.Config).values()) == {str, int, float, bool, tuple}
     assert dataclasses.is_dataclass(configs.Config)

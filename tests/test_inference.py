@@ -78,6 +78,10 @@ def test_chat_answers_what_the_engine_answers(vlm):
     assert not isinstance(pieces, str) and ''.join(pieces) == expected
     assert vlm.chat('a cat?', images=[picture(1)], **OPTIONS) != expected
     assert vlm.chat('a cat?', images=[picture(0, 'RGBA')], **OPTIONS) == expected
+    assert vlm.chat('a cat?', images=picture(0), **OPTIONS) == expected and vlm.answer([]) == []
+    for messages, images in (('a cat?', ['a.png']), ('a cat?', np.zeros((9, 9, 3))), (5, [])):
+        with pytest.raises(UserError):
+            vlm.chat(messages, images=images)
 
 
 def test_pictures_go_where_the_messages_say(vlm, monkeypatch):

@@ -70,19 +70,22 @@ def test_a_stage_may_start_from_a_run_of_its_own(family, tmp_path, stage):
 
 
 @pytest.mark.parametrize(('stage', 'first'), [('sft', 'pretrain'), ('vision_instruct', 'vision_pretrain')])
-def test_a_missing_parent_is_answered_with_the_command_that_makes_it(tmp_path, stage, first):
+def test_a_missing_parent_is_answered_with_the_command_that_makes_it(tmp_path, monkeypatch, stage, first):
     cfg = micro.run_config(stage, tmp_path)
-    command = f'python -m nanovision_jax.train --config=configs/{first}.py:micro'
+    command = f'python -m nanovision_jax.train --config=configs/{first}.py:micro --config.run_dir={tmp_path}/{first}'
     with pytest.raises(UserError, match=rf'{stage} starts from the run {tmp_path}/{first}, .* Make it: {command}$'):
         start.find(cfg)
-    cfg.name = 'mine'
-    with pytest.raises(UserError, match=f'{command} --config.name=mine$'):
+    monkeypatch.chdir(tmp_path)
+    cfg.name, cfg.run_dir = 'mine', f'runs/mine/{stage}'
+    with pytest.raises(UserError, match=f'configs/{first}.py:micro --config.name=mine$'):
         start.find(cfg)
 
 
 def test_a_missing_tower_is_answered_with_the_command_that_makes_it(family, tmp_path):
     cfg = micro.run_config('vision_pretrain', tmp_path, init_from=str(family / 'sft'))
-    with pytest.raises(UserError, match=rf'the run {tmp_path}/clip, .*--config=configs/clip.py:micro$'):
+    with pytest.raises(
+        UserError, match=rf'the run {tmp_path}/clip, .*--config=configs/clip.py:micro --config.run_dir={tmp_path}/clip$'
+    ):
         start.find(cfg)
 
 

@@ -23,7 +23,7 @@ from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import optim, resume, step
+from nanovision_jax.training import meter, optim, resume, step
 from nanovision_jax.training import start as starts
 
 
@@ -252,6 +252,21 @@ def test_a_missing_parent_is_named_with_its_command(tmp_path):
     with pytest.raises(UserError, match=r'Make it: python -m nanovision_jax.train --config=configs/vision_pretrain.py'):
         verb.main(argv)
     assert not list((tmp_path / 'tiny').iterdir())
+
+
+def test_going_on_and_starting_again_at_once_is_refused(family):
+    refused(micro.run_config('pretrain', family), '--resume goes on with a run', resume=True, anew=True)
+
+
+def test_a_pause_begins_when_the_device_is_through(family, monkeypatch):
+    """Also at an evaluation without a log line: what the step still takes would count as no training."""
+    done, waited = [], jax.block_until_ready
+    paused = meter.Clock.paused
+    monkeypatch.setattr(train.jax, 'block_until_ready', lambda x: done.append('waited') or waited(x))
+    monkeypatch.setattr(meter.Clock, 'paused', lambda clock: done.append('paused') or paused(clock))
+    fields = {'steps': 6, 'eval__every': 5, 'log__every': 4, 'checkpoint__every': 9}
+    train.train(micro.run_config('pretrain', family, **fields), anew=True)
+    assert done == ['paused'] * 4 + ['waited', 'paused'] * 2
 
 
 def test_a_trace_of_some_steps_is_written(family, capsys):

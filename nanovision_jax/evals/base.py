@@ -1,7 +1,7 @@
 """What evaluations share: their results, intervals and controls. No jax is imported here: reports read results too.
 
-A task is a module of this folder named as the task is. It has a run(run, split, data, limit, …) that returns a Result
-and a list of rows, one for each question; RESULTS says of which kind its results are.
+A task is a module of this folder named as the task is. Its run(model_run, split, data, limit, …) returns a Result and a
+list of rows, one for each question; RESULTS says of which kind its results are, TASKS in run.py where it is.
 """
 
 import dataclasses

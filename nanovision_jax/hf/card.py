@@ -15,7 +15,7 @@ NOT_KNOWN = 'not known'
 
 
 def card(run, architecture: str) -> str:
-    """The text of README.md for a run (inference.Run) that was exported as `architecture`."""
+    """The text of README.md for a run (inference.run.Run) that was exported as `architecture`."""
     config, stage = run.config, stage_of(run.config)
     vision = stage.sees
     head = [

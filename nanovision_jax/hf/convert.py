@@ -23,7 +23,7 @@ from nanovision_jax.runs import folder as runfolder
 
 
 def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
-    """Writes a run (inference.Run) as a folder that transformers opens, and uploads it as `push` (USER/NAME)."""
+    """Writes a run (inference.run.Run) as a folder that transformers opens, and uploads it as `push` (USER/NAME)."""
     output = pathlib.Path(output)
     export(run, output, dtype)
     print(f'written: {output}')

@@ -23,7 +23,7 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', templates.FILE)  #
 
 
 def export(run, output: pathlib.Path, dtype: str = 'float32'):
-    """Writes a run (inference.Run) to the folder `output`, which must not exist yet.
+    """Writes a run (inference.run.Run) to the folder `output`, which must not exist yet.
 
     Raises UserError for a clip run, which has no decoder, and for a folder that is there.
     """

@@ -160,7 +160,7 @@ class Engine:
     def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.
 
-        All rows have the same power of two of image slots: those that are not filled are never looked at.
+        Every row gets the same number of image slots, a power of two; those that are not filled are never looked at.
         """
         if not stage_of(self.config).sees:
             return None

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from nanovision_jax import models
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -65,14 +66,19 @@ class Run:
         """The answer to a conversation, or with stream=True an iterator of its pieces.
 
         messages: [{'role': 'user' | 'assistant', 'content': text or parts}], ending with a question, or just that
-        question's text; the first may have the role 'system'. images: PIL images, in the order of the image parts;
-        those for which no message has a part go before the first question.
+        question's text; the first may have the role 'system'. images: PIL images, or a single one, in the order of the
+        image parts; those for which no message has a part go before the first question.
         """
         stage = stage_of(self.config)
         if stage.decodes and not stage.answers:
             raise UserError(f'a {self.config.stage} run has not learned to answer: continue_text() continues text.')
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not all(isinstance(image, Image.Image) for image in images):
+            raise UserError('images are PIL images: open a file with PIL.Image.open first.')
         if images:
             self.check_sees()
+        if not isinstance(messages, str | list | tuple):
+            raise UserError(f'messages are a question or a list of messages, not {messages!r:.60}.')
         if isinstance(messages, str):
             messages = [{'role': 'user', 'content': messages}]
         pieces = self.stream(chat_prompt(self.config, self.tokenizer, messages, images), **options)
@@ -85,7 +91,7 @@ class Run:
     def answer(self, prompts, **options) -> list[str]:
         """The answers to a batch of Prompts, as text."""
         ids = [[] for _ in prompts]
-        for chunk in self._generate(prompts, **options):
+        for chunk in self._generate(prompts, **options) if prompts else ():
             for row, new in zip(ids, chunk, strict=True):
                 row += new
         return [self.tokenizer.decode(row) for row in ids]

@@ -200,7 +200,8 @@ def run_steps(
             if step % config.log.every == 0 or saving:  # what goes on from a checkpoint goes on from its line
                 log.put_by(step, metrics)
             if saving or evaluating:
-                log.flush()  # the device is waited for here, so that the pause below counts no training
+                log.flush()
+                jax.block_until_ready(metrics)  # so that the pause below counts no training
             with log.clock.paused():
                 if saving:
                     position = training.first_row + (step - start) * config.data.batch_size

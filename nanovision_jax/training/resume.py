@@ -18,6 +18,8 @@ def open_run(config, resume: bool, anew: bool) -> int:
     cannot go on: a converted one, or one whose config is lost.
     """
     folder, paths = pathlib.Path(config.run_dir), runfolder.Paths(config.run_dir)
+    if resume and anew:
+        raise UserError('--resume goes on with a run and --anew starts it again: say one of them.')
     if folder.exists() and anew:
         kept = next(f'{folder}.{n}' for n in itertools.count(1) if not os.path.exists(f'{folder}.{n}'))
         folder.rename(kept)

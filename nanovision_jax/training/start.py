@@ -182,6 +182,8 @@ def _run(config, folder, allowed, part='', target=''):
         raise UserError(f'init_from is {config.init_from!r}, which is no run with a checkpoint: name a run folder.')
     if not is_run(folder):
         name = f' --config.name={config.name}' if config.name != config.size else ''
+        if config.family != pathlib.Path('runs', config.name):
+            name = f' --config.run_dir={folder}'
         raise Missing(
             f'{config.stage} starts from the run {folder}, which does not exist or has no checkpoint. '
             f'Make it: python -m nanovision_jax.train --config=configs/{allowed[0]}.py:{config.size}{name}'
@@ -205,7 +207,7 @@ def inherit(config, given: set[str], anew: bool = False) -> list[str]:
     """Takes over what the sources fix and is not in `given` (names of fields). Returns lines that say what changed.
 
     A source that is not there yet fixes nothing. Raises UserError for what is given and contradicts; a run that goes on
-    is compared with its own config elsewhere (train.open_run).
+    is compared with its own config elsewhere (resume.open_run).
     """
     told = []
     for source in available(config, anew):

@@ -145,8 +145,8 @@ def _gradients_across_parts(graphdef, objective, parts, learned, frozen, batch):
 
 
 def _split(batch, parts):
-    """Arrays [B, …] as [parts, B / parts, …]. Row i goes to part i mod parts: each part lies on all devices as the
-    batch does."""
+    """Arrays [B, …] as [parts, B / parts, …]. Row i goes to part i mod parts, so every part is sharded over
+    the devices as the whole batch is."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 

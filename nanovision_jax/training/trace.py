@@ -25,7 +25,7 @@ class Trace:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.running = True
-        elif done == WARM + self.steps:
+        elif self.running and done == WARM + self.steps:
             jax.block_until_ready(state)
             self._stop()
 

@@ -46,12 +46,15 @@ def read(argv):
         configs.put(config, name, configs.parse_field(name, value))
     configs.fill(config)
     configs.check(config)
-    return config, configs.parse_value('--steps', int, steps)
+    steps = configs.parse_value('--steps', int, steps)
+    if steps < 1:
+        raise UserError(f'--steps takes a number above 0, not {steps}.')
+    return config, steps
 
 
 def measure(config, steps):
     """What main() prints, of `steps` steps."""
-    mesh = parallel.make_mesh(config.mesh)
+    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
     # GPT-2's tokenizer with our special tokens, unless the config says less.
     size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
     vocabulary = Vocabulary(size, image=size - 1)
@@ -92,7 +95,7 @@ def measure(config, steps):
 
 def main(argv):
     """The command: see the module's docstring."""
-    if '--help' in argv:
+    if {'--help', '-h'} & set(argv):
         print(__doc__)
         return
     print(json.dumps(measure(*read(argv))))

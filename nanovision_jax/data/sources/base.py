@@ -31,7 +31,7 @@ class Source:
     name = ''  # of a prepared set
     decoded = False  # whether every image is known to decode
     text_only = False  # whether rows with an image are to be passed over
-    mixes_splits = False  # whether rows of train and validation lie among each other: split_of() tells them apart
+    mixes_splits = False  # whether rows of train and validation are mixed: split_of() tells them apart
 
     @property
     def key(self) -> str:
