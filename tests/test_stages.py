@@ -138,3 +138,15 @@ def test_the_loss_in_chunks_is_the_plain_one_and_so_are_its_gradients(sizes, tie
     devices = 1 if sizes is None else sizes[0] * sizes[1]
     assert seen == [8 * 32 // devices // 16]
     chex.assert_trees_all_close(chunked, plain, rtol=2e-5, atol=2e-6)
+
+
+def test_a_device_whose_own_logits_are_small_makes_them_at_once(monkeypatch):
+    """However many there are on all devices together: chunks would cost time and spare nothing."""
+    graphdef, params = micro.params(micro.config('pretrain'))
+    batch, mesh = micro.batch(micro.config('pretrain')), mesh_of((4, 2, 1))
+    monkeypatch.setattr(objectives, 'LOGITS', 4 * 128 * 32)  # a row of 32 tokens, of eight
+    with jax.set_mesh(mesh):
+        total = objectives.OBJECTIVES['next_token'].total
+        loss = jax.make_jaxpr(lambda params, batch: total(models.merge(graphdef, params), batch))
+        program = str(loss(params, parallel.put_batch(batch, mesh)))
+    assert 'f32[8,32,128]' in program and 'shard_map' not in program

@@ -24,13 +24,13 @@ class Paths:
 
     def __init__(self, run_dir):
         self.folder = folder = pathlib.Path(run_dir)
-        self.config, self.lineage, self.metrics = (
-            folder / name for name in ('config.json', 'lineage.json', 'metrics.jsonl')
-        )
-        self.tokenizer, self.checkpoints, self.results = (
-            folder / name for name in ('tokenizer', 'checkpoints', 'eval')
-        )
+        self.config = folder / 'config.json'
+        self.lineage = folder / 'lineage.json'
+        self.metrics = folder / 'metrics.jsonl'
         self.bad_rows = folder / 'bad_rows.jsonl'
+        self.tokenizer = folder / 'tokenizer'
+        self.checkpoints = folder / 'checkpoints'
+        self.results = folder / 'eval'
 
     def checkpoint(self, step, item=''):
         """The folder of a checkpoint, or of an item in it: params or optimizer."""

@@ -27,7 +27,7 @@ def token_losses(decoder, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B 
     """The cross-entropy of every target, in nats, of what decoder.logits() makes of hidden states."""
 
     def losses(part):
-        return optax.softmax_cross_entropy_with_integer_labels(decoder.logits(part[0]), part[1])
+        return _plain(decoder, *part)
 
     chunks = _chunks(hidden.shape[0] * hidden.shape[1], decoder.output_kernel().shape[1], among=hidden.shape[1])
     if chunks == 1:
@@ -48,10 +48,14 @@ def next_token(
     rows = hidden.shape[0] // math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
     chunks = _chunks(rows * hidden.shape[1], decoder.output_kernel().shape[1], among=rows * hidden.shape[1])
     if chunks == 1:
-        total = jnp.sum(token_losses(decoder, hidden, targets) * weights)
+        total = jnp.sum(_plain(decoder, hidden, targets) * weights)
     else:
         total = _chunked(decoder, decoder.norm(hidden), targets, weights, chunks, axes)
     return total, jnp.sum(weights)
+
+
+def _plain(decoder, hidden, targets):
+    return optax.softmax_cross_entropy_with_integer_labels(decoder.logits(hidden), targets)
 
 
 def _chunks(tokens, vocabulary, among):

@@ -105,4 +105,5 @@ if __name__ == '__main__':
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(print(f'error: {error}', file=sys.stderr) or 2)
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
