@@ -96,7 +96,17 @@ class Model:
     rope_scaling: tuple[float, ...] = option(
         (), 'llama: factor, low and high frequency factor, original context (Llama 3.1)'
     )
-    remat: bool = option(False, 'recompute each block in the backward pass: less memory, a third more work')
+    attention: str = option(
+        'auto',
+        'what packed rows go through: splash (TPU), pallas (GPU) or xla; cudnn (GPU) is for clip',
+        ('auto', 'xla', 'splash', 'pallas', 'cudnn'),
+    )
+    remat: str = option(
+        'auto',
+        'what the backward pass recomputes: none, dots (all but matrix products) or full (whole blocks: the least '
+        'memory, a third more work); auto is the first that fits',
+        ('auto', 'none', 'dots', 'full'),
+    )
     unroll: int = option(1, 'layers a scan step: more is faster to run and slower to compile', above=0)
     projector: str = option('mlp', 'mlp (LLaVA 1.5) or linear (LLaVA v1)', ('mlp', 'linear'))
     contrastive: str = option('softmax', "clip's loss: softmax (CLIP) or sigmoid (SigLIP)", ('softmax', 'sigmoid'))
@@ -159,7 +169,15 @@ class Optim:
     b2: float = option(0.95, 'decay of the mean of their squares', least=0, below=1)
     weight_decay: float = option(0.1, 'of matrices only: never norms, biases, embeddings', least=0)
     clip_norm: float = option(1.0, 'gradients are scaled down to this norm', above=0)
-    accumulate: int = option(1, "a step's batch goes through in this many parts", above=0)
+    accumulate: int = option(0, "a step's batch goes through in this many parts; 0 or auto: as few as fit", least=0)
+    reduce_dtype: str = option(
+        'float32', 'in which gradients are summed over the devices of mesh.data', ('float32', 'bfloat16')
+    )
+
+    @property
+    def parts(self) -> int:
+        """Parts of a step's batch: accumulate, and 1 where that is still to be settled."""
+        return self.accumulate or 1
 
 
 @dataclasses.dataclass
@@ -239,7 +257,7 @@ def base_config(stage: str, size: str) -> Config:
         config.model.text = Text(width=128, layers=1, heads=2, ffn=512, embed=128)
     elif (match := re.fullmatch(r'd(\d+)', size)) and int(match[1]) > 0 and int(match[1]) % 2 == 0:
         depth = int(match[1])
-        config.model = Model(layers=depth, width=64 * depth, heads=depth // 2, ffn=256 * depth, remat=True)
+        config.model = Model(layers=depth, width=64 * depth, heads=depth // 2, ffn=256 * depth)
     else:
         raise UserError(f'no size {size!r}: sizes are tiny and d2, d4, … d20, … (an even depth).')
     return config
@@ -283,6 +301,8 @@ def parse_field(name: str, text: str):
     known = fields(Config)
     if name not in known:
         raise UserError(f'no config field {name!r}.{nearest(name, known)}')
+    if (name, text) == ('optim.accumulate', 'auto'):
+        return 0
     return parse_value(f'--config.{name}', known[name], text, numbers=4 if name.endswith('rope_scaling') else 3)
 
 
@@ -326,7 +346,7 @@ def check(config: Config):
         raise UserError('how long? Set steps above 0, or steps=0 and epochs above 0.')
     if stage_of(config).decodes and d.length > m.positions:
         raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
-    if d.batch_size % o.accumulate:
+    if d.batch_size % o.parts:
         raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
     _check_data(config)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import batch as batches
-from nanovision_jax.models.decoder import rotate_pairs
+from nanovision_jax.models.decoder import rotary_angles, rotate_pairs
 from nanovision_jax.models.layers import padded
 from nanovision_jax.training import optim
 
@@ -78,7 +78,7 @@ def test_an_example_gets_the_same_logits_alone_and_anywhere_in_a_row():
 
 @jax.jit
 def rotated(x, positions):
-    return rotate_pairs(x, positions, CFG.model.rope_theta)
+    return rotate_pairs(x, rotary_angles(CFG.model, positions))
 
 
 def test_rotation_turns_interleaved_pairs():

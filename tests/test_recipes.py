@@ -54,7 +54,7 @@ def recipe(stage):
 @pytest.mark.parametrize('stage', STAGES)
 def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
     cfg = parse(stage, size=size)
-    rows = cfg.data.batch_size // cfg.optim.accumulate
+    rows = cfg.data.batch_size // cfg.optim.parts
     mesh = parallel.make_mesh(cfg.mesh, jax.devices()[:devices], rows)
     parallel.check_divides(cfg, mesh, TOKENIZER.size)
     assert mesh.size == (4 if rows == 36 and devices == 8 else devices)

@@ -1,12 +1,15 @@
 """The models: decoder, CLIP towers (clip), and both joined by a projector (vlm)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanovision_jax.models import kernels
 from nanovision_jax.models.clip import CLIP
 from nanovision_jax.models.decoder import Decoder
-from nanovision_jax.models.layers import padded
+from nanovision_jax.models.layers import padded, platform
 from nanovision_jax.models.vlm import VLM
 from nanovision_jax.stages import stage_of
 
@@ -19,14 +22,21 @@ def compute_dtype(name: str):
 
 
 def build(config, vocab_size: int, image_token: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The model of a stage: CLIP, Decoder or VLM. `config` is a config.Config."""
-    dtype = compute_dtype(config.dtype)
-    kind = stage_of(config).model
+    """The model of a stage: CLIP, Decoder or VLM. `config` is a config.Config; what it leaves open is settled here."""
+    dtype, kind = compute_dtype(config.dtype), stage_of(config).model
+    remat = 'none' if config.model.remat == 'auto' else config.model.remat
+    cfg = dataclasses.replace(config.model, attention=attention_kernel(config)[0], remat=remat)
     if kind == 'clip':
-        return CLIP(config.model, padded(vocab_size), config.data.length, dtype, rngs)
+        return CLIP(cfg, padded(vocab_size), config.data.length, dtype, rngs)
     if kind == 'vlm':
-        return VLM(config.model, vocab_size, image_token, dtype, rngs)
-    return Decoder(config.model, vocab_size, dtype, rngs)
+        return VLM(cfg, vocab_size, image_token, dtype, rngs)
+    return Decoder(cfg, vocab_size, dtype, rngs)
+
+
+def attention_kernel(config) -> tuple[str, str]:
+    """(the kernel that model.attention comes to on this hardware, why). Raises UserError for one that cannot do it."""
+    model, dtype, packed = config.model, compute_dtype(config.dtype), stage_of(config).decodes
+    return kernels.choose(model.attention, platform(), dtype, packed, model.head_size, config.data.length)
 
 
 def abstract(config, vocab_size: int, image_token: int):

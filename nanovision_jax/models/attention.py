@@ -9,7 +9,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+from nanovision_jax.models import kernels
+
+MASKED = -1e30  # added to the scores of keys that are not seen: their weight is exactly 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,31 +30,71 @@ class Structure:
 
 
 def attend(
-    q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K H'], structure: Structure
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B S K H'],
+    v: Float[Array, 'B S K H'],
+    structure: Structure,
+    kernel: str = 'xla',
 ) -> Float[Array, 'B T N H']:
     """Softmax attention: the one door to attention kernels.
 
+    kernel: a name in kernels.KERNELS, for what that kernel is for; the rest is XLA's, as everything is by default.
     Keys that a query does not see get exactly zero weight, so what they hold cannot change a bit of the result.
     """
     with jax.named_scope('attention'):
-        mask = _mask(structure, q.shape[1], k.shape[1])
-        return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None], implementation='xla')
+        packed = structure.causal and structure.segments is not None
+        plain = structure.segments is None and structure.positions is None
+        if kernel in kernels.PACKED and packed:
+            return _on_each_device(kernels.PACKED[kernel], q, k, v, structure.segments)
+        if kernel == 'cudnn' and plain:
+            return kernels.cudnn(q, k, v, structure.causal)
+        return _plain(q, k, v, structure)
 
 
-def _mask(structure: Structure, queries: int, keys: int) -> Bool[Array, '#B T S'] | None:
-    """The structure spelled out, for the path that knows nothing better; None where everything is seen."""
-    parts = []
+def _on_each_device(kernel, q, k, v, segments):
+    """kernel(q, k, v, segments) of each device's rows and heads: the partitioner cannot look into a kernel."""
+    if not (axes := _open_axes()):
+        return kernel(q, k, v, segments)
+    rows = batch_axes() or None
+    rows, heads = P(rows), P(rows, None, 'tensor' if 'tensor' in axes else None)
+    return jax.shard_map(
+        kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, axis_names=set(axes), check_vma=False
+    )(q, k, v, segments)
+
+
+def _plain(q, k, v, structure):
+    """All scores at once, in float32, as XLA compiles them."""
+    b, t, n, h = q.shape
+    groups = n // k.shape[2]
+    # Batched products of two axes: XLA's CPU backend is a third slower at the same in four axes.
+    q, k, v = (x.swapaxes(1, 2) for x in (q * h**-0.5, k, v))
+    q = q.reshape(b, -1, groups * t, h)
+    scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32).reshape(b, n, t, -1)
+    if (bias := _bias(structure, t, k.shape[2])) is not None:
+        scores = scores + bias[:, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return (weights.reshape(b, -1, groups * t, k.shape[2]) @ v).reshape(b, n, t, h).swapaxes(1, 2)
+
+
+def _bias(structure: Structure, queries: int, keys: int) -> Float[Array, '#B T S'] | None:
+    """What is added to scores: MASKED where a query does not see a key; None where everything is seen."""
+    seen = []
     if structure.segments is not None:
-        parts.append(structure.segments[:, :, None] == structure.segments[:, None, :])
+        seen.append(structure.segments[:, :, None] == structure.segments[:, None, :])
     if structure.causal:
-        parts.append(jnp.tril(jnp.ones((1, queries, keys), bool)))
+        seen.append(jnp.tril(jnp.ones((1, queries, keys), bool)))
     if structure.positions is not None:
-        parts.append(jnp.arange(keys)[None, None, :] <= structure.positions[:, :, None])
-    return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
+        seen.append(jnp.arange(keys)[None, None, :] <= structure.positions[:, :, None])
+    if not seen:
+        return None
+    return jnp.where(seen[0] if len(seen) == 1 else seen[0] & seen[1], 0.0, MASKED)
+
+
+# The cache, and the mesh ---------------------------------------------------------------------------------------------
 
 
 def extend_cache(
-    cache: dict | None, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], positions: Int[Array, 'B T']
+    cache: dict | None, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], positions: Int[Array, 'B T'] | None
 ) -> tuple:
     """(keys, values, cache) to attend to: this call's own, or a cache {k, v: [B, S, K, H]} with them at `positions`."""
     if cache is None:
@@ -60,11 +104,27 @@ def extend_cache(
     return cache['k'], cache['v'], cache
 
 
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh at hand over which the partitioner splits rows; none without a mesh."""
+    return tuple(axis for axis in _open_axes() if axis in ('data', 'fsdp'))
+
+
+def _open_axes():
+    """The axes of the mesh at hand that are left to the partitioner here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+
+
 def over_batch(x: Shaped[Array, '...']) -> Shaped[Array, '...']:
     """Keeps the first axis of an activation split over the mesh's data and fsdp axes; nothing without a mesh.
 
     Without it, FSDP works all the same, with ten times the bytes sent: the partitioner splits activations by width.
     """
-    if not jax.sharding.get_abstract_mesh().shape_tuple:
+    if not (axes := batch_axes()):
         return x
-    return jax.lax.with_sharding_constraint(x, P(('data', 'fsdp'), *[None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, P(axes, *[None] * (x.ndim - 1)))
+
+
+def whole(table: Shaped[Array, '...']) -> Shaped[Array, '...']:
+    """A parameter gathered on every device of a mesh, to be looked up there: rows of a split one cannot be."""
+    return table if not _open_axes() else jax.lax.with_sharding_constraint(table, P())

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from nanovision_jax.models.attention import Structure, attend, over_batch
-from nanovision_jax.models.layers import matrix_init
+from nanovision_jax.models.layers import Linear, LinearGeneral, matrix_init, rematerialized
 
 
 def quick_gelu(x):
@@ -30,46 +30,49 @@ ACTIVATIONS = {
 class TowerBlock(nnx.Module):
     """Pre-norm attention and an MLP, with biases throughout."""
 
-    def __init__(self, cfg, dtype, rngs: nnx.Rngs, activation: str = 'quick_gelu', epsilon: float = 1e-5):
+    def __init__(self, cfg, dtype, rngs, kernel: str, activation: str = 'quick_gelu', epsilon: float = 1e-5):
         d, n = cfg.width, cfg.heads
         norm = functools.partial(nnx.LayerNorm, d, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
-        self.activation = ACTIVATIONS[activation]
+        self.kernel, self.activation = kernel, ACTIVATIONS[activation]
         self.attention_norm, self.ffn_norm = norm(), norm()
-        self.qkv = nnx.LinearGeneral(d, (3, n, d // n), **into)
-        self.out = nnx.LinearGeneral((n, d // n), d, axis=(-2, -1), **out)
-        self.ffn_in = nnx.Linear(d, cfg.ffn, **into)
-        self.ffn_out = nnx.Linear(cfg.ffn, d, **out)
+        self.qkv = LinearGeneral(d, (3, n, d // n), **into)
+        self.out = LinearGeneral((n, d // n), d, axis=(-2, -1), **out)
+        self.ffn_in = Linear(d, cfg.ffn, **into)
+        self.ffn_out = Linear(cfg.ffn, d, **out)
 
     def __call__(self, x: Float[Array, 'B T D'], structure: Structure) -> Float[Array, 'B T D']:
         """x → x."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        x = x + self.out(attend(q, k, v, structure))
+        x = x + self.out(attend(q, k, v, structure, self.kernel))
         return x + self.ffn_out(self.activation(self.ffn_in(self.ffn_norm(x))))
 
 
-def run_blocks(blocks, x: Float[Array, 'B T D'], structure: Structure, layers: int, remat: bool):
-    """The first `layers` of the stacked blocks over x; remat recomputes them in the backward pass."""
+def run_blocks(blocks, x: Float[Array, 'B T D'], structure: Structure, layers: int, remat: str):
+    """The first `layers` of the stacked blocks over x; remat: see layers.rematerialized()."""
 
     def body(x, block):
         return block(over_batch(x), structure), None
 
     first = jax.tree.map(lambda leaf: leaf[:layers], blocks)
     unroll = layers if layers <= 4 else 1
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, first, unroll=unroll)[0]
+    return jax.lax.scan(rematerialized(body, remat), x, first, unroll=unroll)[0]
 
 
 class VisionTower(nnx.Module):
-    """A ViT. `cfg` is a config.Vision, whose `kind` says what stands before the blocks; `remat` is for training it."""
+    """A ViT. `cfg` is a config.Vision, whose `kind` says what stands before the blocks; `remat` is for training it.
 
-    def __init__(self, cfg, dtype, rngs: nnx.Rngs, remat: bool = False):
+    kernel: what attend() goes through.
+    """
+
+    def __init__(self, cfg, dtype, rngs: nnx.Rngs, kernel: str = 'xla', remat: str = 'none'):
         d, with_class = cfg.width, cfg.class_tokens
         norm = functools.partial(nnx.LayerNorm, d, epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         scale = nnx.initializers.normal(d**-0.5)
         linear = dict(use_bias=not with_class, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         self.cfg, self.remat = cfg, remat
-        self.patch = nnx.Linear(cfg.patch_size**2 * 3, d, **linear)
+        self.patch = Linear(cfg.patch_size**2 * 3, d, **linear)
         self.class_token = nnx.Param(scale(rngs.params(), (d,))) if with_class else None
         # CLIP starts as published. The other kind starts its positions as large as its patches, at 1: short runs match
         # captions with places better so.
@@ -77,7 +80,7 @@ class VisionTower(nnx.Module):
         self.position = nnx.Param(places(rngs.params(), (cfg.patches + with_class, d)))
         self.norm_in = norm() if with_class else None
         self.norm_out = norm()
-        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
+        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r, kernel, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
 
     def normalize(self, images: UInt8[Array, 'B height width 3']) -> Float[Array, 'B height width 3']:
         """Bytes to the normalised pixels that the tower was trained on."""
@@ -108,14 +111,14 @@ class VisionTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """A causal transformer over captions. `cfg` is a config.Text; `remat` is for training it."""
+    """A causal transformer over captions. `cfg` is a config.Text; `kernel` and `remat` as in VisionTower."""
 
-    def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs, remat: bool = False):
+    def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs, kernel: str = 'xla', remat: str = 'none'):
         d = cfg.width
         scale = nnx.initializers.normal(d**-0.5)
         self.embedding = nnx.Embed(rows, d, embedding_init=scale, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(scale(rngs.params(), (length, d)))
-        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r))(rngs.split(cfg.layers))
+        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r, kernel))(rngs.split(cfg.layers))
         self.norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
         self.layers, self.remat = cfg.layers, remat
 
@@ -131,9 +134,9 @@ class CLIP(nnx.Module):
     """Both towers and the projections to the space in which images and captions are compared."""
 
     def __init__(self, cfg, rows: int, length: int, dtype, rngs: nnx.Rngs):
-        project = functools.partial(nnx.Linear, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
-        self.vision = VisionTower(cfg.vision, dtype, rngs, cfg.remat)
-        self.text = TextTower(cfg.text, rows, length, dtype, rngs, cfg.remat)
+        project = functools.partial(Linear, use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
+        self.vision = VisionTower(cfg.vision, dtype, rngs, cfg.attention, cfg.remat)
+        self.text = TextTower(cfg.text, rows, length, dtype, rngs, cfg.attention, cfg.remat)
         self.vision_projection = project(cfg.vision.width, cfg.text.embed)
         self.text_projection = project(cfg.text.width, cfg.text.embed)
         # Where the losses' papers start: CLIP at a temperature of 0.07, SigLIP at 0.1 and with all pairs unlikely.

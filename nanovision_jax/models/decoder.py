@@ -12,22 +12,39 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nanovision_jax.models.attention import Structure, attend, extend_cache, over_batch
-from nanovision_jax.models.layers import matrix_init, padded
+from nanovision_jax.models.attention import Structure, attend, extend_cache, over_batch, whole
+from nanovision_jax.models.layers import Linear, LinearGeneral, matrix_init, padded, rematerialized
 
 Cache = dict[str, Float[Array, 'L B S K H']]
+
+Rotary = tuple[Float[Array, 'B T 1 half'], Float[Array, 'B T 1 half']]  # cosines and sines of every position's angles
+
+
+def rotary_angles(cfg, positions: Int[Array, 'B T']) -> Rotary:
+    """Cosines and sines of the angles by which positions turn queries and keys; cfg: config.Model.
+
+    Llama 3.1 (rope_scaling) slows the long waves down.
+    """
+    half = cfg.head_size // 2
+    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if cfg.rope_scaling:
+        factor, low, high, original = cfg.rope_scaling
+        waves = original * frequency / (2 * math.pi)  # how often each turns within the original context
+        smooth = jnp.clip((waves - low) / (high - low), 0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / factor)
+    angle = positions[:, :, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
 
 # GPT -----------------------------------------------------------------------------------------------------------------
 
 
-def rotate_pairs(x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], theta: float) -> Float[Array, 'B T N H']:
+def rotate_pairs(x: Float[Array, 'B T N H'], rotary: Rotary) -> Float[Array, 'B T N H']:
     """Rotary position embedding over interleaved pairs (0, 1), (2, 3), … (RoFormer, arXiv:2104.09864)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2), -1, 0)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
+    cos, sin = rotary
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    turned = pairs * cos[..., None] + pairs[..., ::-1] * (sin[..., None] * jnp.array([-1.0, 1.0]))
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 class GPTBlock(nnx.Module):
@@ -35,23 +52,23 @@ class GPTBlock(nnx.Module):
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.heads
-        self.theta = cfg.rope_theta
+        self.kernel = cfg.attention
         norm = dict(epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(d, **norm)
-        self.qkv = nnx.LinearGeneral(d, (3, n, d // n), **into)
-        self.out = nnx.LinearGeneral((n, d // n), d, axis=(-2, -1), **out)
+        self.qkv = LinearGeneral(d, (3, n, d // n), **into)
+        self.out = LinearGeneral((n, d // n), d, axis=(-2, -1), **out)
         self.ffn_norm = nnx.LayerNorm(d, **norm)
-        self.ffn_in = nnx.Linear(d, cfg.ffn, **into)
-        self.ffn_out = nnx.Linear(cfg.ffn, d, use_bias=False, **out)
+        self.ffn_in = Linear(d, cfg.ffn, **into)
+        self.ffn_out = Linear(cfg.ffn, d, use_bias=False, **out)
 
-    def __call__(self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure, cache=None):
-        """x → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys and values at `positions`."""
+    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
+        """x → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys and values at structure.positions."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        q, k = rotate_pairs(q, positions, self.theta), rotate_pairs(k, positions, self.theta)
-        k, v, cache = extend_cache(cache, k, v, positions)
-        x = x + self.out(attend(q, k, v, structure))
+        q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
+        k, v, cache = extend_cache(cache, k, v, structure.positions)
+        x = x + self.out(attend(q, k, v, structure, self.kernel))
         with jax.named_scope('ffn'):
             return x + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(x)))), cache
 
@@ -59,24 +76,9 @@ class GPTBlock(nnx.Module):
 # Llama and its kin (arXiv:2302.13971): SmolLM2, Qwen2 and Qwen3 ------------------------------------------------------
 
 
-def frequencies(cfg) -> Float[Array, ' half']:
-    """Rotary frequencies, of which Llama 3.1 slows the long waves down. cfg: config.Model."""
-    half = cfg.head_size // 2
-    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if not cfg.rope_scaling:
-        return frequency
-    factor, low, high, original = cfg.rope_scaling
-    waves = original * frequency / (2 * math.pi)  # how often each turns within the original context
-    smooth = jnp.clip((waves - low) / (high - low), 0, 1)
-    return frequency * (smooth + (1 - smooth) / factor)
-
-
-def rotate_halves(
-    x: Float[Array, 'B T N H'], positions: Int[Array, 'B T'], frequency: Float[Array, ' half']
-) -> Float[Array, 'B T N H']:
+def rotate_halves(x: Float[Array, 'B T N H'], rotary: Rotary) -> Float[Array, 'B T N H']:
     """Rotary position embedding over pairs (i, i + H/2), as Hugging Face's decoders have it."""
-    angle = positions[:, :, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
 
@@ -90,25 +92,24 @@ class LlamaBlock(nnx.Module):
         bias = dict(use_bias=cfg.qkv_bias, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(use_bias=False, kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
-        self.cfg = cfg
+        self.kernel = cfg.attention
         self.attention_norm, self.ffn_norm = nnx.RMSNorm(d, **norm), nnx.RMSNorm(d, **norm)
-        self.q, self.kv = nnx.LinearGeneral(d, (n, h), **bias), nnx.LinearGeneral(d, (2, k, h), **bias)
+        self.q, self.kv = LinearGeneral(d, (n, h), **bias), LinearGeneral(d, (2, k, h), **bias)
         self.q_norm = nnx.RMSNorm(h, **norm) if cfg.qk_norm else None
         self.k_norm = nnx.RMSNorm(h, **norm) if cfg.qk_norm else None
-        self.out = nnx.LinearGeneral((n, h), d, axis=(-2, -1), **out)
-        self.ffn_gate, self.ffn_in = nnx.Linear(d, cfg.ffn, **into), nnx.Linear(d, cfg.ffn, **into)
-        self.ffn_out = nnx.Linear(cfg.ffn, d, **out)
+        self.out = LinearGeneral((n, h), d, axis=(-2, -1), **out)
+        self.ffn_gate, self.ffn_in = Linear(d, cfg.ffn, **into), Linear(d, cfg.ffn, **into)
+        self.ffn_out = Linear(cfg.ffn, d, **out)
 
-    def __call__(self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure, cache=None):
-        """x → (x, cache). A cache {k, v: [B, S, K, H]} gets this call's keys and values at `positions`."""
+    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
+        """x → (x, cache). A cache {k, v: [B, S, K, H]} gets this call's keys and values at structure.positions."""
         normed = self.attention_norm(x)
         q, (k, v) = self.q(normed), jnp.moveaxis(self.kv(normed), 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        frequency = frequencies(self.cfg)
-        q, k = rotate_halves(q, positions, frequency), rotate_halves(k, positions, frequency)
-        k, v, cache = extend_cache(cache, k, v, positions)
-        x = x + self.out(attend(q, k, v, structure))
+        q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
+        k, v, cache = extend_cache(cache, k, v, structure.positions)
+        x = x + self.out(attend(q, k, v, structure, self.kernel))
         with jax.named_scope('ffn'):
             normed = self.ffn_norm(x)
             return x + self.ffn_out(jax.nn.silu(self.ffn_gate(normed)) * self.ffn_in(normed)), cache
@@ -141,11 +142,12 @@ class Decoder(nnx.Module):
         self.blocks = nnx.vmap(lambda r: block(cfg, dtype, r))(rngs.split(cfg.layers))
         self.norm = norm(cfg.width, epsilon=cfg.epsilon, dtype=dtype, rngs=rngs)
         head = dict(use_bias=False, kernel_init=head_init, dtype=dtype, rngs=rngs)
-        self.head = None if cfg.tied else nnx.Linear(cfg.width, rows, **head)
+        self.head = None if cfg.tied else Linear(cfg.width, rows, **head)
 
     def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
         """Token ids to vectors."""
-        return over_batch(self.embedding(tokens))
+        # Not self.embedding(tokens): it casts the whole table, and sums a token's gradients in the dtype of compute.
+        return over_batch(whole(self.embedding.embedding[...])[tokens].astype(self.dtype))
 
     def trunk(
         self,
@@ -156,12 +158,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, 'B T D'], Cache | None]:
         """All blocks over embedded tokens; with a cache, this call's keys and values are written to it."""
 
+        rotary = rotary_angles(self.cfg, positions)
+
         def body(x, layer):
             block, cache = layer
-            return block(over_batch(x), positions, structure, cache)
+            return block(over_batch(x), rotary, structure, cache)
 
-        body = jax.checkpoint(body) if self.cfg.remat else body
-        return jax.lax.scan(body, x, (self.blocks, cache), unroll=self.cfg.unroll)
+        return jax.lax.scan(rematerialized(body, self.cfg.remat), x, (self.blocks, cache), unroll=self.cfg.unroll)
 
     def over_rows(
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']

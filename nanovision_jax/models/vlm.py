@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nanovision_jax.models.attention import over_batch
 from nanovision_jax.models.clip import VisionTower
 from nanovision_jax.models.decoder import Decoder
-from nanovision_jax.models.layers import matrix_init
+from nanovision_jax.models.layers import Linear, matrix_init
 
 
 class Projector(nnx.Module):
@@ -19,8 +19,8 @@ class Projector(nnx.Module):
 
     def __init__(self, kind: str, from_width: int, width: int, dtype, rngs: nnx.Rngs):
         linear = dict(kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
-        self.first = nnx.Linear(from_width, width, **linear)
-        self.second = nnx.Linear(width, width, **linear) if kind == 'mlp' else None
+        self.first = Linear(from_width, width, **linear)
+        self.second = Linear(width, width, **linear) if kind == 'mlp' else None
 
     def __call__(self, features: Float[Array, 'B P E']) -> Float[Array, 'B P D']:
         """Patch features to vectors that stand among the decoder's token embeddings."""
@@ -43,7 +43,7 @@ class VLM(nnx.Module):
 
     def __init__(self, cfg, vocab_size: int, image_token: int, dtype, rngs: nnx.Rngs):
         self.image_token = image_token
-        self.vision = VisionTower(cfg.vision, dtype, rngs)
+        self.vision = VisionTower(cfg.vision, dtype, rngs, cfg.attention)
         self.projector = Projector(cfg.projector, cfg.vision.width, cfg.width, dtype, rngs)
         self.decoder = Decoder(cfg, vocab_size, dtype, rngs)
 

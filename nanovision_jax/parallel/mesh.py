@@ -81,7 +81,7 @@ def check_divides(config, mesh: jax.sharding.Mesh, vocab_size: int):
     shape, model, data = dict(mesh.shape), config.model, config.data
     rows = shape['data'] * shape['fsdp']
     splits = [
-        ('data.batch_size', data.batch_size // config.optim.accumulate, rows, 'data × fsdp (per accumulated part)')
+        ('data.batch_size', data.batch_size // config.optim.parts, rows, 'data × fsdp (per accumulated part)')
     ]
     widths = {name: configs.get(config, name) for name in PARTS[stage_of(config).model]}
     for name, part in widths.items():

@@ -75,6 +75,8 @@ def from_dict(values: dict, where) -> Config:
             raise UserError(f'config.json in {where} has a field this version does not know: {sorted(unknown)[0]!r}.')
         made = {}
         for name, value in values.items():
+            if name == 'remat' and isinstance(value, bool):
+                value = 'full' if value else 'none'  # of before 2026-11-26
             if dataclasses.is_dataclass(hints[name]):
                 made[name] = build(hints[name], value)
             else:

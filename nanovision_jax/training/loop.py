@@ -51,7 +51,7 @@ def train(config, resume: bool = False, anew: bool = False, profile: int = 0) ->
         return finished(folder, start, config.steps)
     check_writable(folder)
     compile_cache.use()
-    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
+    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.parts)
     with jax.set_mesh(mesh), StopOnSignal() as stop:
         came_from = [f'{config.stage} goes on from {folder}, step {start}'] if start else starts.lines(config, sources)
         print('\n'.join(came_from))

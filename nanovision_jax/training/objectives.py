@@ -5,7 +5,7 @@ Next-token losses take hidden states and the decoder that scores them: no caller
 Axes: B batch, T length, D width, V vocabulary, E embedding.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,88 +16,112 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nanovision_jax import models
+from nanovision_jax.models.attention import batch_axes
 
 Total = tuple[Float[Array, ''], Float[Array, '']]  # (sum of losses, their number)
 
 
-LOGITS = 256 << 20  # bytes of float32 logits that a device may hold at once; beyond, they are made in chunks
+LOGITS = 256 << 20  # bytes of float32 logits that a device holds at once
+LEAST, PARTS = 256, 16  # at least so many tokens at once, else a share of a batch: what is not learned is skipped
+
+
+def chunk_of(tokens: int, vocabulary: int) -> int:
+    """How many tokens' logits a device makes at once."""
+    return min(tokens, max(LEAST, min(-(-tokens // PARTS), LOGITS // (4 * vocabulary))))
 
 
 def token_losses(decoder, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B T']) -> Float[Array, 'B T']:
     """The cross-entropy of every target, in nats, of what decoder.logits() makes of hidden states."""
 
     def losses(part):
-        return _plain(decoder, *part)
+        return optax.softmax_cross_entropy_with_integer_labels(decoder.logits(part[0]), part[1])
 
-    chunks = _chunks(hidden.shape[0] * hidden.shape[1], decoder.output_kernel().shape[1], among=hidden.shape[1])
-    if chunks == 1:
-        return losses((hidden, targets))
-    parts = (jnp.stack(jnp.split(x, chunks, axis=1)) for x in (hidden, targets))
-    return jnp.concatenate(jax.lax.map(losses, tuple(parts)), axis=1)
+    batch, length = targets.shape
+    chunk = chunk_of(length, batch * decoder.output_kernel().shape[1])
+    pad = -length % chunk
+    hidden, targets = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
+    parts = tuple(jnp.stack(jnp.split(x, (length + pad) // chunk, axis=1)) for x in (hidden, targets))
+    return jnp.moveaxis(jax.lax.map(losses, parts), 0, 1).reshape(batch, -1)[:, :length]
 
 
 def next_token(
     decoder, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B T'], weights: Float[Array, 'B T']
 ) -> Total:
-    """Cross-entropy over the targets whose weight is 1; those of weight 0 are not learned.
+    """Cross-entropy over the targets whose weight is 1; those of weight 0 are not learned, and cost nothing.
 
-    Where the logits of a device would be large they are never there as a whole: they are made chunk by chunk, and once
-    more in the backward pass.
+    On each device the learned tokens come first, and go chunk by chunk through the output layer and the loss, whose
+    gradient is made in the same go. So its sum over rows is reduced over devices once, and not once a chunk.
     """
-    axes = tuple(axis for axis in ('data', 'fsdp') if axis in jax.sharding.get_abstract_mesh().axis_names)
-    rows = hidden.shape[0] // math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    chunks = _chunks(rows * hidden.shape[1], decoder.output_kernel().shape[1], among=rows * hidden.shape[1])
-    if chunks == 1:
-        total = jnp.sum(_plain(decoder, hidden, targets) * weights)
-    else:
-        total = _chunked(decoder, decoder.norm(hidden), targets, weights, chunks, axes)
-    return total, jnp.sum(weights)
-
-
-def _plain(decoder, hidden, targets):
-    return optax.softmax_cross_entropy_with_integer_labels(decoder.logits(hidden), targets)
-
-
-def _chunks(tokens, vocabulary, among):
-    """The smallest number of equal parts of `among` tokens, of `tokens` in all, whose logits stay below LOGITS."""
-    least = -(-4 * tokens * vocabulary // LOGITS)
-    return next(n for n in range(1, among + 1) if among % n == 0 and n >= min(least, among))
-
-
-def _chunked(decoder, x, targets, weights, chunks, axes):
-    """The weighted sum of losses of normed hidden states x [B, T, D], in `chunks` on each device.
-
-    Each device sums the gradient of the output layer over its own rows (shard_map), so that it is reduced over `axes`
-    once, and not once a chunk as the partitioner would.
-    """
-    vocab_size, dtype = decoder.vocab_size, decoder.dtype
-
-    def one(kernel, part):
-        x, targets, weights = part
-        scores = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.arange(scores.shape[-1]) < vocab_size, scores, -jnp.inf)
-        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(scores, targets) * weights)
-
-    def vary(x):
-        return jax.lax.pcast(x, axes, to='varying') if axes else x
+    x, axes = decoder.norm(hidden), batch_axes()
 
     def local(kernel, x, targets, weights):
-        kernel = vary(kernel)  # here and not in the scan: its gradient is reduced where it is made to vary
-        parts = tuple(a.reshape(chunks, -1, *a.shape[2:]) for a in (x, targets, weights))
-
-        def add(total, part):
-            return total + jax.checkpoint(one)(kernel, part), None
-
-        total = jax.lax.scan(add, vary(jnp.float32(0)), parts)[0]
+        total = _fused(kernel, x.reshape(-1, x.shape[-1]), targets.ravel(), weights.ravel(), decoder.vocab_size)
         return jax.lax.psum(total, axes) if axes else total
 
     with jax.named_scope('head'):
         if axes:
-            rows = PartitionSpec(axes)
-            local = jax.shard_map(
-                local, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=PartitionSpec(), axis_names=set(axes)
-            )
-        return local(decoder.output_kernel(), x, targets, weights)
+            rows, whole = PartitionSpec(axes), PartitionSpec()
+            specs = (whole, rows, rows, rows)
+            local = jax.shard_map(local, in_specs=specs, out_specs=whole, axis_names=set(axes), check_vma=False)
+        return local(decoder.output_kernel(), x, targets, weights), jnp.sum(weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused(
+    kernel: Float[Array, 'D V'],
+    x: Float[Array, 'tokens D'],
+    targets: Int[Array, ' tokens'],
+    weights: Float[Array, ' tokens'],
+    vocab_size: int,
+) -> Float[Array, '']:
+    """The weighted sum of the losses of normed hidden states, whose logits x @ kernel are never there as a whole."""
+    return _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients=False)[0]
+
+
+def _forward(kernel, x, targets, weights, vocab_size):
+    total, in_kernel, in_x = _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients=True)
+    return total, (in_kernel, in_x)
+
+
+def _backward(_, gradients, slope):
+    in_kernel, in_x = gradients
+    return in_kernel * slope, (in_x * slope).astype(in_x.dtype), None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients):
+    """(sum of losses, its gradient in kernel, in x): products in x's dtype, sums in float32."""
+    tokens, width = x.shape
+    chunk = chunk_of(tokens, kernel.shape[1])
+    cast = kernel.astype(x.dtype)
+    order = jnp.argsort(weights == 0)  # a stable sort
+    pad = -tokens % chunk
+    xs, ts, ws = (jnp.pad(a[order], ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in (x, targets, weights))
+    column = jnp.arange(kernel.shape[1])
+
+    def body(i, sums):
+        total, in_kernel, in_xs = sums
+        part, target, weight = (jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (xs, ts, ws))
+        scores = jnp.matmul(part, cast, preferred_element_type=jnp.float32)
+        scores = jnp.where(column < vocab_size, scores, -jnp.inf)
+        log_sum = jax.nn.logsumexp(scores, axis=1)
+        total += jnp.sum((log_sum - jnp.take_along_axis(scores, target[:, None], 1)[:, 0]) * weight)
+        if not with_gradients:
+            return total, in_kernel, in_xs
+        hit = column == target[:, None]
+        slopes = ((jnp.exp(scores - log_sum[:, None]) - hit) * weight[:, None]).astype(x.dtype)
+        in_kernel += jnp.matmul(part.T, slopes, preferred_element_type=jnp.float32)
+        in_xs = jax.lax.dynamic_update_slice_in_dim(in_xs, slopes @ cast.T, i * chunk, 0)
+        return total, in_kernel, in_xs
+
+    zeros = (jnp.zeros_like(kernel, jnp.float32), jnp.zeros_like(xs)) if with_gradients else (None, None)
+    learned = jnp.sum(weights > 0)
+    total, in_kernel, in_xs = jax.lax.fori_loop(0, -(-learned // chunk), body, (jnp.zeros_like(weights[0]), *zeros))
+    if not with_gradients:
+        return total, None, None
+    return total, in_kernel.astype(kernel.dtype), in_xs[jnp.argsort(order)]
 
 
 def softmax_contrastive(logits: Float[Array, 'B B']) -> Float[Array, '']:

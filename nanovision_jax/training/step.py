@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from nanovision_jax import models
 from nanovision_jax.parallel import mesh as parallel
@@ -87,61 +88,95 @@ def init_state(config, vocabulary, optimizer, shapes, params=None) -> dict:
 
 
 def make_gradients(config, graphdef):
-    """A function (learned, frozen, batch) → (loss, gradients) of the mean loss, over optim.accumulate parts."""
-    parts, objective = config.optim.accumulate, OBJECTIVES[stage_of(config).objective]
-    if parts == 1:
-        return functools.partial(_gradients, graphdef, objective)
-    of_parts = _gradients_across_parts if objective.compare else _gradients_in_parts
-    return functools.partial(of_parts, graphdef, objective, parts)
+    """A function (learned, frozen, batch) → (loss, gradients) of the mean loss, over optim.accumulate parts.
+
+    Matrices are cast to the dtype of compute once, whatever the number of parts. Gradients are summed in float32.
+    """
+    parts, objective = config.optim.parts, OBJECTIVES[stage_of(config).objective]
+    dtype, reduce_dtype = models.compute_dtype(config.dtype), jnp.dtype(config.optim.reduce_dtype)
+
+    def model_of(learned, frozen):
+        return models.merge(graphdef, join(learned, frozen))
+
+    def in_parts(learned, frozen, batch):
+        """(sum of losses, their number, gradients of the sum)."""
+
+        def of_part(part):
+            def total(learned):
+                return objective.total(model_of(learned, frozen), part)
+
+            (loss, count), grads = jax.value_and_grad(total, has_aux=True)(learned)
+            return loss, count, _in_float32(grads)
+
+        if parts == 1:
+            return of_part(batch)
+        batch = _split(batch, parts)
+        start = of_part(jax.tree.map(lambda x: x[0], batch))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)
+        return jax.lax.scan(add, start, jax.tree.map(lambda x: x[1:], batch))[0]
+
+    def across_parts(learned, frozen, batch):
+        """(loss, gradients) where every example is compared with those of all parts (GradCache, arXiv:2101.06983)."""
+
+        def embed(learned, part):
+            return objective.embed(model_of(learned, frozen), part)
+
+        def loss_of(learned, embedded):
+            whole = [x.reshape(-1, x.shape[-1]) for x in embedded]
+            return objective.compare(model_of(learned, frozen), whole)
+
+        def add(so_far, part_and_slope):
+            part, slope = part_and_slope
+            _, pull = jax.vjp(lambda learned: embed(learned, part), learned)
+            return jax.tree.map(jnp.add, so_far, _in_float32(pull(slope)[0])), None
+
+        batch = _split(batch, parts)
+        embedded = jax.lax.map(lambda part: embed(learned, part), batch)
+        loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(learned, embedded)
+        return loss, jax.lax.scan(add, _in_float32(direct), (batch, slopes))[0]
+
+    def gradients(learned, frozen, batch):
+        learned, frozen = _in_compute_dtype(learned, dtype), _in_compute_dtype(frozen, dtype)
+        if objective.compare and parts > 1:
+            return across_parts(learned, frozen, batch)
+        # What a loss compares with the whole batch is left to the partitioner.
+        sums = in_parts if objective.compare else _reduced_once(in_parts, reduce_dtype)
+        loss, count, grads = sums(learned, frozen, batch)
+        return loss / count, jax.tree.map(lambda g: g / count, grads)
+
+    return gradients
 
 
-def _model(graphdef, learned, frozen):
-    return models.merge(graphdef, join(learned, frozen))
+def _in_compute_dtype(params, dtype):
+    """Parameters with the matrices in the dtype of compute; norms and tables stay as they are."""
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if parallel.path_name(path).endswith('kernel') else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _total_gradients(graphdef, objective, learned, frozen, batch):
-    """((sum of losses, their number), gradients of the sum)."""
-
-    def total(learned):
-        return objective.total(_model(graphdef, learned, frozen), batch)
-
-    return jax.value_and_grad(total, has_aux=True)(learned)
+def _in_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _gradients(graphdef, objective, learned, frozen, batch):
-    (loss, count), grads = _total_gradients(graphdef, objective, learned, frozen, batch)
-    return loss / count, jax.tree.map(lambda g: g / count, grads)
+def _reduced_once(sums, dtype):
+    """sums(learned, frozen, batch) → (loss, count, gradients) of all rows, out of those of each `data` device's.
 
+    Left to itself the partitioner reduces the gradients of every part of a batch, in the dtype of compute.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if 'data' not in mesh.axis_names or mesh.shape['data'] == 1:
+        return sums
 
-def _gradients_in_parts(graphdef, objective, parts, learned, frozen, batch):
-    def add(so_far, part):
-        (loss, count), grads = _total_gradients(graphdef, objective, learned, frozen, part)
-        return jax.tree.map(jnp.add, so_far, (loss, count, grads)), None
+    def local(learned, frozen, batch):
+        loss, count, grads = sums(learned, frozen, batch)
+        reduced = jax.lax.psum((loss, count, jax.tree.map(lambda g: g.astype(dtype), grads)), 'data')
+        return *reduced[:2], _in_float32(reduced[2])
 
-    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, learned))
-    (loss, count, grads), _ = jax.lax.scan(add, zero, _split(batch, parts))
-    return loss / count, jax.tree.map(lambda g: g / count, grads)
-
-
-def _gradients_across_parts(graphdef, objective, parts, learned, frozen, batch):
-    """Every example is compared with those of all parts, as in GradCache (arXiv:2101.06983)."""
-
-    def embed(learned, part):
-        return objective.embed(_model(graphdef, learned, frozen), part)
-
-    def loss_of(learned, embedded):
-        whole = [x.reshape(-1, x.shape[-1]) for x in embedded]
-        return objective.compare(_model(graphdef, learned, frozen), whole)
-
-    def add(so_far, part_and_slope):
-        part, slope = part_and_slope
-        _, pull = jax.vjp(lambda learned: embed(learned, part), learned)
-        return jax.tree.map(jnp.add, so_far, pull(slope)[0]), None
-
-    batch = _split(batch, parts)
-    embedded = jax.lax.map(lambda part: embed(learned, part), batch)
-    loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(learned, embedded)
-    return loss, jax.lax.scan(add, direct, (batch, slopes))[0]
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec('data'))
+    # Unchecked, as attention kernels do not say over which axes their results vary; gradients are then local.
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={'data'}, check_vma=False)
 
 
 def _split(batch, parts):

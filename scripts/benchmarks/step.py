@@ -54,7 +54,7 @@ def read(argv):
 
 def measure(config, steps):
     """What main() prints, of `steps` steps."""
-    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.accumulate)
+    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.parts)
     # GPT-2's tokenizer with our special tokens, unless the config says less.
     size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
     vocabulary = Vocabulary(size, image=size - 1)
