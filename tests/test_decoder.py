@@ -15,7 +15,7 @@ from flax import nnx
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import batch as batches
-from nanovision_jax.models.decoder import rotary_angles, rotate_pairs
+from nanovision_jax.models.decoder import rotary_angles, rotate_halves
 from nanovision_jax.models.layers import padded
 from nanovision_jax.training import optim
 
@@ -78,15 +78,17 @@ def test_an_example_gets_the_same_logits_alone_and_anywhere_in_a_row():
 
 @jax.jit
 def rotated(x, positions):
-    return rotate_pairs(x, rotary_angles(CFG.model, positions))
+    return rotate_halves(x, rotary_angles(CFG.model, positions))
 
 
-def test_rotation_turns_interleaved_pairs():
+def test_rotation_turns_pairs_that_stand_half_a_head_apart():
     rng = np.random.default_rng(1)
     x, positions = rng.normal(size=(2, 5, 3, 14)), rng.integers(0, 2048, (2, 5))
     found = np.asarray(rotated(x, positions))
+    pairs = np.stack([x[..., :7], x[..., 7:]], -1).reshape(x.shape)  # (0, 7), (1, 8), … put side by side
     for row in range(2):
-        np.testing.assert_allclose(found[row], reference.rope(x[row], positions[row], 1e6), atol=1e-3)
+        turned = reference.rope(pairs[row], positions[row], 1e6)
+        np.testing.assert_allclose(found[row], np.concatenate([turned[..., ::2], turned[..., 1::2]], -1), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
 
 

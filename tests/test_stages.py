@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
+import optax
 import pytest
 
 from nanovision_jax import config as configs
@@ -40,16 +41,16 @@ def mesh_of(sizes):
 
 
 class Scores:
-    """Stands for a decoder: its hidden states are its logits."""
+    """Stands for a decoder: its hidden states are its logits, of which those from `vocab_size` on are padding."""
 
-    def __init__(self, vocabulary):
-        self.vocabulary = vocabulary
+    def __init__(self, rows, vocab_size=None):
+        self.rows, self.vocab_size = rows, vocab_size or rows
 
-    def logits(self, hidden):
+    def norm(self, hidden):
         return hidden
 
     def output_kernel(self):
-        return jnp.eye(self.vocabulary)
+        return jnp.eye(self.rows)
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
@@ -58,11 +59,10 @@ class Scores:
 def test_the_loss_of_tokens_is_summed_over_what_is_learned():
     rng, (b, t, v) = np.random.default_rng(0), (3, 5, 7)
     logits = rng.normal(size=(b, t, v)).astype(np.float32)
-    logits[..., 5:] = -np.inf  # the padded vocabulary
     targets, weights = rng.integers(0, 5, (b, t)), rng.integers(0, 2, (b, t)).astype(np.float32)
     arrays = map(jnp.asarray, (logits, targets, weights))
-    total, count = objectives.next_token(Scores(v), *arrays)
-    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    total, count = objectives.next_token(Scores(v, vocab_size=5), *arrays)
+    chances = np.exp(logits[..., :5]) / np.exp(logits[..., :5]).sum(-1, keepdims=True)
     wanted = [-np.log(chances[i, j, targets[i, j]]) for i, j in zip(*np.nonzero(weights), strict=True)]
     np.testing.assert_allclose(total, sum(wanted), rtol=1e-5)
     assert count == len(wanted)
@@ -103,7 +103,13 @@ def test_the_loss_of_pairs_counts_pairs():
     assert count == 4
 
 
-# Losses in chunks ----------------------------------------------------------------------------------------------------
+# The loss that never has all logits ----------------------------------------------------------------------------------
+
+
+def of_plain_logits(decoder, hidden, targets, weights):
+    """The loss of tokens as it is written down."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(decoder.logits(hidden), targets)
+    return jnp.sum(losses * weights), jnp.sum(weights)
 
 
 @pytest.mark.parametrize('sizes', [None, (1, 1, 1), (4, 2, 1), (2, 2, 2)])
@@ -112,41 +118,47 @@ def test_the_loss_in_chunks_is_the_plain_one_and_so_are_its_gradients(sizes, tie
     cfg = micro.config('pretrain')
     cfg.model.tied = tied
     graphdef, params = micro.params(cfg)
-    batch = micro.batch(cfg)
-
-    def loss(params, batch):
-        total, count = objectives.OBJECTIVES['next_token'].total(models.merge(graphdef, params), batch)
-        return total / count
+    batch, mesh = micro.batch(cfg), sizes and mesh_of(sizes)
 
     def found():
-        mesh = sizes and mesh_of(sizes)
+        def loss(params, batch):
+            total, count = objectives.OBJECTIVES['next_token'].total(models.merge(graphdef, params), batch)
+            return total / count
+
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             placed = jax.device_put(params, parallel.shardings(params, mesh)) if mesh else params
             on = parallel.put_batch(batch, mesh) if mesh else batch
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(placed, on))
 
-    plain = found()
-    monkeypatch.setattr(objectives, 'LOGITS', 4 * 128 * 16)  # 16 tokens at once
-    seen, in_chunks = [], objectives._chunked
-
-    def watched(*args):
-        seen.append(args[4])
-        return in_chunks(*args)
-
-    monkeypatch.setattr(objectives, '_chunked', watched)
-    chunked = found()
     devices = 1 if sizes is None else sizes[0] * sizes[1]
-    assert seen == [8 * 32 // devices // 16]
-    chex.assert_trees_all_close(chunked, plain, rtol=2e-5, atol=2e-6)
+    monkeypatch.setattr(objectives, 'LEAST', 1)
+    monkeypatch.setattr(objectives, 'LOGITS', 4 * 128 * 12)  # 12 tokens at once, of which no device's are a multiple
+    assert objectives.chunk_of(8 * 32 // devices, 128) == min(12, 256 // devices // 16)
+    chunked = found()
+    monkeypatch.setattr(objectives, 'next_token', of_plain_logits)
+    chex.assert_trees_all_close(chunked, found(), rtol=2e-5, atol=2e-6)
 
 
-def test_a_device_whose_own_logits_are_small_makes_them_at_once(monkeypatch):
-    """However many there are on all devices together: chunks would cost time and spare nothing."""
-    graphdef, params = micro.params(micro.config('pretrain'))
-    batch, mesh = micro.batch(micro.config('pretrain')), mesh_of((4, 2, 1))
-    monkeypatch.setattr(objectives, 'LOGITS', 4 * 128 * 32)  # a row of 32 tokens, of eight
-    with jax.set_mesh(mesh):
-        total = objectives.OBJECTIVES['next_token'].total
-        loss = jax.make_jaxpr(lambda params, batch: total(models.merge(graphdef, params), batch))
-        program = str(loss(params, parallel.put_batch(batch, mesh)))
-    assert 'f32[8,32,128]' in program and 'shard_map' not in program
+def test_tokens_that_are_not_learned_never_meet_the_output_layer(monkeypatch):
+    """What stands at them is no number here, and would show in the loss."""
+    monkeypatch.setattr(objectives, 'LEAST', 4)
+    rng, learned = np.random.default_rng(0), np.zeros((2, 64), np.float32)
+    learned[0, 5:13] = learned[1, 56:] = 1  # 16 tokens: two chunks of eight, of 16 chunks
+    hidden = np.where(learned[..., None] > 0, rng.normal(size=(2, 64, 128)), np.nan).astype(np.float32)
+    targets = rng.integers(0, 128, (2, 64))
+
+    def loss(hidden):
+        return objectives.next_token(Scores(128), hidden, jnp.asarray(targets), jnp.asarray(learned))[0]
+
+    total, slopes = jax.value_and_grad(loss)(jnp.asarray(hidden))
+    wanted = jax.value_and_grad(loss)(jnp.nan_to_num(jnp.asarray(hidden)))
+    np.testing.assert_array_equal(total, wanted[0])
+    np.testing.assert_array_equal(slopes, wanted[1])
+    assert np.isfinite(total) and (np.asarray(slopes).any(-1) == (learned > 0)).all()
+
+
+def test_a_chunk_is_a_part_of_a_batch_that_logits_have_room_for():
+    assert objectives.chunk_of(100, 1024) == 100
+    assert objectives.chunk_of(36 * 128, 1024) == 288
+    assert objectives.chunk_of(32 * 1024, 50304) == (256 << 20) // (4 * 50304)
+    assert objectives.chunk_of(32 * 1024, 1 << 20) == 256

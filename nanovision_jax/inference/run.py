@@ -121,6 +121,7 @@ def load(run_dir) -> Run:
         raise UserError(f'{folder} is no run folder: it has no config.json.{hint}')
     compile_cache.use()
     config = runconfig.read(folder)
+    config.model.attention = 'auto'  # what it was trained through need not be here
     step = runfolder.newest(folder, 'params')
     if step is None:
         raise UserError(f'{folder} has no whole checkpoint yet.')

@@ -106,7 +106,8 @@ def extend_cache(
 
 def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh at hand over which the partitioner splits rows; none without a mesh."""
-    return tuple(axis for axis in _open_axes() if axis in ('data', 'fsdp'))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in _open_axes() if axis in ('data', 'fsdp') and sizes[axis] > 1)
 
 
 def _open_axes():

@@ -80,7 +80,8 @@ class VisionTower(nnx.Module):
         self.position = nnx.Param(places(rngs.params(), (cfg.patches + with_class, d)))
         self.norm_in = norm() if with_class else None
         self.norm_out = norm()
-        self.blocks = nnx.vmap(lambda r: TowerBlock(cfg, dtype, r, kernel, cfg.activation, cfg.epsilon))(rngs.split(cfg.layers))
+        block = functools.partial(TowerBlock, cfg, dtype, kernel=kernel, activation=cfg.activation, epsilon=cfg.epsilon)
+        self.blocks = nnx.vmap(lambda r: block(rngs=r))(rngs.split(cfg.layers))
 
     def normalize(self, images: UInt8[Array, 'B height width 3']) -> Float[Array, 'B height width 3']:
         """Bytes to the normalised pixels that the tower was trained on."""

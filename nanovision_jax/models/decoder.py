@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanovision_jax.models.attention import Structure, attend, extend_cache, over_batch, whole
-from nanovision_jax.models.layers import Linear, LinearGeneral, matrix_init, padded, rematerialized
+from nanovision_jax.models.layers import Linear, LinearGeneral, contract, matrix_init, padded, rematerialized
 
 Cache = dict[str, Float[Array, 'L B S K H']]
 
@@ -36,15 +36,14 @@ def rotary_angles(cfg, positions: Int[Array, 'B T']) -> Rotary:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-# GPT -----------------------------------------------------------------------------------------------------------------
-
-
-def rotate_pairs(x: Float[Array, 'B T N H'], rotary: Rotary) -> Float[Array, 'B T N H']:
-    """Rotary position embedding over interleaved pairs (0, 1), (2, 3), … (RoFormer, arXiv:2104.09864)."""
+def rotate_halves(x: Float[Array, 'B T N H'], rotary: Rotary) -> Float[Array, 'B T N H']:
+    """Rotary position embedding over pairs (i, i + H/2), as Hugging Face's decoders have it."""
     cos, sin = rotary
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    turned = pairs * cos[..., None] + pairs[..., ::-1] * (sin[..., None] * jnp.array([-1.0, 1.0]))
-    return turned.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
+
+
+# GPT -----------------------------------------------------------------------------------------------------------------
 
 
 class GPTBlock(nnx.Module):
@@ -63,10 +62,20 @@ class GPTBlock(nnx.Module):
         self.ffn_in = Linear(d, cfg.ffn, **into)
         self.ffn_out = Linear(cfg.ffn, d, use_bias=False, **out)
 
+    def _kernel_in_halves(self) -> Float[Array, 'D 3 N H']:
+        """The kernel of queries, keys and values; what a position turns as a pair stands half a head apart in it.
+
+        The model rotates interleaved pairs (0, 1), (2, 3), … as RoFormer and nanoGPTVision do. Products of queries with
+        keys stay what they are when both are put in another order, and of activations that takes twice the memory.
+        """
+        kernel = self.qkv.kernel[...].astype(self.qkv.dtype)
+        even, odd = kernel[:, :2, :, ::2], kernel[:, :2, :, 1::2]
+        return jnp.concatenate([jnp.concatenate([even, odd], -1), kernel[:, 2:]], 1)
+
     def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
         """x → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys and values at structure.positions."""
-        q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
+        q, k, v = jnp.moveaxis(contract(self.attention_norm(x), self._kernel_in_halves()), 2, 0)
+        q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
         k, v, cache = extend_cache(cache, k, v, structure.positions)
         x = x + self.out(attend(q, k, v, structure, self.kernel))
         with jax.named_scope('ffn'):
@@ -74,13 +83,6 @@ class GPTBlock(nnx.Module):
 
 
 # Llama and its kin (arXiv:2302.13971): SmolLM2, Qwen2 and Qwen3 ------------------------------------------------------
-
-
-def rotate_halves(x: Float[Array, 'B T N H'], rotary: Rotary) -> Float[Array, 'B T N H']:
-    """Rotary position embedding over pairs (i, i + H/2), as Hugging Face's decoders have it."""
-    cos, sin = rotary
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)
 
 
 class LlamaBlock(nnx.Module):
@@ -147,7 +149,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
         """Token ids to vectors."""
         # Not self.embedding(tokens): it casts the whole table, and sums a token's gradients in the dtype of compute.
-        return over_batch(whole(self.embedding.embedding[...])[tokens].astype(self.dtype))
+        return over_batch(whole(jnp.asarray(self.embedding.embedding[...]))[tokens].astype(self.dtype))
 
     def trunk(
         self,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from nanovision_jax.errors import UserError
 
 HEADS = (32, 64, 128)  # head dims that the kernels for packed rows are tested with
+RESIDUALS = 'attention'  # the name by which a rematerialisation policy can keep what a kernel's backward pass needs
 BLOCKS = (512, 256, 128)  # tokens a block: the first that divides a row
 
 
@@ -30,7 +31,9 @@ def splash(
     block = _block(length)
     sizes = library.BlockSizes(**{f'block_{part}': block for part in ('q', 'kv', 'q_dkv', 'kv_dkv', 'q_dq', 'kv_dq')})
     mask = library.MultiHeadMask([library.CausalMask((length, length))] * heads)
-    kernel = library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = library.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=interpret
+    )
 
     def row(q, k, v, segments):
         return kernel(q, k, v, segment_ids=library.SegmentIds(segments, segments))

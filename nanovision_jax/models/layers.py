@@ -6,6 +6,8 @@ import math
 import jax
 from flax import nnx
 
+from nanovision_jax.models import kernels
+
 
 def padded(vocab_size: int) -> int:
     """The vocabulary's rows in the model: the next multiple of 128, which matrix units and meshes like."""
@@ -19,11 +21,14 @@ def matrix_init(layers: int = 0):
 
 def rematerialized(body, kind: str):
     """The body of a scan over blocks, with what its backward pass recomputes by model.remat: 'none'; 'dots', all but
-    matrix products; 'full', all but the block's input."""
+    matrix products (and splash attention); 'full', all but the block's input."""
     if kind == 'none':
         return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if kind == 'dots' else None
-    return jax.checkpoint(body, policy=policy)
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(kernels.RESIDUALS)
+    )
+    return jax.checkpoint(body, policy=dots if kind == 'dots' else None)
 
 
 # Matrix products -----------------------------------------------------------------------------------------------------
@@ -34,6 +39,11 @@ def _dot_general(inputs, kernel, dimension_numbers, precision=None, out_sharding
     if platform() != 'cpu':
         return jax.lax.dot_general(inputs, kernel, dimension_numbers, precision, out_sharding=out_sharding)
     return _product(len(dimension_numbers[0][0]), inputs, kernel)
+
+
+def contract(inputs, kernel):
+    """inputs [..., D] with a kernel [D, ...], as Linear does."""
+    return _dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())))
 
 
 def platform() -> str:

@@ -1,5 +1,6 @@
-"""What a device can do: its peak FLOP/s, and the memory that was used of it."""
+"""What a device can do: its peak FLOP/s, its memory, and how much of that was used."""
 
+import os
 import re
 import time
 
@@ -28,6 +29,19 @@ PEAK = {
     'TPU v6 lite': 918e12,
     'TPU v6e': 918e12,
 }
+
+
+# Bytes of memory that a program may take, of devices that need not be at hand. Kinds as jax names them.
+MEMORY = {'TPU v5 lite': 15.75 * 2**30, 'TPU v6 lite': 31.25 * 2**30}
+
+
+def memory(device) -> int | None:
+    """Bytes that a program may take on a device, or None where nothing says: its share of a CPU's main memory."""
+    if device.platform == 'cpu':
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // len(jax.local_devices())
+    if device.device_kind in MEMORY:
+        return int(MEMORY[device.device_kind])
+    return (device.memory_stats() or {}).get('bytes_limit')
 
 
 def peak_flops() -> tuple[float, str]:

@@ -80,9 +80,7 @@ def check_divides(config, mesh: jax.sharding.Mesh, vocab_size: int):
     """Raises UserError where an axis of the mesh does not divide what it splits."""
     shape, model, data = dict(mesh.shape), config.model, config.data
     rows = shape['data'] * shape['fsdp']
-    splits = [
-        ('data.batch_size', data.batch_size // config.optim.parts, rows, 'data × fsdp (per accumulated part)')
-    ]
+    splits = [('data.batch_size', data.batch_size // config.optim.parts, rows, 'data × fsdp (per accumulated part)')]
     widths = {name: configs.get(config, name) for name in PARTS[stage_of(config).model]}
     for name, part in widths.items():
         splits += [(f'{name}.{f}', getattr(part, f), shape['tensor'], 'tensor') for f in ('heads', 'ffn')]

@@ -109,10 +109,20 @@ def _put(tree, name, value):
 def differences(old: Config, new: Config) -> list[str]:
     """Dotted names of the fields in which two runs' results may differ.
 
-    Where a run lives, how it reads, saves, logs, evaluates and on which mesh it runs may change between a run and its
-    continuation.
+    Where a run lives, how it reads, saves, logs, evaluates, and on which mesh and by which kernels it runs may change
+    between a run and its continuation.
     """
-    free = ('name', 'run_dir', 'data.workers', 'checkpoint.', 'eval.', 'log.', 'mesh.')
+    free = (
+        'name',
+        'run_dir',
+        'data.workers',
+        'checkpoint.',
+        'eval.',
+        'log.',
+        'mesh.',
+        'model.attention',
+        'model.remat',
+    )
     names = [name for name in fields(Config) if not name.startswith(free)]
     return [name for name in names if not equal(name, get(old, name), get(new, name))]
 

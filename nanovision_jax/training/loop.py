@@ -6,7 +6,6 @@ import itertools
 import pathlib
 import signal
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +22,12 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
-from nanovision_jax.training import optim
+from nanovision_jax.training import fit, optim
 from nanovision_jax.training import start as starts
 from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
 from nanovision_jax.training.resume import open_run, write_run
-from nanovision_jax.training.step import (
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    partition,
-    shardings_of,
-)
+from nanovision_jax.training.step import init_state, make_eval_step, partition
 from nanovision_jax.training.trace import Trace
 
 
@@ -129,7 +121,9 @@ class Training(NamedTuple):
 def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
     """Makes or reads the state, writes the run folder, and compiles the step."""
     optimizer = optim.make_optimizer(config.optim, data.steps)
-    graphdef, shapes = abstract_state(config, data.tokenizer, optimizer, mesh)
+    # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
+    program = fit.settle(config, data.tokenizer, optimizer, mesh)
+    shapes = program.shapes
     if start:
         state = {item: checkpoint.restore(config.run_dir, start, item, shapes[item]) for item in shapes}
     else:
@@ -144,12 +138,7 @@ def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
     batches = prefetch(pipeline.batches(data.rows, config.data.batch_size, first_row, config.data.workers), mesh)
-    first = next(batches)
-    began = time.perf_counter()
-    # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
-    step = make_train_step(config, graphdef, optimizer, shardings_of(shapes)).lower(state, first[0]).compile()
-    print(f'compiled the step in {time.perf_counter() - began:.1f} s')
-    return Training(graphdef, state, step, itertools.chain([first], batches), first_row, digests)
+    return Training(program.graphdef, state, program.step, batches, first_row, digests)
 
 
 def prefetch(batches, mesh, ahead: int = 2):

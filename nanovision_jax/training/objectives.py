@@ -93,7 +93,7 @@ _fused.defvjp(_forward, _backward)
 
 def _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients):
     """(sum of losses, its gradient in kernel, in x): products in x's dtype, sums in float32."""
-    tokens, width = x.shape
+    tokens = len(x)
     chunk = chunk_of(tokens, kernel.shape[1])
     cast = kernel.astype(x.dtype)
     order = jnp.argsort(weights == 0)  # a stable sort

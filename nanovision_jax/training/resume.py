@@ -35,7 +35,10 @@ def open_run(config, resume: bool, anew: bool) -> int:
             f'{folder} is a converted run, without an optimizer to go on with: start another run from it, with '
             f'--config.init_from={folder} and another --config.name.'
         )
-    changed = runconfig.differences(runconfig.read(folder), config)
+    saved = runconfig.read(folder)
+    config.model.remat = saved.model.remat if config.model.remat == 'auto' else config.model.remat
+    config.optim.accumulate = config.optim.accumulate or saved.optim.accumulate  # what was settled stays so
+    changed = runconfig.differences(saved, config)
     if changed and not resume:
         raise UserError(
             f'{folder} holds a run with another config ({", ".join(changed)} differ): '

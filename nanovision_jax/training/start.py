@@ -32,7 +32,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
 
 # Fields of config.Model that no decoder fixes.
-_FREE = ('decoder', 'tower', 'contrastive', 'projector', 'remat', 'unroll', 'vision', 'text')
+_FREE = ('decoder', 'tower', 'contrastive', 'projector', 'attention', 'remat', 'unroll', 'vision', 'text')
 DECODER = tuple(f'model.{f.name}' for f in dataclasses.fields(configs.Model) if f.name not in _FREE)
 VISION = tuple(f'model.vision.{f.name}' for f in dataclasses.fields(configs.Vision))
 WHERE = ('init_from', 'model.decoder', 'model.tower', 'data.tokenizer', 'data.template')  # which say where a run starts

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from nanovision_jax import models
+from nanovision_jax.models.layers import platform
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training.objectives import OBJECTIVES
@@ -108,12 +109,13 @@ def make_gradients(config, graphdef):
             (loss, count), grads = jax.value_and_grad(total, has_aux=True)(learned)
             return loss, count, _in_float32(grads)
 
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, of_part(part)), None
+
         if parts == 1:
             return of_part(batch)
-        batch = _split(batch, parts)
-        start = of_part(jax.tree.map(lambda x: x[0], batch))
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)
-        return jax.lax.scan(add, start, jax.tree.map(lambda x: x[1:], batch))[0]
+        zeros = jnp.float32(0), jnp.float32(0), _in_float32(jax.tree.map(jnp.zeros_like, learned))
+        return jax.lax.scan(add, zeros, _split(batch, parts))[0]
 
     def across_parts(learned, frozen, batch):
         """(loss, gradients) where every example is compared with those of all parts (GradCache, arXiv:2101.06983)."""
@@ -168,6 +170,9 @@ def _reduced_once(sums, dtype):
     mesh = jax.sharding.get_abstract_mesh()
     if 'data' not in mesh.axis_names or mesh.shape['data'] == 1:
         return sums
+
+    if platform() == 'cpu':
+        dtype = jnp.float32  # XLA's CPU backend dies of a bfloat16 sum
 
     def local(learned, frozen, batch):
         loss, count, grads = sums(learned, frozen, batch)

@@ -1,0 +1,249 @@
+"""What the compiled step of a config takes, on hardware that need not be there; and the choices that make it fit.
+
+The compiler says how much memory a program takes before anything is allocated, for the devices at hand or for those of
+a topology, as in `v5e:2x4`.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from nanovision_jax import models
+from nanovision_jax.data.batch import fake_batch
+from nanovision_jax.errors import UserError
+from nanovision_jax.models import kernels
+from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.stages import stage_of
+from nanovision_jax.training import meter, objectives
+from nanovision_jax.training.step import abstract_state, make_train_step, partition, shardings_of
+
+
+class Program(NamedTuple):
+    """A compiled training step."""
+
+    config: object
+    graphdef: object
+    shapes: dict  # of the state, with shardings
+    step: object
+    seconds: float  # of compilation
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a device holds at most: the state, the batch and what the step itself needs."""
+        memory = self.step.memory_analysis()  # on CPU it names no peak
+        return memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def lower_step(config, vocabulary, optimizer, mesh) -> tuple:
+    """(graphdef, shapes of the state, the lowered step) of a config, for a mesh of devices that need not be there."""
+    graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
+    rows, sharding = config.data.batch_size, NamedSharding(mesh, parallel.BATCH)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+        for name, x in fake_batch(one, vocabulary.size).items()
+    }
+    return graphdef, shapes, make_train_step(config, graphdef, optimizer, shardings_of(shapes)).lower(shapes, batch)
+
+
+def compile_step(config, vocabulary, optimizer, mesh) -> Program:
+    """The step of a config, compiled for a mesh of devices that need not be there; allocates nothing."""
+    began = time.perf_counter()
+    graphdef, shapes, lowered = lower_step(config, vocabulary, optimizer, mesh)
+    return Program(config, graphdef, shapes, lowered.compile(), time.perf_counter() - began)
+
+
+# The choices ---------------------------------------------------------------------------------------------------------
+
+AT_MOST = 3  # programs compiled to find one that fits
+ROOM = 0.04  # of a device's memory, kept for batches on their way and for what a runtime takes
+REMAT = {'none': 1.0, 'dots': 1.05, 'full': 1.3}  # model.remat, and about how long a step takes with each
+
+
+def settle(config, vocabulary, optimizer, mesh, memory: int | None = None) -> Program:
+    """The compiled step of a config, whose model.attention, model.remat and optim.accumulate may be open.
+
+    What is open is settled in `config` and printed: attention by hardware and shape; of the others the fastest that is
+    estimated to fit into `memory` bytes a device, then compiled, and followed by the next one if the compiler finds it
+    too large. If none of AT_MOST fits, the last stands: what is wrong is the device's to say.
+    """
+    kernel, why = models.attention_kernel(config)
+    print(f'attention: {kernel} ({why})')
+    config.model.attention = kernel
+    memory = hardware.memory(mesh.devices.flat[0]) if memory is None else memory
+    found, scale = _candidates(config, vocabulary, mesh), 1.0
+    for last in range(AT_MOST - 1, -1, -1):
+        fitting = [c for c in found if not memory or c.bytes * scale <= memory * (1 - ROOM)]
+        chosen = fitting[0] if fitting else min(found, key=lambda c: c.bytes)
+        config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
+        program = _compiled(config, vocabulary, optimizer, mesh)
+        peak = program.peak if program else None
+        found = [c for c in found if c.bytes < chosen.bytes]
+        if not found or not memory or (peak and peak <= memory * (1 - ROOM)) or not last:
+            break
+        scale = max(scale, (peak or 1.25 * chosen.bytes * scale) / chosen.bytes)
+    if program is None:
+        raise UserError(
+            f'{config.stage} does not fit into a device with model.remat={chosen.remat} and optim.accumulate='
+            f'{chosen.parts}: split parameters with mesh.fsdp, or lower data.length.'
+        )
+    of = f' of {memory / 2**30:.1f}' if memory else ''
+    print(
+        f'compiled the step in {program.seconds:.1f} s: {program.peak / 2**30:.1f}{of} GiB a device, with '
+        f'model.remat={chosen.remat} and optim.accumulate={chosen.parts}'
+    )
+    return program
+
+
+class _Candidate(NamedTuple):
+    remat: str
+    parts: int
+    bytes: float  # estimated, of one device
+    time: float  # estimated, relative
+
+
+def _candidates(config, vocabulary, mesh):
+    """What model.remat and optim.accumulate may be, the fastest first."""
+    rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    every = [parts for parts in range(1, rows + 1) if rows % parts == 0]
+    parts = [config.optim.accumulate] if config.optim.accumulate else every
+    remats = REMAT if config.model.remat == 'auto' else [config.model.remat]
+    fixed, by_part = _estimate(config, vocabulary, mesh)
+    found = [
+        _Candidate(
+            # A part of few tokens leaves matrix units waiting, and each part reads all weights and adds all gradients.
+            remat, n, fixed + by_part[remat] / n, REMAT[remat] * (1 + 512 * n / (rows * config.data.length))
+        )
+        for n in parts
+        for remat in remats
+    ]  # fmt: skip
+    return sorted(found, key=lambda candidate: candidate.time)
+
+
+def _compiled(config, vocabulary, optimizer, mesh):
+    """The Program of a config; None where the compiler itself says that a device has not so much memory."""
+    try:
+        return compile_step(config, vocabulary, optimizer, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return None
+
+
+def _estimate(config, vocabulary, mesh):
+    """(bytes of a device whatever the part, {model.remat: bytes of a whole step's rows}), within a quarter or so."""
+    size = models.compute_dtype(config.dtype).itemsize
+    shards = mesh.shape['fsdp'] * mesh.shape['tensor']
+    learned, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(part))
+        for part in partition(config, models.abstract(config, vocabulary.size, vocabulary.image)[1])
+    )
+    moments = 2 if config.optim.name != 'sgd' else 0
+    fixed = (4 * (2 + moments) + size) * learned / shards + (4 + size) * frozen / shards + 4 * objectives.LOGITS
+    rows, model, stage = (
+        config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']),
+        config.model,
+        stage_of(config),
+    )
+    by_part = dict.fromkeys(REMAT, 0.0)
+
+    def add(part, tokens, length, learns):
+        """Adds what the blocks of a transformer keep for the backward pass."""
+        width, heads = part.width, part.heads
+        scores = 0 if model.attention in kernels.PACKED else heads * length * (4 + size)
+        block = size * (10 * width + 5 * meter.attention_width(part) + 5 * part.ffn) + scores
+        kept = {
+            'none': block,
+            'dots': size * (3 * width + 4 * meter.attention_width(part) + part.ffn),
+            'full': size * width,
+        }
+        for remat in REMAT:
+            by_part[remat] += tokens * (block + (part.layers * kept[remat] if learns else 0)) / mesh.shape['tensor']
+
+    vision = model.vision
+    seen = vision.patches + vision.class_tokens
+    if stage.model == 'clip':
+        add(vision, rows * seen, seen, True)
+        add(model.text, rows * config.data.length, config.data.length, True)
+    else:
+        add(model, rows * config.data.length, config.data.length, True)
+    if stage.sees:
+        add(vision, rows * config.data.slots * seen, seen, False)
+    return fixed, by_part
+
+
+# What a program sends ------------------------------------------------------------------------------------------------
+
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
+_COLLECTIVE = re.compile(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(')
+_SHAPE = re.compile(r'\b(\w+)\[([\d,]*)\]')
+
+
+class Sent(NamedTuple):
+    """Collective operations of one kind and dtype in a program, those in loops as often as they run."""
+
+    times: int
+    bytes: int  # of the results on one device
+
+
+def collectives(text: str) -> dict[tuple[str, str], Sent]:
+    """{(kind, dtype): Sent} of a compiled program's text (compiled.as_text()).
+
+    An operation on several arrays counts once, for the dtype of the first.
+    """
+    found = collections.defaultdict(lambda: Sent(0, 0))
+    computations = _computations(text)
+    for name, runs in _runs(computations).items():
+        for line in computations[name]:
+            if not (match := _COLLECTIVE.search(line)):
+                continue
+            shapes = [(d, math.prod(int(n) for n in dims.split(',') if n)) for d, dims in _SHAPE.findall(match[1])]
+            shapes = [(dtype, size) for dtype, size in shapes if dtype in _BYTES]
+            if '-start(' in line and match[2] != 'all-reduce':  # (operand, result, …)
+                shapes = shapes[1:2]
+            sent = sum(_BYTES[dtype] * size for dtype, size in shapes)
+            before = found[match[2], shapes[0][0]]
+            found[match[2], shapes[0][0]] = Sent(before.times + runs, before.bytes + runs * sent)
+    return dict(found)
+
+
+def _computations(text):
+    """{name: its lines} of the computations of a program; the one that it begins with is 'ENTRY'."""
+    found, name = {}, None
+    for line in text.splitlines():
+        if line.startswith(('%', 'ENTRY')) and line.endswith('{'):
+            name = 'ENTRY' if line.startswith('ENTRY') else line.split()[0].lstrip('%')
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def _runs(computations):
+    """{computation: how often it runs}; of a loop whose number of turns is not in the program one turn counts."""
+    runs = collections.Counter()
+
+    def turns(line):
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)', line):
+            return int(known[1])
+        condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], ())
+        limits = [int(n) for n in re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))]
+        return limits[0] if len(limits) == 1 else 1
+
+    def walk(name, times):
+        runs[name] += times
+        for line in computations[name]:
+            inner = times * turns(line) if ' while(' in line else times
+            for called in re.findall(r'(?:body|condition|calls|to_apply)=%?([\w.\-]+)', line):
+                if called in computations:
+                    walk(called, inner)
+
+    walk('ENTRY', 1)
+    return runs
