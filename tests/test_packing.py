@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import pickle
 import random
 import re
@@ -331,6 +332,33 @@ def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
         assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
         assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
         assert (row['images'] == images.decode(example.images[0], rows.config.model.vision)).all()
+
+
+@pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
+def test_training_may_read_jpegs_at_a_part_of_their_size_and_held_out_rows_never_do(make, stage):
+    small = 'model.vision.image_size=8', 'model.vision.patch_size=8'
+    exact, draft = make(stage, 0, *small), make(stage, 0, 'data.draft=true', *small)
+    reduced = 0
+    for i in range(exact.rows_per_epoch()):
+        one, other = exact[i], draft[i]
+        assert all(np.array_equal(one[name], other[name]) for name in one if name != 'images')
+        reduced += (one['images'] != other['images']).any()
+        chosen = [exact.shuffled.at(i)[1]] if stage == 'clip' else exact.examples(i)
+        seen = [data for k in chosen for data in draft.source[draft.index.rows[k]].images]
+        for picture, data in zip(other['images'].reshape(-1, 8, 8, 3), seen, strict=False):
+            assert (picture == images.decode(data, draft.config.model.vision, draft=True)).all()
+    assert reduced > 10
+    held_out = make(stage, 0, 'data.draft=true', *small, shuffle=False)
+    assert same(held_out[3], make(stage, 0, *small, shuffle=False)[3])
+    assert 'part of their size' in draft.identity()['packing'] and held_out.identity() != draft.identity()
+
+
+def test_an_augmented_picture_is_not_enlarged_after_it_was_reduced(make, monkeypatch):
+    seen = []
+    load = images.load
+    monkeypatch.setattr(images, 'load', lambda data, least=None: seen.append(least) or load(data, least))
+    rows = make('clip', 0, 'data.augment=true', 'data.draft=true')
+    assert same(rows[5], rows[5]) and set(seen[-2:]) == {math.ceil(1.3 * rows.config.model.vision.image_size)}
 
 
 def test_augmented_pairs_change_with_the_epoch_only(make):

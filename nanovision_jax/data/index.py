@@ -241,7 +241,7 @@ def _look(source, i, config, tokenizer):
         ids, _, kept, done = _encode(example, config, tokenizer)
         if not source.decoded:
             for data in kept:
-                image_files.load(data)
+                image_files.load(data, 1)  # of a JPEG as little as shows its damage
     except conversation.TooLong:
         return _Look(-1, validation=_is_validation(source, i, example), done=DROPPED)
     except conversation.BadExample as error:

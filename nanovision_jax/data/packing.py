@@ -6,6 +6,7 @@ depends on: rows of equal identities have the same row i.
 """
 
 import hashlib
+import math
 import os
 import threading
 
@@ -21,6 +22,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.stages import stage_of
 
 OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
+DRAFT = ', large JPEGs at a part of their size'
 
 
 def plan(
@@ -134,7 +136,7 @@ class PackedRows:
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.slots = config.data.slots if stage_of(config).sees else 0
-        self.shuffled = shuffled
+        self.shuffled, self.draft = shuffled, config.data.draft and shuffled.shuffle
         self._plans, self._starts, self._lock = {}, [0], threading.Lock()
 
     def __getstate__(self):
@@ -166,7 +168,7 @@ class PackedRows:
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
             ids, learned, images = encode_example(example, self.config, self.tokenizer)
-            laid.append((ids, learned, [image_files.decode(data, vision) for data in images]))
+            laid.append((ids, learned, [image_files.decode(data, vision, self.draft) for data in images]))
         return batch.pack(laid, self.config.data.length, self.slots, vision.image_size)
 
     def rows_per_epoch(self):
@@ -187,6 +189,7 @@ class PackedRows:
         packing += ', long first answers are cut' * (self.config.data.too_long == 'cut')
         if self.slots:
             packing += f', {self.slots} slots, {self.config.model.vision.patches} tokens a picture'
+            packing += DRAFT * self.draft
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
 
 
@@ -263,12 +266,15 @@ class PairRows:
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.shuffled = shuffled
         self.augment = config.data.augment and shuffled.shuffle
+        self.draft = config.data.draft and shuffled.shuffle
 
     def __getitem__(self, i):
         epoch, k = self.shuffled.at(i)
         example, vision = self.source[self.index.rows[k]], self.config.model.vision
         ids, _, images = encode_example(example, self.config, self.tokenizer)
-        image = image_files.load(images[0])
+        # What augment() leaves of a side is at least its 0.77th part.
+        least = math.ceil(vision.image_size * (1.3 if self.augment else 1)) if self.draft else None
+        image = image_files.load(images[0], least)
         if self.augment:
             image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {
@@ -288,5 +294,5 @@ class PairRows:
 
     def identity(self):
         """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
-        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment
+        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment + DRAFT * self.draft
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
