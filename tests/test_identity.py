@@ -52,6 +52,7 @@ def test_a_changed_config_changes_its_part_of_the_identity(kept, tokenizer, stag
 def test_slots_augmentation_and_reduced_pictures_are_packing(kept, tokenizer):
     for stage, override in (
         ('vision_pretrain', 'data.slots=7'),
+        ('vision_pretrain', 'data.open_rows=17'),
         ('clip', 'data.augment=True'),
         ('clip', 'data.draft=True'),
     ):

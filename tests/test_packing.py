@@ -64,6 +64,39 @@ def test_an_example_of_the_whole_row_fits():
     assert packing.plan(np.arange(3), np.array([8, 8, 1]), np.array([0, 1, 1]), 8, 1) == [[0], [1], [2]]
 
 
+def first_fit(order, lengths, pictures, length, slots, open_rows):
+    """The rule, written a second time: [row] in the order in which they were closed."""
+    done, rows = [], []
+    for i in order:
+        fits = [r for r in rows if lengths[[*r, i]].sum() <= length and pictures[[*r, i]].sum() <= slots]
+        if not fits and len(rows) == open_rows:
+            fullest = max(rows, key=lambda r: lengths[r].sum())
+            done.append(fullest)
+            rows = [r for r in rows if r is not fullest]
+        if not fits:
+            rows.append(fits := [])
+            fits = [fits]
+        fits[0].append(i)
+    return done + rows
+
+
+@pytest.mark.parametrize('open_rows, slots', [(16, 0), (16, 4), (3, 4), (64, 0)])
+def test_a_plan_is_first_fit_whatever_is_looked_at_at_a_time(monkeypatch, open_rows, slots):
+    order, lengths, pictures = spread(2)
+    order, pictures = order[:600], pictures if slots else np.zeros_like(pictures)
+    wanted = first_fit(order.tolist(), lengths, pictures, 512, slots, open_rows)
+    for chunk in (7, 600, 1 << 16):
+        monkeypatch.setattr(packing, 'CHUNK', chunk)
+        assert packing.plan(order, lengths, pictures, 512, slots, open_rows) == wanted
+
+
+def test_chats_of_two_fifths_of_a_row_fill_97_percent_of_it_with_128_open():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.9, 0.6, 40_000), 20, 1024).astype(np.int32)
+    order, none = np.random.default_rng(1).permutation(40_000), np.zeros(40_000, np.int32)
+    share = [lengths.sum() / 1024 / len(packing.plan(order, lengths, none, 1024, 0, rows)) for rows in (16, 128)]
+    assert 0.40 < lengths.mean() / 1024 < 0.42 and 0.96 < share[0] < 0.97 < share[1]
+
+
 # Orders --------------------------------------------------------------------------------------------------------------
 
 
