@@ -488,8 +488,11 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
             print([future.result() for future in [pool.submit(pool.call, i) for i in range(5)]])
         """)
     )
+    (tmp_path / 'elsewhere/nanovision_jax').mkdir(parents=True)
+    (tmp_path / 'elsewhere/nanovision_jax/__init__.py').write_text('raise ImportError("of the current folder")')
+    where = tmp_path / 'elsewhere'
     done = subprocess.run(
-        [sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)}
+        [sys.executable, '../script.py'], cwd=where, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)}
     )
     assert done.stdout == f'once\n{[None] * 5}\n', done.stderr[-500:]
     assert sorted(done.stderr.split()) == list('01234')

@@ -35,7 +35,8 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
         super().__init__(count)  # a thread waits for each
         self._free, self._all = queue.SimpleQueue(), []
         environment = os.environ | {'PYTHONPATH': os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        program = [sys.executable, '-c', 'from nanovision_jax.data import workers; workers.work()']
+        # -P: what lies in the current folder is not imported instead, unless it is on the path here too.
+        program = [sys.executable, '-P', '-c', 'from nanovision_jax.data import workers; workers.work()']
         pickled = pickle.dumps(function)
         for _ in range(count):
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -65,7 +66,7 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
         except (EOFError, OSError, pickle.UnpicklingError) as cut:
             raise UserError(
                 f'one of {len(self._all)} processes that look through the data ended early, with code '
-                f'{process.wait()}: perhaps there is not memory enough for so many.'
+                f'{process.wait()}: what it said stands above; -9 is mostly want of memory.'
             ) from cut
         finally:
             self._free.put(process)
