@@ -21,6 +21,6 @@ def get_config(size='d20'):
     else:
         config.epochs = 32
         config.data = Data('llava_pretrain', 'data', tokenizer='gpt2', batch_size=4096, length=77)
-        config.data.augment, config.data.workers = True, 16
+        config.data.augment, config.data.draft, config.data.workers = True, True, 16
         config.optim = Optim(learning_rate=5e-4, end_learning_rate=0.0, warmup=2000, b2=0.98, weight_decay=0.2)
     return config

@@ -19,6 +19,6 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=40, batches=4), Log(every=10)
     else:
         config.steps = 5_000
-        config.data = Data('magpie', 'data', tokenizer='gpt2', batch_size=32, length=1024)
+        config.data = Data('magpie', 'data', tokenizer='gpt2', batch_size=32, length=1024, open_rows=128)
         config.optim = Optim(learning_rate=2e-4, end_learning_rate=2e-5, schedule='linear', warmup=1000)
     return config

@@ -20,6 +20,6 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=300), Eval(every=700, batches=4), Log(every=50)
     else:
         config.data = Data('llava_instruct', 'data', tokenizer='gpt2', batch_size=40, length=2048)
-        config.data.slots, config.data.workers = 4, 16
+        config.data.slots, config.data.draft, config.data.workers = 4, True, 16
         config.optim = Optim(learning_rate=2e-5, end_learning_rate=0.0, warmup=0.03, weight_decay=0.0)
     return config

@@ -20,6 +20,6 @@ def get_config(size='d20'):
         config.checkpoint, config.eval, config.log = Checkpoint(every=100), Eval(every=60, batches=4), Log(every=10)
     else:
         config.data = Data('llava_pretrain', 'data', tokenizer='gpt2', batch_size=16, length=2048)
-        config.data.slots, config.data.workers = 7, 16
+        config.data.slots, config.data.draft, config.data.workers = 7, True, 16
         config.optim = Optim(learning_rate=2e-3, end_learning_rate=0.0, warmup=0.03, weight_decay=0.0)
     return config

@@ -142,7 +142,9 @@ class Data:
         ('', 'drop', 'cut', 'refuse'),
     )
     slots: int = option(4, 'pictures a row, in the vision stages', above=0)
+    open_rows: int = option(16, 'rows that an example may still go into: more packs tighter', above=0)
     augment: bool = option(False, 'clip only: random crop and mirror; wrong where left and right matter')
+    draft: bool = option(False, 'training decodes JPEGs of twice the size needed or more at a part of it: faster')
     workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
 
     @property

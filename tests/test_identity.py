@@ -49,8 +49,13 @@ def test_a_changed_config_changes_its_part_of_the_identity(kept, tokenizer, stag
     assert part in changed and changed <= ({part, 'order'} if stage == 'pretrain' else {part})  # windows are fewer
 
 
-def test_slots_and_augmentation_are_packing(kept, tokenizer):
-    for stage, override in (('vision_pretrain', 'data.slots=7'), ('clip', 'data.augment=True')):
+def test_slots_augmentation_and_reduced_pictures_are_packing(kept, tokenizer):
+    for stage, override in (
+        ('vision_pretrain', 'data.slots=7'),
+        ('vision_pretrain', 'data.open_rows=17'),
+        ('clip', 'data.augment=True'),
+        ('clip', 'data.draft=True'),
+    ):
         one, other = identity(kept, stage, tokenizer), identity(kept, stage, tokenizer, override)
         assert [key for key in one if one[key] != other[key]] == ['packing']
 

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import transformers
-from PIL import Image, features
+from PIL import Image, ImageFilter, features
 
 from nanovision_jax.config import Vision
 from nanovision_jax.data import images
@@ -306,12 +306,12 @@ def test_only_what_a_file_leads_to_is_a_bad_example(monkeypatch):
     data = encoded(noise(20, 12))
     for error in (MemoryError, KeyboardInterrupt):
         with monkeypatch.context() as patch:
-            patch.setattr(images, '_load', lambda data, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(images, '_load', lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(error):
                 images.load(data)
     for error in (struct.error, KeyError, ZeroDivisionError, RecursionError, OverflowError):
         with monkeypatch.context() as patch:
-            patch.setattr(images, '_load', lambda data, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(images, '_load', lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(BadExample, match='image does not decode'):
                 images.load(data)
 
@@ -340,6 +340,96 @@ def test_a_large_picture_is_not_taken_for_a_bomb(size):
 def test_an_enormous_picture_is_refused():
     with pytest.raises(BadExample):
         images.load(png_header(20_000, 20_000))
+
+
+# Reduced JPEGs -------------------------------------------------------------------------------------------------------
+
+
+def quarters(width, height, exif=None):
+    """A JPEG with a red, a green, a blue and a white quarter, parted at a third of its width and of its height."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[: height // 3, : width // 3, 0] = image[: height // 3, width // 3 :, 1] = 255
+    image[height // 3 :, : width // 3, 2] = image[height // 3 :, width // 3 :] = 255
+    return encoded(Image.fromarray(image), 'JPEG', quality=95, **({'exif': exif} if exif else {}))
+
+
+@pytest.mark.parametrize('fit', ['crop', 'pad', 'stretch'])
+@pytest.mark.parametrize('size', [(640, 480), (480, 640), (641, 483), (1000, 460), (448, 448), (1800, 1799)], ids=str)
+def test_a_reduced_jpeg_shows_the_same_in_the_same_place(size, fit):
+    """Smooth pictures differ by a level or two; edges lie in the same place, or a pixel apart where sizes are odd."""
+    smooth, wanted = encoded(noise(*size), 'JPEG', quality=90), vision(224, fit)
+    exact, draft = (images.decode(smooth, wanted, draft).astype(int) for draft in (False, True))
+    assert draft.shape == (224, 224, 3) and 0 < np.abs(exact - draft).mean() < 2
+    exact, draft = (images.decode(quarters(*size), wanted, draft).astype(int) for draft in (False, True))
+    around = Image.fromarray(exact.astype(np.uint8))  # what lies at most a pixel away
+    low, high = (
+        np.asarray(around.filter(kind(3))).astype(int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
+    )
+    assert (draft >= low - 25).all() and (draft <= high + 25).all()
+
+
+@pytest.mark.parametrize('side, size, reduced', [
+    (224, (640, 480), (320, 240)), (224, (480, 640), (240, 320)), (336, (640, 480), (640, 480)),
+    (224, (448, 447), (448, 447)), (224, (641, 449), (321, 225)), (56, (640, 480), (80, 60)),
+    (30, (640, 480), (80, 60)),
+])  # fmt: skip
+def test_a_jpeg_is_reduced_as_far_as_it_is_not_enlarged_again(side, size, reduced):
+    data = encoded(noise(*size), 'JPEG')
+    assert images.load(data, side).size == reduced and images.load(data).size == size
+    if size == reduced:
+        assert (np.asarray(images.load(data, side)) == pixels(data)).all()
+
+
+@pytest.mark.parametrize('form', [form for form in images.FORMATS if form != 'JPEG'])
+def test_other_formats_are_never_reduced(form):
+    data = encoded(noise(96, 64), form)
+    assert (np.asarray(images.load(data, 8)) == pixels(data)).all()
+
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK', 'RGB'])
+def test_a_reduced_jpeg_keeps_its_colours(mode):
+    data = encoded(noise(640, 480).convert(mode), 'JPEG', quality=95)
+    exact, draft = (images.decode(data, vision(64), draft).astype(int) for draft in (False, True))
+    assert np.abs(exact - draft).mean() < 1.2
+
+
+@pytest.mark.parametrize('orientation', TURNED)
+def test_a_reduced_jpeg_is_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = quarters(640, 480, exif)
+    exact, draft = (images.decode(data, vision(128), draft).astype(int) for draft in (False, True))
+    assert (np.abs(exact - draft).max(-1) > 60).mean() < 0.02
+    assert images.load(data, 128).size == ((320, 240) if orientation < 5 else (240, 320))
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'restart_marker_blocks': 2}], ids=str)
+def test_damage_is_found_in_a_reduced_jpeg_too(options):
+    """Cut off anywhere, and with bytes of the head and of the rest changed: refused where the whole one is."""
+
+    def refused(data, least=None):
+        try:
+            return images.load(data, least) is None
+        except BadExample:
+            return True
+
+    data, rng = encoded(noise(333, 250), 'JPEG', **options), np.random.default_rng(0)
+    broken = [data[:kept] for kept in (*range(0, len(data), 97), *range(len(data) - 30, len(data)))]
+    for n in range(150):
+        changed = bytearray(data)
+        for place in rng.integers(0, min(len(data), 200) if n % 2 else len(data), 3):
+            changed[place] = rng.integers(256)
+        broken.append(bytes(changed))
+    found = [refused(data) for data in broken]
+    assert found == [refused(data, 1) for data in broken] == [refused(data, 100) for data in broken]
+    assert sum(found) > 60 and not all(found) and refused(data[: len(data) // 2], 1)
+
+
+def test_a_reduced_jpeg_is_refused_by_its_whole_size(monkeypatch):
+    data = encoded(noise(640, 480), 'JPEG')
+    monkeypatch.setattr(images, 'MAX_PIXELS', 640 * 480 - 1)
+    with pytest.raises(BadExample, match='640 × 480 pixels'):
+        images.load(data, 1)
 
 
 # Where they are ------------------------------------------------------------------------------------------------------

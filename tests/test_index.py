@@ -2,17 +2,19 @@
 
 import concurrent.futures
 import json
-import os
 import pathlib
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import is_held_out, jpeg, parse, sentence
+from conftest import ROOT, is_held_out, jpeg, parse, sentence
 
-from nanovision_jax.data import index, pipeline, sources
+from nanovision_jax.data import index, pipeline, sources, workers
 from nanovision_jax.errors import UserError
 
 GOOD = [{'from': 'human', 'value': '<image>\nwhat?'}, {'from': 'gpt', 'value': 'a cat'}]
@@ -297,7 +299,7 @@ def test_another_file_or_config_has_another_index(made, tokenizer):
 def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
     config = made(good(10))
     with monkeypatch.context() as patch:
-        patch.setattr(index.image_files, 'load', lambda data: 1 / 0)
+        patch.setattr(index.image_files, 'load', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # a mistake of ours is never taken for a bad example
             build(config, tokenizer)
     assert not list((config.family / 'data').iterdir())
@@ -308,7 +310,7 @@ def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
 
 
 def test_only_a_window_of_examples_is_in_hand(made, tokenizer, monkeypatch):
-    """Millions of examples: at no time are more of them read than the threads work at."""
+    """Millions of examples: at no time are more of them read than are looked at."""
     config = made(good(20 * index.BLOCK))
     source, open_now, most, lock = sources.open_source(config, 'train'), 0, 0, threading.Lock()
     gone = []
@@ -329,7 +331,7 @@ def test_only_a_window_of_examples_is_in_hand(made, tokenizer, monkeypatch):
 
     monkeypatch.setattr(sources.Conversations, '__getitem__', watched)
     assert len(index.build_index(source, config, tokenizer, 'train').rows) == 20 * index.BLOCK
-    assert open_now == 20 * index.BLOCK and most <= 2 * os.cpu_count() + 2
+    assert open_now == 20 * index.BLOCK and most <= 2
 
 
 def test_a_pass_takes_what_it_needs_and_no_more():
@@ -345,3 +347,152 @@ def test_a_pass_takes_what_it_needs_and_no_more():
         for i in index.ordered_map(pool, lambda i: i * i, items(), 8):
             done.append(i)
     assert done == [i * i for i in range(100)]
+
+
+# In processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(monkeypatch):
+    """Every pass of more than BLOCK examples is done by two processes."""
+    monkeypatch.setattr(index, 'cores', lambda: 2)
+    monkeypatch.setattr(index, 'TIMED', 0)
+    monkeypatch.setattr(index, 'LEFT', 0)
+
+
+@pytest.mark.parametrize('stage', ['vision_instruct', 'clip', 'sft'])
+@pytest.mark.parametrize('too_long', ['drop', 'cut'])
+def test_processes_find_what_one_finds(made, tokenizer, tmp_path, request, stage, too_long):
+    """Bad rows of every kind, dropped, cut and shortened conversations, and both splits, on each side of a BLOCK."""
+    rng = random.Random(0)
+    long, talk = {'from': 'gpt', 'value': 'cat ' * 200}, [*GOOD, *MORE * 30]
+    text = [{'from': 'human', 'value': 'a?'}, GOOD[1]]
+    rows = [*good(700), *BAD.values(), *[{'image': 'a.jpg', 'conversations': [GOOD[0], long]}] * 9]
+    rows += [{'image': 'a.jpg', 'conversations': talk}] * 50 + [{'conversations': [*text, *MORE * 30]}] * 50
+    rows += [{'conversations': [{**text[0], 'value': f'{i}?'}, text[1]]} for i in range(300)]
+    rng.shuffle(rows)
+    rows += [{'conversations': text[:1]}, {'conversations': [text[0], long]}]
+    config = made(rows, 'data.length=64', f'data.too_long={too_long}', stage=stage)
+    monkeypatch = request.getfixturevalue('monkeypatch')
+    monkeypatch.setattr(index, '_check_dropped', lambda *_: None)
+    source, found, calls = sources.open_source(config, 'train'), {}, []
+    index._scan(source, config, tokenizer, tmp_path / 'one.npz')
+    request.getfixturevalue('pooled')
+    monkeypatch.setattr(
+        workers.Workers,
+        'call',
+        lambda self, start, call=workers.Workers.call: (calls.append(start), call(self, start))[1],
+    )
+    index._scan(source, config, tokenizer, tmp_path / 'two.npz')
+    assert calls and sorted(calls) == list(range(index.BLOCK, len(source), index.BLOCK))
+    for name in ('one', 'two'):
+        with np.load(tmp_path / f'{name}.npz') as saved:
+            found[name] = {key: saved[key] for key in saved.files}
+    assert found['one'].keys() == {'lengths', 'pictures', 'sides', 'fits'}
+    for key, array in found['one'].items():
+        assert array.dtype == found['two'][key].dtype and np.array_equal(array, found['two'][key])
+    listed = [(tmp_path / f'{name}.bad_rows.jsonl').read_bytes() for name in ('one', 'two')]
+    assert listed[0] == listed[1] and (found['one']['lengths'] == 0).sum() == listed[0].count(b'\n') > 0
+    if stage != 'clip':
+        done = {index.WHOLE, index.SHORTENED, index.CUT if too_long == 'cut' else index.DROPPED}
+        assert set(found['one']['fits']) == done and set(found['one']['sides']) == {True, False}
+
+
+def test_a_pass_that_is_soon_over_starts_no_process(made, tokenizer, monkeypatch):
+    monkeypatch.setattr(index, 'cores', lambda: 2)
+    monkeypatch.setattr(index, 'TIMED', 0)
+    monkeypatch.setattr(index, 'Workers', None)
+    assert len(build(made(good(20 * index.BLOCK)), tokenizer).rows) == 20 * index.BLOCK
+
+
+class Odd(sources.Source):
+    """Examples that are not to be had: what is raised at number 150."""
+
+    mixes_splits = True
+
+    def __init__(self, kind, *args):
+        self.kind, self.args = kind, args
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, i):
+        if i == 150:
+            raise self.kind(*self.args)
+        return sources.Example(
+            str(i), [{'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}], [], []
+        )
+
+    def split_of(self, example):
+        return 'train'
+
+
+class Unreadable(Exception):
+    """One that pickle writes and cannot read."""
+
+    def __init__(self, one, two):
+        super().__init__(f'{one} {two}')
+
+
+@pytest.mark.parametrize(
+    'raised, kind, told',
+    [
+        ((UserError, 'the zip file is damaged.'), UserError, r'^the zip file is damaged\.'),
+        ((KeyError, 'x'), KeyError, 'x'),
+        ((Unreadable, 1, 2), RuntimeError, 'Unreadable: 1 2'),
+        ((SystemExit, 3), UserError, 'one of 2 processes that look through the data ended early, with code 3: '),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_raised_and_leaves_none(
+    made, tokenizer, tmp_path, pooled, monkeypatch, raised, kind, told
+):
+    started = []
+    start = subprocess.Popen.__init__
+    monkeypatch.setattr(
+        subprocess.Popen, '__init__', lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1]
+    )
+    with pytest.raises(kind, match=told) as caught:
+        index._scan(Odd(*raised), made(good(1), stage='sft'), tokenizer, tmp_path / 'x' / 'x.npz')
+    if raised[0] == kind:
+        assert 'in __getitem__' in caught.value.__notes__[0]  # where it happened is not lost
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+    assert not list((tmp_path / 'x').iterdir())
+
+
+def test_an_interrupt_ends_the_processes(made, tokenizer, tmp_path, pooled, monkeypatch):
+    started = []
+    start = subprocess.Popen.__init__
+    monkeypatch.setattr(
+        subprocess.Popen, '__init__', lambda self, *a, **k: (started.append(self), start(self, *a, **k))[1]
+    )
+
+    def interrupted(pool, function, items, ahead):
+        yield function(next(items))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, 'ordered_map', interrupted)
+    config = made(good(1000))
+    with pytest.raises(KeyboardInterrupt):
+        build(config, tokenizer)
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+    assert not list((config.family / 'data').iterdir())
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
+    """As a notebook's cells, or a user's script, call the library; what is printed in a process harms nothing."""
+    (tmp_path / 'script.py').write_text(
+        textwrap.dedent("""
+        from nanovision_jax.data import workers
+        print('once')
+        with workers.Workers(print, 2) as pool:
+            print([future.result() for future in [pool.submit(pool.call, i) for i in range(5)]])
+        """)
+    )
+    (tmp_path / 'elsewhere/nanovision_jax').mkdir(parents=True)
+    (tmp_path / 'elsewhere/nanovision_jax/__init__.py').write_text('raise ImportError("of the current folder")')
+    where = tmp_path / 'elsewhere'
+    done = subprocess.run(
+        [sys.executable, '../script.py'], cwd=where, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)}
+    )
+    assert done.stdout == f'once\n{[None] * 5}\n', done.stderr[-500:]
+    assert sorted(done.stderr.split()) == list('01234')

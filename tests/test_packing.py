@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import pickle
 import random
 import re
@@ -61,6 +62,39 @@ def test_a_plan_is_a_function_of_its_input():
 
 def test_an_example_of_the_whole_row_fits():
     assert packing.plan(np.arange(3), np.array([8, 8, 1]), np.array([0, 1, 1]), 8, 1) == [[0], [1], [2]]
+
+
+def first_fit(order, lengths, pictures, length, slots, open_rows):
+    """The rule, written a second time: [row] in the order in which they were closed."""
+    done, rows = [], []
+    for i in order:
+        fits = [r for r in rows if lengths[[*r, i]].sum() <= length and pictures[[*r, i]].sum() <= slots]
+        if not fits and len(rows) == open_rows:
+            fullest = max(rows, key=lambda r: lengths[r].sum())
+            done.append(fullest)
+            rows = [r for r in rows if r is not fullest]
+        if not fits:
+            rows.append(fits := [])
+            fits = [fits]
+        fits[0].append(i)
+    return done + rows
+
+
+@pytest.mark.parametrize('open_rows, slots', [(16, 0), (16, 4), (3, 4), (64, 0)])
+def test_a_plan_is_first_fit_whatever_is_looked_at_at_a_time(monkeypatch, open_rows, slots):
+    order, lengths, pictures = spread(2)
+    order, pictures = order[:600], pictures if slots else np.zeros_like(pictures)
+    wanted = first_fit(order.tolist(), lengths, pictures, 512, slots, open_rows)
+    for chunk in (7, 600, 1 << 16):
+        monkeypatch.setattr(packing, 'CHUNK', chunk)
+        assert packing.plan(order, lengths, pictures, 512, slots, open_rows) == wanted
+
+
+def test_chats_of_two_fifths_of_a_row_fill_97_percent_of_it_with_128_open():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.9, 0.6, 40_000), 20, 1024).astype(np.int32)
+    order, none = np.random.default_rng(1).permutation(40_000), np.zeros(40_000, np.int32)
+    share = [lengths.sum() / 1024 / len(packing.plan(order, lengths, none, 1024, 0, rows)) for rows in (16, 128)]
+    assert 0.40 < lengths.mean() / 1024 < 0.42 and 0.96 < share[0] < 0.97 < share[1]
 
 
 # Orders --------------------------------------------------------------------------------------------------------------
@@ -331,6 +365,33 @@ def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
         assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
         assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
         assert (row['images'] == images.decode(example.images[0], rows.config.model.vision)).all()
+
+
+@pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
+def test_training_may_read_jpegs_at_a_part_of_their_size_and_held_out_rows_never_do(make, stage):
+    small = 'model.vision.image_size=8', 'model.vision.patch_size=8'
+    exact, draft = make(stage, 0, *small), make(stage, 0, 'data.draft=true', *small)
+    reduced = 0
+    for i in range(exact.rows_per_epoch()):
+        one, other = exact[i], draft[i]
+        assert all(np.array_equal(one[name], other[name]) for name in one if name != 'images')
+        reduced += (one['images'] != other['images']).any()
+        chosen = [exact.shuffled.at(i)[1]] if stage == 'clip' else exact.examples(i)
+        seen = [data for k in chosen for data in draft.source[draft.index.rows[k]].images]
+        for picture, data in zip(other['images'].reshape(-1, 8, 8, 3), seen, strict=False):
+            assert (picture == images.decode(data, draft.config.model.vision, draft=True)).all()
+    assert reduced > 10
+    held_out = make(stage, 0, 'data.draft=true', *small, shuffle=False)
+    assert same(held_out[3], make(stage, 0, *small, shuffle=False)[3])
+    assert 'part of their size' in draft.identity()['packing'] and held_out.identity() != draft.identity()
+
+
+def test_an_augmented_picture_is_not_enlarged_after_it_was_reduced(make, monkeypatch):
+    seen = []
+    load = images.load
+    monkeypatch.setattr(images, 'load', lambda data, least=None: seen.append(least) or load(data, least))
+    rows = make('clip', 0, 'data.augment=true', 'data.draft=true')
+    assert same(rows[5], rows[5]) and set(seen[-2:]) == {math.ceil(1.3 * rows.config.model.vision.image_size)}
 
 
 def test_augmented_pairs_change_with_the_epoch_only(make):

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import time
 
 import micro
@@ -190,3 +191,48 @@ def test_the_benchmark_of_the_step_prints_what_it_measured(stage, monkeypatch, c
     assert found['tokens_per_second'] > 0 and found['mfu'] >= 0 and found['compile_seconds'] > 0
     assert 3 < found['loss'] < 7  # of 128 words, nearly: log(128) is 4.9
     assert found['versions'].keys() == {'jax', 'optax'}
+
+
+def test_the_benchmark_of_the_data_prints_what_it_measured():
+    """In a process of its own, where there is no jax; its counts hold, its speeds are numbers."""
+    argv = ['--examples=200', '--plan=3000', '--repeats=1']
+    program = (
+        'import runpy, sys; sys.modules["jax"] = None\n'  # grain takes it where it is
+        f'runpy.run_path({str(ROOT / "scripts/benchmarks/data.py")!r})["main"]({argv!r})'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    *lines, found = done.stdout.splitlines()
+    found = json.loads(found)
+    assert len(lines) > 25 and all(len(line) >= 80 for line in lines)
+    sizes, alone, plan = found['images_per_second_and_core'], found['index']['alone'], found['plan']
+    assert sizes.keys() == {'224', '336'} and all(sizes['224'][way] > 0 for way in ('pil', 'exact', 'draft'))
+    assert found['megabytes_tokenized_per_second_and_core']['trained'].keys() == {'text', 'documents', 'conversations'}
+    assert found['index']['examples'] == 200 and 180 <= alone['of_train'] < 200
+    assert found['index']['as_it_comes']['of_train'] == alone['of_train'] and alone['examples_per_second'] > 0
+    assert plan['examples'] == 3000 and 3000 / 6 < plan['rows'] < 3000 / 4  # rows hold some five
+    packed = found['packing']
+    assert all(0.9 < used['tokens'] <= 1 for used in packed.values()) and packed['captions']['image slots'] > 0.99
+
+
+def test_the_benchmark_of_the_data_reads_batches_of_a_config(llava_folder, tmp_path):
+    (tmp_path / 'micro.py').write_text(
+        'from nanovision_jax.config import Data, base_config\n'
+        'def get_config(size):\n'
+        '    config = base_config("sft", size)\n'
+        f'    config.run_dir = {str(tmp_path / "runs/sft")!r}\n'
+        f'    path = {str(llava_folder / "instruct.json")!r}\n'
+        '    config.data = Data("conversations", path, vocab_size=300, batch_size=4, length=64, too_long="drop")\n'
+        '    return config\n'
+    )
+    speed = runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['measure_pipeline'](f'{tmp_path}/micro.py:tiny', 3)
+    assert speed['tokens_per_second'] == pytest.approx(64 * speed['rows_per_second'], rel=0.02)
+    assert speed['rows_per_second'] == pytest.approx(4 * speed['batches_per_second'], rel=0.02)
+
+
+@pytest.mark.parametrize('arg, told', [('--example=5', 'unknown argument'), ('--examples=0', 'above 0')])
+def test_a_mistake_in_the_data_benchmark_is_one_sentence(arg, told):
+    with pytest.raises(UserError, match=told):
+        runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['main']([arg])

@@ -157,23 +157,29 @@ def _check_size(name, size):
         raise BadExample(f'image {name!r} has more than {MAX_BYTES >> 20} MiB')
 
 
-def decode(data: bytes, vision) -> UInt8[np.ndarray, 'S S 3']:
-    """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample as load() does."""
-    return prepare(load(data), vision)
+def decode(data: bytes, vision, draft: bool = False) -> UInt8[np.ndarray, 'S S 3']:
+    """Encoded bytes to uint8 [S, S, 3], as prepare() does. Raises BadExample as load() does.
+
+    draft: a large JPEG is decoded at a part of its size, as load() does: faster, and not quite the same pixels.
+    """
+    return prepare(load(data, vision.image_size if draft else None), vision)
 
 
-def load(data: bytes) -> Image.Image:
+def load(data: bytes, least: int | None = None) -> Image.Image:
     """Encoded bytes to an upright RGB image; the first frame of an animation, transparency over white.
+
+    least: a JPEG is decoded at a half, a quarter or an eighth of its size, as long as its short side keeps as many
+    pixels. Damage is found as it is without.
 
     Raises BadExample, and nothing else, for what is no whole image in FORMATS, whatever the bytes are.
     """
     try:
         try:
-            return _load(data)
+            return _load(data, least)
         except ValueError:  # too much text beside the pixels, say, which is of no use here
             if not data.startswith(_PNG):
                 raise
-            return _load(_without_text(data))
+            return _load(_without_text(data), least)
     except (BadExample, MemoryError):
         raise
     except Exception as error:  # Pillow has no one error for hostile files: struct.error, KeyError, TypeError, …
@@ -182,11 +188,13 @@ def load(data: bytes) -> Image.Image:
         raise BadExample('image does not decode') from error
 
 
-def _load(data):
+def _load(data, least):
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     short, long = sorted(image.size)
     if short * long > MAX_PIXELS or long > min(MAX_SIDE, short * MAX_ASPECT):
         raise BadExample(f'image of {image.width} × {image.height} pixels')
+    if least:
+        image.draft(None, (least, least))  # of formats that cannot, nothing is asked
     image.load()
     if image.mode == 'F':
         raise BadExample('image of floating-point pixels')  # whose black and white nothing tells

@@ -7,13 +7,14 @@ holds ten bytes an example, and of the examples themselves only those that are l
 
 import array
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,15 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation
 from nanovision_jax.data import images as image_files
+from nanovision_jax.data.workers import Workers, cores
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.folder import read_lines, whole
 from nanovision_jax.stages import stage_of
 
-BLOCK = 64  # examples a thread takes at once
+BLOCK = 64  # examples a process takes at once
+MOST_WORKERS = 32  # processes of a pass: each opens the source, and may hold half a GiB of a parquet file
+# Seconds: how long a pass is timed, and how much must be left of it for processes, which take two to start, to pay.
+TIMED, LEFT = 1, 10
 WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so that it fits into a row
 
 
@@ -178,22 +183,16 @@ class _Look(NamedTuple):
 
 
 def _scan(source, config, tokenizer, file):
-    """Looks at every example of a source, in threads, and writes what is found to `file` and the list of bad rows."""
+    """Looks at every example of a source, and writes what is found to `file` and the list of bad rows."""
     lengths, counts, validation, fits = array.array('i'), array.array('i'), bytearray(), bytearray()
-    workers, total = os.cpu_count(), len(source)
-    blocks = (range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK))
     file.parent.mkdir(parents=True, exist_ok=True)
-
-    def look_at(block):
-        return [_look(source, i, config, tokenizer) for i in block]
-
     with whole(file) as partial, whole(_list_of_bad(file)) as listed:
         with (
             open(listed, 'w') as bad_rows,
-            concurrent.futures.ThreadPoolExecutor(workers) as pool,
-            tqdm(total=total, desc='reading', leave=False, mininterval=1) as bar,
+            contextlib.closing(_looks(source, config, tokenizer)) as blocks,
+            tqdm(total=len(source), desc='reading', leave=False, mininterval=1) as bar,
         ):
-            for block in ordered_map(pool, look_at, blocks, 2 * workers):
+            for block in blocks:
                 for look in block:
                     lengths.append(look.length)
                     counts.append(look.images)
@@ -212,6 +211,26 @@ def _scan(source, config, tokenizer, file):
             )
 
 
+def _looks(source, config, tokenizer):
+    """Yields a list of _Look for each BLOCK of examples, in order: found here or, where much is left, in processes."""
+    total, workers = len(source), min(cores(), MOST_WORKERS)
+    look_at, starts = functools.partial(_look_at, source, config, tokenizer), iter(range(0, total, BLOCK))
+    began = time.monotonic()
+    for start in starts:
+        yield look_at(start)
+        seconds, done = time.monotonic() - began, start + BLOCK
+        if workers > 1 and seconds >= TIMED and seconds * (total - done) > LEFT * done:
+            break
+    else:
+        return
+    with Workers(look_at, workers) as pool:
+        yield from ordered_map(pool, pool.call, starts, 2 * workers)
+
+
+def _look_at(source, config, tokenizer, start):
+    return [_look(source, i, config, tokenizer) for i in range(start, min(start + BLOCK, len(source)))]
+
+
 def _look(source, i, config, tokenizer):
     """The _Look at example i."""
     example = None
@@ -222,7 +241,7 @@ def _look(source, i, config, tokenizer):
         ids, _, kept, done = _encode(example, config, tokenizer)
         if not source.decoded:
             for data in kept:
-                image_files.load(data)
+                image_files.load(data, 1)  # of a JPEG as little as shows its damage
     except conversation.TooLong:
         return _Look(-1, validation=_is_validation(source, i, example), done=DROPPED)
     except conversation.BadExample as error:

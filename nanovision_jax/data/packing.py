@@ -6,6 +6,7 @@ depends on: rows of equal identities have the same row i.
 """
 
 import hashlib
+import math
 import os
 import threading
 
@@ -20,7 +21,8 @@ from nanovision_jax.data.text import open_shard
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import stage_of
 
-OPEN_ROWS = 16  # rows an example may still go into: more packs tighter and mixes neighbours less
+CHUNK = 1 << 16  # examples whose numbers are Python's own at a time: those are quicker to ask, and take more memory
+DRAFT = ', large JPEGs at a part of their size'
 
 
 def plan(
@@ -29,26 +31,31 @@ def plan(
     images: Int[np.ndarray, ' all'],
     length: int,
     slots: int,
+    open_rows: int = 16,
 ) -> list[list[int]]:
     """Puts examples, in `order`, into rows of at most `length` tokens and `slots` images: a list of index lists.
 
-    First fit among the last OPEN_ROWS rows. lengths, images: of every example, whether it is in `order` or not.
+    First fit among the last `open_rows` rows. lengths, images: of every example, whether it is in `order` or not.
     """
-    done, rows, space = [], [], []
-    for i in order:
-        need, seen = int(lengths[i]), int(images[i])
-        place = next((r for r, left in enumerate(space) if left[0] >= need and left[1] >= seen), None)
-        if place is None:
-            if len(rows) == OPEN_ROWS:
-                fullest = min(range(OPEN_ROWS), key=lambda r: space[r][0])
-                done.append(rows.pop(fullest))
-                space.pop(fullest)
-            place = len(rows)
-            rows.append([])
-            space.append([length, slots])
-        rows[place].append(int(i))
-        space[place][0] -= need
-        space[place][1] -= seen
+    done, rows, tokens, pictures = [], [], [], []  # tokens, pictures: what is free in each of `rows`
+    for start in range(0, len(order), CHUNK):
+        part = order[start : start + CHUNK]
+        for i, need, seen in zip(part.tolist(), lengths[part].tolist(), images[part].tolist(), strict=True):
+            for place, left in enumerate(tokens):
+                if left >= need and pictures[place] >= seen:
+                    break
+            else:
+                if len(rows) == open_rows:
+                    fullest = tokens.index(min(tokens))
+                    done.append(rows.pop(fullest))
+                    del tokens[fullest], pictures[fullest]
+                place = len(rows)
+                rows.append([])
+                tokens.append(length)
+                pictures.append(slots)
+            rows[place].append(i)
+            tokens[place] -= need
+            pictures[place] -= seen
     return done + rows
 
 
@@ -134,7 +141,7 @@ class PackedRows:
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.slots = config.data.slots if stage_of(config).sees else 0
-        self.shuffled = shuffled
+        self.shuffled, self.draft = shuffled, config.data.draft and shuffled.shuffle
         self._plans, self._starts, self._lock = {}, [0], threading.Lock()
 
     def __getstate__(self):
@@ -147,9 +154,9 @@ class PackedRows:
         """The plan of one epoch: a list of rows, each a list of examples."""
         if epoch not in self._plans:
             kept = {e: p for e, p in self._plans.items() if e == epoch - 1}
-            length = self.config.data.length
-            order = self.shuffled.order(epoch)
-            self._plans = kept | {epoch: plan(order, self.index.lengths, self.index.images, length, self.slots)}
+            order, data = self.shuffled.order(epoch), self.config.data
+            lengths, images = self.index.lengths, self.index.images
+            self._plans = kept | {epoch: plan(order, lengths, images, data.length, self.slots, data.open_rows)}
         return self._plans[epoch]
 
     def examples(self, i):
@@ -166,7 +173,7 @@ class PackedRows:
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
             ids, learned, images = encode_example(example, self.config, self.tokenizer)
-            laid.append((ids, learned, [image_files.decode(data, vision) for data in images]))
+            laid.append((ids, learned, [image_files.decode(data, vision, self.draft) for data in images]))
         return batch.pack(laid, self.config.data.length, self.slots, vision.image_size)
 
     def rows_per_epoch(self):
@@ -183,10 +190,11 @@ class PackedRows:
 
     def identity(self):
         """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
-        packing = f'rows of {self.config.data.length} tokens, {OPEN_ROWS} open'
+        packing = f'rows of {self.config.data.length} tokens, {self.config.data.open_rows} open'
         packing += ', long first answers are cut' * (self.config.data.too_long == 'cut')
         if self.slots:
             packing += f', {self.slots} slots, {self.config.model.vision.patches} tokens a picture'
+            packing += DRAFT * self.draft
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
 
 
@@ -263,12 +271,15 @@ class PairRows:
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.shuffled = shuffled
         self.augment = config.data.augment and shuffled.shuffle
+        self.draft = config.data.draft and shuffled.shuffle
 
     def __getitem__(self, i):
         epoch, k = self.shuffled.at(i)
         example, vision = self.source[self.index.rows[k]], self.config.model.vision
         ids, _, images = encode_example(example, self.config, self.tokenizer)
-        image = image_files.load(images[0])
+        # What augment() leaves of a side is at least its 0.77th part.
+        least = math.ceil(vision.image_size * (1.3 if self.augment else 1)) if self.draft else None
+        image = image_files.load(images[0], least)
         if self.augment:
             image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {
@@ -288,5 +299,5 @@ class PairRows:
 
     def identity(self):
         """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
-        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment
+        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment + DRAFT * self.draft
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
