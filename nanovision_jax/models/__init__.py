@@ -43,3 +43,11 @@ def decoder_of(model):
 def merge(graphdef, params):
     """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
     return nnx.merge(graphdef, params)
+
+
+def unstack(graphdef, params):
+    """(graphdef, params) of the same model with its decoder's blocks one by one: see Decoder.unstack()."""
+    model = merge(graphdef, params)
+    decoder_of(model).unstack()
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)

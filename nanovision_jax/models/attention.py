@@ -16,13 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 class Structure:
     """Which keys a query sees: all of them, less what each field rules out.
 
-    causal: none behind itself; segments: none of another segment of its row; positions: where the queries stand in a
-    cache, of which a query at position p sees the places 0..p.
+    causal: none behind itself; segments: none of another segment of its row. With a cache, this call's keys are put
+    into its columns from `column` on; starts: each row's first column, for calls with one query a row, which sees the
+    columns from there to its own (without: the call is a whole prompt, which sees itself alone).
     """
 
     causal: bool = False
     segments: Int[Array, 'B T'] | None = None
-    positions: Int[Array, 'B T'] | None = None
+    column: Int[Array, ''] | int | None = None
+    starts: Int[Array, ' B'] | None = None
 
 
 def attend(
@@ -44,20 +46,37 @@ def _mask(structure: Structure, queries: int, keys: int) -> Bool[Array, '#B T S'
         parts.append(structure.segments[:, :, None] == structure.segments[:, None, :])
     if structure.causal:
         parts.append(jnp.tril(jnp.ones((1, queries, keys), bool)))
-    if structure.positions is not None:
-        parts.append(jnp.arange(keys)[None, None, :] <= structure.positions[:, :, None])
     return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
 
 
-def extend_cache(
-    cache: dict | None, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], positions: Int[Array, 'B T']
-) -> tuple:
-    """(keys, values, cache) to attend to: this call's own, or a cache {k, v: [B, S, K, H]} with them at `positions`."""
+# Heads stand before columns, as the products of decoding want them: another order is copied into this one each time.
+KeysValues = tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']]
+
+
+def attend_cached(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    structure: Structure,
+    cache: KeysValues | None,
+) -> tuple[Float[Array, 'B T N H'], KeysValues | None]:
+    """(attention, the cache with this call's keys and values in it). Without a cache it is attend()."""
     if cache is None:
-        return k, v, None
-    rows = jnp.arange(k.shape[0])[:, None]  # a position beyond the cache is dropped
-    cache = {name: cache[name].at[rows, positions].set(new, mode='drop') for name, new in (('k', k), ('v', v))}
-    return cache['k'], cache['v'], cache
+        return attend(q, k, v, structure), None
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2), structure.column, axis=2)
+        for old, new in zip(cache, (k, v), strict=True)
+    )
+    if structure.starts is None:
+        return attend(q, k, v, structure), (keys, values)
+    with jax.named_scope('attention'):
+        columns = jnp.arange(keys.shape[2])
+        seen = (columns >= structure.starts[:, None]) & (columns <= structure.column)
+        grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])  # heads that share keys and values
+        scores = jnp.einsum('bkgh,bksh->bkgs', grouped, keys, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
+        shares = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+        found = jnp.einsum('bkgs,bksh->bkgh', shares.astype(values.dtype), values)
+    return found.reshape(q.shape), (keys, values)
 
 
 def over_batch(x: Shaped[Array, '...']) -> Shaped[Array, '...']:
