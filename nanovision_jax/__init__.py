@@ -8,8 +8,8 @@ vlm.chat('What is in the picture?', images=[picture])
 __version__ = '0.1.0'
 
 
-def load(run_dir):
-    """Opens a run folder for use; see nanovision_jax.inference.run.Run."""
+def load(run_dir, weights=''):
+    """Opens a run folder for use, its weights as trained or 'bfloat16' or 'int8'; see inference.run.Run."""
     from nanovision_jax.inference.run import load  # jax and the rest load here, not at import
 
-    return load(run_dir)
+    return load(run_dir, weights)

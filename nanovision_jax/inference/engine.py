@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.sampling import COLD, Sampler, Sampling, as_whole, draw, make_sampler
+from nanovision_jax.inference.weights import stored
 from nanovision_jax.stages import stage_of
 
 # Tokens decoded between looks at the result: at first, and at most; a chunk that took less than QUICK seconds doubles.
@@ -78,7 +79,7 @@ def prefill(
     features: Float[Array, 'B F D'] | None,
     columns: int,
 ) -> tuple[Float[Array, 'B V'], list]:
-    """Prompts, padded up to `starts`, and their images' features (None: a text model) → (next token's logits, cache)."""
+    """Prompts, padded up to `starts`, and features of their images (None: a text model) → (next logits, cache)."""
     model = models.merge(definition.graphdef, params)
     decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
@@ -128,7 +129,7 @@ class Engine:
     def __init__(self, config, graphdef, params, stops):
         if not stage_of(config).decodes:
             raise UserError(f'a {config.stage} run compares pictures with captions: it has no decoder to chat with.')
-        self.graphdef, self.params = models.unstack(graphdef, params)
+        self.graphdef, self.params = stored(config, graphdef, params)
         self.config, self.definition, self.stops = config, define(self.graphdef), tuple(stops)
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens=256, sampling=None):

@@ -6,7 +6,7 @@ from flax import nnx
 
 from nanovision_jax.models.clip import CLIP
 from nanovision_jax.models.decoder import Decoder
-from nanovision_jax.models.layers import padded
+from nanovision_jax.models.layers import Quantized, padded
 from nanovision_jax.models.vlm import VLM
 from nanovision_jax.stages import stage_of
 
@@ -42,12 +42,16 @@ def decoder_of(model):
 
 def merge(graphdef, params):
     """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
-    return nnx.merge(graphdef, params)
+
+    def plain(leaf):
+        return leaf.matrix() if isinstance(leaf, Quantized) else leaf
+
+    return nnx.merge(graphdef, jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, Quantized)))
 
 
 def unstack(graphdef, params):
     """(graphdef, params) of the same model with its decoder's blocks one by one: see Decoder.unstack()."""
-    model = merge(graphdef, params)
+    model = nnx.merge(graphdef, params)
     decoder_of(model).unstack()
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)

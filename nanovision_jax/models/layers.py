@@ -1,13 +1,27 @@
-"""What the models share: how matrices are initialised, and how a vocabulary is padded."""
+"""What the models share: how matrices are initialised and quantized, and how a vocabulary is padded."""
 
 import math
+from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int8
 
 
 def padded(vocab_size: int) -> int:
     """The vocabulary's rows in the model: the next multiple of 128, which matrix units and meshes like."""
     return math.ceil(vocab_size / 128) * 128
+
+
+class Quantized(NamedTuple):
+    """A matrix in int8, and the scale of each output channel (the axes that products sum over have length 1)."""
+
+    values: Int8[Array, '...']
+    scale: Float[Array, '...']
+
+    def matrix(self) -> Float[Array, '...']:
+        """The matrix in float32, but for rounding: XLA fuses this into the product that reads it."""
+        return self.values.astype(jnp.float32) * self.scale
 
 
 def matrix_init(layers: int = 0):
