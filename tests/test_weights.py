@@ -1,5 +1,7 @@
 """Weights stored in fewer bytes: what is kept, how far off it is, and that decoding reads the same."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import micro
@@ -36,7 +38,8 @@ def said(cfg, graphdef, params, **options):
     """What a model says after a token, of 8 rows: [8, 150]."""
     prompts = [Prompt(np.array([5 + row], np.int32), []) for row in range(8)]
     chunks = list(Engine(cfg, graphdef, params, (-1,)).generate(prompts, 150, Sampling(**options)))
-    return jnp.array([prompt.ids.tolist() + sum(rows, []) for prompt, *rows in zip(prompts, *chunks, strict=True)])
+    rows = zip(prompts, *chunks, strict=True)
+    return jnp.array([[*prompt.ids, *itertools.chain(*pieces)] for prompt, *pieces in rows])
 
 
 def loss(scores, tokens):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.sampling import COLD, Sampler, Sampling, as_whole, draw, make_sampler
-from nanovision_jax.inference.weights import stored
+from nanovision_jax.inference.weights import kept_quantized, stored
 from nanovision_jax.stages import stage_of
 
 # Tokens decoded between looks at the result: at first, and at most; a chunk that took less than QUICK seconds doubles.
@@ -94,7 +94,6 @@ def decode(definition, params, state: State, stops: Int[Array, ' stops'], most: 
     A row is done after the first of `stops`, which is among its tokens, and at the end of the context.
     Returns (tokens [B, LARGEST], how many columns of them are filled, the State to go on with).
     """
-    decoder = models.decoder_of(models.merge(definition.graphdef, params))
 
     def going_on(carry):
         count, _, state = carry
@@ -102,6 +101,7 @@ def decode(definition, params, state: State, stops: Int[Array, ' stops'], most: 
 
     def step(carry):
         count, tokens, (logits, cache, column, starts, done, sampler) = carry
+        decoder = models.decoder_of(models.merge(definition.graphdef, kept_quantized(params, column)))
         token, sampler = draw(sampler, logits, greedy)
         token = jnp.where(done, stops[0], token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], count, axis=1)

@@ -46,6 +46,21 @@ def stored(config, graphdef, params, weights: str = ''):
     return graphdef, jax.tree_util.tree_map_with_path(store, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
+def kept_quantized(params, changing):
+    """The parameters for one turn of a loop in which `changing`, an array, changes.
+
+    Without this the compiler makes quantized matrices float32 ones before the loop, as they do not change in it, and
+    each turn reads four bytes a weight. On CPU, where products do not take int8, that is what is wanted.
+    """
+    if jax.default_backend() == 'cpu':
+        return params
+    return jax.tree.map(
+        lambda leaf: jax.lax.optimization_barrier((leaf, changing))[0] if isinstance(leaf, Quantized) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Quantized),
+    )
+
+
 @functools.partial(jax.jit, static_argnames='axes')
 def quantize(matrix: Float[Array, '...'], axes: tuple[int, ...]) -> Quantized:
     """A matrix as int8, symmetric, with one scale for each output channel; `axes` are those that products sum over."""
