@@ -41,12 +41,26 @@ def decoder_of(model):
 
 
 def merge(graphdef, params):
-    """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
+    """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that.
 
-    def plain(leaf):
-        return leaf.matrix() if isinstance(leaf, Quantized) else leaf
-
-    return nnx.merge(graphdef, jax.tree.map(plain, params, is_leaf=lambda leaf: isinstance(leaf, Quantized)))
+    A Quantized kernel is multiplied with as it is; an embedding becomes the matrix that it stands for.
+    """
+    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    quantized = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Quantized)]
+    if not quantized:
+        return nnx.merge(graphdef, params)
+    kernels = {path: leaf for path, leaf in quantized if path[-1].key == 'kernel'}
+    plain = [
+        leaf.values if path in kernels else leaf.matrix() if isinstance(leaf, Quantized) else leaf
+        for path, leaf in leaves
+    ]
+    model = nnx.merge(graphdef, jax.tree.unflatten(structure, plain))
+    for path, leaf in kernels.items():
+        module = model
+        for part in path[:-1]:
+            module = module[part.key] if isinstance(part.key, int) else getattr(module, part.key)
+        module.dot_general = leaf.product
+    return model
 
 
 def unstack(graphdef, params):

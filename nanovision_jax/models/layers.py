@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
@@ -20,8 +21,17 @@ class Quantized(NamedTuple):
     scale: Float[Array, '...']
 
     def matrix(self) -> Float[Array, '...']:
-        """The matrix in float32, but for rounding: XLA fuses this into the product that reads it."""
+        """The matrix in float32, but for rounding."""
         return self.values.astype(jnp.float32) * self.scale
+
+    def product(self, x, values, dimensions, **options):
+        """As jax.lax.dot_general(), of which `values`, in the dtype of x, are the second factor.
+
+        The scale comes last, so that all that is done to a weight before its product is a cast, which XLA fuses into it.
+        """
+        ((_, summed), _) = dimensions
+        found = jax.lax.dot_general(x, values, dimensions, **options)
+        return (found * self.scale.squeeze(summed)).astype(x.dtype)
 
 
 def matrix_init(layers: int = 0):
