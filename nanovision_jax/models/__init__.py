@@ -45,16 +45,18 @@ def merge(graphdef, params):
 
     A Quantized kernel is multiplied with as it is; an embedding becomes the matrix that it stands for.
     """
-    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    quantized = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Quantized)]
-    if not quantized:
-        return nnx.merge(graphdef, params)
-    kernels = {path: leaf for path, leaf in quantized if path[-1].key == 'kernel'}
-    plain = [
-        leaf.values if path in kernels else leaf.matrix() if isinstance(leaf, Quantized) else leaf
-        for path, leaf in leaves
-    ]
-    model = nnx.merge(graphdef, jax.tree.unflatten(structure, plain))
+    kernels = {}
+
+    def plain(path, leaf):
+        if not isinstance(leaf, Quantized):
+            return leaf
+        if path[-1].key != 'kernel':
+            return leaf.matrix()
+        kernels[path] = leaf
+        return leaf.values
+
+    params = jax.tree_util.tree_map_with_path(plain, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    model = nnx.merge(graphdef, params)
     for path, leaf in kernels.items():
         module = model
         for part in path[:-1]:

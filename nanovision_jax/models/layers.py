@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
     def product(self, x, values, dimensions, **options):
         """As jax.lax.dot_general(), of which `values`, in the dtype of x, are the second factor.
 
-        The scale comes last, so that all that is done to a weight before its product is a cast, which XLA fuses into it.
+        The scale comes last: all that is done to a weight before its product is a cast, which XLA fuses into it.
         """
         ((_, summed), _) = dimensions
         found = jax.lax.dot_general(x, values, dimensions, **options)
