@@ -77,14 +77,16 @@ def prefill(
     tokens: Int[Array, 'B T'],
     starts: Int[Array, ' B'],
     features: Float[Array, 'B F D'] | None,
+    sampler: Sampler,
     columns: int,
-) -> tuple[Float[Array, 'B V'], list]:
-    """Prompts, padded up to `starts`, and features of their images (None: a text model) → (next logits, cache)."""
+) -> State:
+    """Prompts, padded up to `starts`, and the features of their images (None: a text model), in a cache of `columns`."""
     model = models.merge(definition.graphdef, params)
     decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
     hidden, cache = decoder.prefill(x, starts, columns)
-    return decoder.logits(hidden[:, -1:])[:, 0], cache
+    logits, done = decoder.logits(hidden[:, -1:])[:, 0], jnp.zeros(len(tokens), bool)
+    return State(logits, cache, jnp.int32(tokens.shape[1]), starts, done, sampler)
 
 
 @functools.partial(jax.jit, static_argnames=('definition', 'greedy'), donate_argnames='state')
@@ -148,7 +150,7 @@ class Engine:
         if left < 1:
             raise UserError(f'max_new_tokens takes a number above 0, not {left}.')
         greedy = all(one.temperature < COLD for one in sampling)
-        (state, column), stops = self._start(prompts, sampling), jnp.array(self.stops, jnp.int32)
+        (state, column), stops = self._start(prompts, sampling), np.array(self.stops, np.int32)
         finished, most = np.zeros(len(prompts), bool), CHUNK
         while left and not finished.all():
             if column == (room := state.cache[0][0].shape[2]):
@@ -181,9 +183,8 @@ class Engine:
         for row, start, prompt in zip(tokens, starts, prompts, strict=True):
             row[start:] = prompt.ids
         columns = bucket(column + 1, least=COLUMNS)
-        logits, cache = prefill(self.definition, self.params, tokens, starts, self.features(prompts), columns)
-        done, sampler = jnp.zeros(len(prompts), bool), make_sampler(sampling, logits.shape[1])
-        return State(logits, cache, jnp.int32(column), jnp.array(starts), done, sampler), column
+        features, sampler = self.features(prompts), make_sampler(sampling)
+        return prefill(self.definition, self.params, tokens, starts, features, sampler, columns), column
 
     def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.

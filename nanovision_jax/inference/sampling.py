@@ -49,13 +49,13 @@ class Sampler(NamedTuple):
     keys: Key[Array, ' B']
 
 
-def make_sampler(rows: Sequence[Sampling], vocab_size: int) -> Sampler:
+def make_sampler(rows: Sequence[Sampling]) -> Sampler:
     """The Sampler of checked options, one a row."""
     temperature, top_k, top_p, seeds = zip(*rows, strict=True)
     return Sampler(
-        jnp.array(temperature, jnp.float32),
-        jnp.array([min(k, vocab_size) for k in top_k], jnp.int32),
-        jnp.array(top_p, jnp.float32),
+        np.array(temperature, np.float32),
+        np.array([min(k, 2**31 - 1) for k in top_k], np.int32),
+        np.array(top_p, np.float32),
         jax.vmap(jax.random.key)(np.array([seed % 2**32 for seed in seeds], np.uint32)),
     )
 
