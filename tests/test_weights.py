@@ -97,7 +97,9 @@ def test_what_is_stored_in_which_dtype(flavour):
 
 
 @pytest.mark.parametrize('weights', ['bfloat16', 'int8'])
-def test_cached_answers_are_those_of_the_stored_weights(weights):
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])  # where they are made wide for an answer, and where they are not
+def test_cached_answers_are_those_of_the_stored_weights(weights, backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     cfg, graphdef, params = model('gpt')
     kept = stored(cfg, graphdef, params, weights)
     tokens = said(cfg, *kept)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.sampling import COLD, Sampler, Sampling, as_whole, draw, make_sampler
-from nanovision_jax.inference.weights import kept_quantized, stored
+from nanovision_jax.inference.weights import kept_quantized, readable, stored
 from nanovision_jax.stages import stage_of
 
 # Tokens decoded between looks at the result: at first, and at most; a chunk that took less than QUICK seconds doubles.
@@ -80,7 +80,7 @@ def prefill(
     sampler: Sampler,
     columns: int,
 ) -> State:
-    """Prompts, padded up to `starts`, and the features of their images (None: a text model), in a cache of `columns`."""
+    """Prompts, padded up to `starts`, and features of their images (None: a text model), in a cache of `columns`."""
     model = models.merge(definition.graphdef, params)
     decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
@@ -150,7 +150,8 @@ class Engine:
         if left < 1:
             raise UserError(f'max_new_tokens takes a number above 0, not {left}.')
         greedy = all(one.temperature < COLD for one in sampling)
-        (state, column), stops = self._start(prompts, sampling), np.array(self.stops, np.int32)
+        params, stops = readable(self.config, self.params), np.array(self.stops, np.int32)
+        state, column = self._start(params, prompts, sampling)
         finished, most = np.zeros(len(prompts), bool), CHUNK
         while left and not finished.all():
             if column == (room := state.cache[0][0].shape[2]):
@@ -158,7 +159,7 @@ class Engine:
                 state = state._replace(cache=grow(state.cache, room))
             began = time.monotonic()
             some = min(most, left, room - column)
-            tokens, count, state = decode(self.definition, self.params, state, stops, some, greedy=greedy)
+            tokens, count, state = decode(self.definition, params, state, stops, some, greedy=greedy)
             tokens, done, count = jax.device_get((tokens, state.done, count))
             if time.monotonic() - began < QUICK:
                 most = min(2 * most, LARGEST)
@@ -171,7 +172,7 @@ class Engine:
             finished |= done
             yield chunk
 
-    def _start(self, prompts, sampling) -> tuple[State, int]:
+    def _start(self, params, prompts, sampling) -> tuple[State, int]:
         """(the State after the prompts, the column it stands at)."""
         positions = self.config.model.positions
         lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
@@ -184,7 +185,7 @@ class Engine:
             row[start:] = prompt.ids
         columns = bucket(column + 1, least=COLUMNS)
         features, sampler = self.features(prompts), make_sampler(sampling)
-        return prefill(self.definition, self.params, tokens, starts, features, sampler, columns), column
+        return prefill(self.definition, params, tokens, starts, features, sampler, columns), column
 
     def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.

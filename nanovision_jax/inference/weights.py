@@ -3,8 +3,8 @@
 As trained (''), a matrix that is wider than the dtype of compute is kept in that, as each use would cast it. 'bfloat16'
 keeps matrices in two bytes a weight; 'int8' keeps those of decoder and projector in one, with a float32 scale for each
 output channel. Norms and biases stay as they are, and so does the tower, which runs once a picture. Compute has the
-config's dtype all the same: a matrix is cast where it is used, which XLA fuses into the product on accelerators and not
-on CPU: there it saves memory, and no time.
+config's dtype all the same: on accelerators a matrix is cast as a product reads it; on CPU matrices are made whole for
+each answer, so that there they save memory between answers, and no time.
 """
 
 import functools
@@ -46,14 +46,34 @@ def stored(config, graphdef, params, weights: str = ''):
     return graphdef, jax.tree_util.tree_map_with_path(store, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
+def readable(config, params):
+    """The parameters as products on this device read them: those for CPU take nothing narrower than they compute in.
+
+    There the matrices are made once an answer, and are gone after it.
+    """
+    if jax.default_backend() != 'cpu':
+        return params
+    dtype = models.compute_dtype(config.dtype)
+
+    def widened(leaf):
+        if isinstance(leaf, Quantized):
+            return _matrix(leaf, dtype)
+        return leaf.astype(dtype) if leaf.dtype.itemsize < dtype.itemsize else leaf
+
+    return jax.tree.map(widened, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _matrix(quantized, dtype):
+    return quantized.matrix().astype(dtype)
+
+
 def kept_quantized(params, changing):
     """The parameters for one turn of a loop in which `changing`, an array, changes.
 
     Without this the compiler makes quantized matrices float32 ones before the loop, as they do not change in it, and
-    each turn reads four bytes a weight. On CPU, where products do not take int8, that is what is wanted.
+    each turn reads four bytes a weight.
     """
-    if jax.default_backend() == 'cpu':
-        return params
     return jax.tree.map(
         lambda leaf: jax.lax.optimization_barrier((leaf, changing))[0] if isinstance(leaf, Quantized) else leaf,
         params,
