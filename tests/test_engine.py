@@ -27,7 +27,7 @@ ENDLESS = (-1, -2, -3, -4, -5)  # stops that no model says
 def case(request, tokenizer):
     """An engine whose tokenizer knows no stops, and three prompts of different lengths for it.
 
-    From these lengths on, every answer of the tests below runs in the same shapes: rows of 32, a cache of 64 columns.
+    From these lengths on, every answer of the tests below runs in the same shapes: rows of 32, a cache of 128 columns.
     """
     return make(request.param, tokenizer)
 
@@ -214,7 +214,7 @@ def test_a_prompt_one_short_of_the_context_gets_one_token(tokenizer):
 
 def test_answers_go_on_as_the_cache_grows(tokenizer, monkeypatch):
     runner, prompts = make('sft', tokenizer, positions=211)
-    found = answers(runner, prompts, max_new_tokens=170)  # through caches of 64, 128 and 256 columns
+    found = answers(runner, prompts, max_new_tokens=170)  # through caches of 128 and 256 columns
     tokens = np.array([[*prompt.ids, *row][:180] for prompt, row in zip(prompts, found, strict=True)])
     inputs = [tokens, np.broadcast_to(np.arange(180), tokens.shape), np.ones_like(tokens)]
     forward = jax.jit(lambda params, *x: models.merge(runner.graphdef, params)(*x))

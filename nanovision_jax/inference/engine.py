@@ -27,7 +27,7 @@ from nanovision_jax.stages import stage_of
 
 # Tokens decoded between looks at the result: at first, and at most; a chunk that took less than QUICK seconds doubles.
 CHUNK, LARGEST, QUICK = 16, 64, 0.05
-COLUMNS = 64  # of the smallest cache
+COLUMNS = 128  # of the smallest cache
 
 
 @dataclasses.dataclass
