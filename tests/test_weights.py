@@ -1,6 +1,7 @@
 """Weights stored in fewer bytes: what is kept, how far off it is, and that decoding reads the same."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import nanovision_jax
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
+from nanovision_jax.inference import engine
 from nanovision_jax.inference.engine import Engine, Prompt
 from nanovision_jax.inference.sampling import Sampling
 from nanovision_jax.inference.weights import quantize, stored
@@ -119,3 +121,22 @@ def test_a_run_is_loaded_so(tmp_path, tokenizer):
     assert small.chat('a cat?', max_new_tokens=9) and small.model.decoder.head is not None
     with pytest.raises(UserError, match="weights takes bfloat16, int8 or nothing, not 'int4'"):
         nanovision_jax.load(run_dir, weights='int4')
+
+
+def test_a_loop_reads_int8_and_not_matrices_made_before_it(monkeypatch):
+    cfg, graphdef, params = model('gpt')
+    runner = Engine(cfg, *stored(cfg, graphdef, params, 'int8'), (-1,))
+    state, _ = runner._start(runner.params, [Prompt(np.array([5], np.int32), [])], [Sampling()])
+
+    def carried():
+        """The shapes that the decoding loop carries."""
+        arguments = (runner.definition, runner.params, state, np.array([-1], np.int32), 5)
+        text = engine.decode.lower(*arguments, greedy=True).compile().as_text()
+        (loop,) = re.findall(r'= \((.*)\) while\(', text)
+        return set(re.findall(r'\w+\[[\d,]+\]', loop))
+
+    shape = '[42,53]'  # ffn_in's
+    assert f's8{shape}' in carried() and f'f32{shape}' not in carried()
+    monkeypatch.setattr(engine, 'kept_quantized', lambda params, changing: params)
+    engine.decode.clear_cache()
+    assert f'f32{shape}' in carried()  # without it they would be made
