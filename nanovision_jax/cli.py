@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import errno
+import gc
 import io
 import os
 import pathlib
@@ -21,6 +22,8 @@ from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.training import start
 
+# Objects made before Python looks for garbage among them: at its 700, that is a quarter of the time jax takes to load.
+RARELY = 100_000
 # What an OSError with one of these says is wrong with the machine, not with the program.
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -56,6 +59,7 @@ def run(main):
     If the reader of its output goes away (`show … | head`), a command ends without a word, as others do: code 141.
     """
     _take_any_text()
+    gc.set_threshold(RARELY)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

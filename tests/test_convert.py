@@ -16,12 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
 from nanovision_jax import config as configs
-from nanovision_jax import convert, models
+from nanovision_jax import convert
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import convert as conversions
-from nanovision_jax.inference import engine
 from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.reporting import blocks
@@ -95,7 +94,8 @@ def test_transformers_generates_what_our_engine_does(kind, runs, tmp_path, capsy
     # Random weights stop nowhere in particular: stopping is left to another test, so that all 64 tokens count.
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, len(prompt.ids) :]
-    assert ids.tolist() == greedy(run, prompt, 64)
+    pictures = np.stack(prompt.images) if prompt.images else None
+    assert ids.tolist() == micro.greedy(run.graphdef, run.params, prompt.ids, pictures, 64, run.tokenizer.special)
     assert len(set(ids.tolist())) > 8
 
 
@@ -132,24 +132,6 @@ def test_a_batch_answers_as_its_prompts_do_alone(kind, runs, tmp_path, capsys):
 
     alone = [answers([0])[0], answers([1])[0]]
     assert answers([0, 1]) == alone and alone[0] != alone[1]
-
-
-def greedy(run, prompt, n):
-    """The n likeliest tokens after a prompt, none of which may end it, by our prefill and cached decoding."""
-    params, graphdef, tokenizer = run.params, run.graphdef, run.tokenizer
-    pictures = np.stack(prompt.images)[None] if prompt.images else None
-    features = None if pictures is None else engine.see(graphdef, params, pictures)
-    logits, cache = engine.prefill(graphdef, params, prompt.ids[None], np.array([len(prompt.ids)]), features, 256)
-    found, model = [], models.merge(graphdef, params)
-    decoder = getattr(model, 'decoder', model)
-    extend = jax.jit(lambda token, at, cache: decoder.extend(decoder.embed(token), at, cache))
-    for i in range(n):
-        scores = np.array(logits[0])
-        scores[list(tokenizer.special)] = -np.inf
-        found.append(int(scores.argmax()))
-        x, cache = extend(np.array([[found[-1]]]), np.array([[len(prompt.ids) + i]]), cache)
-        logits = decoder.logits(x)[:, 0]
-    return found
 
 
 @pytest.mark.parametrize('kind', KINDS)

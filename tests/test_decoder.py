@@ -137,18 +137,31 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass():
     rows = [examples(T, seed=seed) for seed in range(3)]
     tokens = np.stack([batches.pack(row, T)['tokens'] for row in rows])
 
+    graphdef, params = models.unstack(GRAPHDEF, PARAMS)
+
+    @jax.jit
+    def start(tokens, starts):
+        decoder = models.merge(graphdef, params)
+        x, cache = decoder.prefill(decoder.embed(tokens), starts, T + 8)
+        return decoder.logits(x)[..., : micro.ODD.size], cache
+
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(cache, token, position):
-        decoder = models.merge(GRAPHDEF, PARAMS)
-        x, cache = decoder.extend(decoder.embed(token), position, cache)
+    def step(cache, token, starts, column):
+        decoder = models.merge(graphdef, params)
+        x, cache = decoder.extend(decoder.embed(token), starts, column, cache)
         return decoder.logits(x)[:, 0, : micro.ODD.size], cache
 
-    cache = models.merge(GRAPHDEF, PARAMS).empty_cache(3, T + 2)
-    found = []
-    for t in range(T):
-        scores, cache = step(cache, tokens[:, t : t + 1], np.full((3, 1), t))
-        found.append(scores)
-    np.testing.assert_allclose(np.stack(found, 1), logits(*rows), atol=1e-4)
+    starts = np.array([0, 3, 5], np.int32)  # columns of padding, in which anything may stand
+    prompt = np.full((3, 12), 7, np.int32)
+    for row, begin, whole in zip(prompt, starts, tokens, strict=True):
+        row[begin:] = whole[: 12 - begin]
+    wanted = logits(*rows)
+    prefilled, cache = start(prompt, starts)
+    for begin, found, whole in zip(starts, np.asarray(prefilled), wanted, strict=True):
+        np.testing.assert_allclose(found[begin:], whole[: 12 - begin], atol=1e-4)
+    for column in range(12, T):
+        scores, cache = step(cache, tokens[np.arange(3), column - starts][:, None], starts, np.int32(column))
+        np.testing.assert_allclose(scores, wanted[np.arange(3), column - starts], atol=1e-4)
 
 
 def test_a_wrong_shape_is_caught_by_the_annotations():

@@ -12,7 +12,7 @@ from PIL import Image
 from nanovision_jax import models
 from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
-from nanovision_jax.inference import sampling
+from nanovision_jax.inference import engine, sampling
 from nanovision_jax.inference.engine import Engine, Prompt
 from nanovision_jax.inference.prompt import chat_prompt, text_prompt
 from nanovision_jax.inference.run import Run
@@ -27,7 +27,7 @@ ENDLESS = (-1, -2, -3, -4, -5)  # stops that no model says
 def case(request, tokenizer):
     """An engine whose tokenizer knows no stops, and three prompts of different lengths for it.
 
-    From these lengths on, every answer of the tests below runs in the same shapes: rows of 32, a cache of 61.
+    From these lengths on, every answer of the tests below runs in the same shapes: rows of 32, a cache of 128 columns.
     """
     return make(request.param, tokenizer)
 
@@ -37,8 +37,8 @@ def text(tokenizer):
     return make('sft', tokenizer)
 
 
-def make(stage, tokenizer):
-    cfg = micro.odd_config(stage, positions=CONTEXT)
+def make(stage, tokenizer, positions=CONTEXT):
+    cfg = micro.odd_config(stage, positions=positions)
     rng, prompts = np.random.default_rng(0), []
     for length, pictures in ((32, 2), (17, 0), (23, 1)):
         ids = rng.integers(5, 250, length, np.int32)
@@ -168,7 +168,8 @@ def test_text_that_is_none_is_not_continued(tokenizer):
         assert str(error.value).isascii()
 
 
-def test_every_stop_token_ends_its_row_and_no_other(text):
+def test_every_stop_token_ends_its_row_and_no_other(text, monkeypatch):
+    monkeypatch.setattr(engine, 'QUICK', 0)  # chunks stay small
     runner, prompts = text
     plain = answers(runner, prompts, max_new_tokens=29)
     stops = plain[0][3], plain[1][19], plain[2][10]
@@ -211,6 +212,21 @@ def test_a_prompt_one_short_of_the_context_gets_one_token(tokenizer):
     assert [len(row) for row in answers(runner, [Prompt(ids, [])])] == [1]
 
 
+def test_answers_go_on_as_the_cache_grows(tokenizer, monkeypatch):
+    runner, prompts = make('sft', tokenizer, positions=211)
+    found = answers(runner, prompts, max_new_tokens=170)  # through caches of 128 and 256 columns
+    tokens = np.array([[*prompt.ids, *row][:180] for prompt, row in zip(prompts, found, strict=True)])
+    inputs = [tokens, np.broadcast_to(np.arange(180), tokens.shape), np.ones_like(tokens)]
+    forward = jax.jit(lambda params, *x: models.merge(runner.graphdef, params)(*x))
+    scores = np.asarray(forward(runner.params, *inputs))
+    for row, prompt, answer in zip(scores, prompts, found, strict=True):
+        n = 180 - len(prompt.ids)
+        here = row[len(prompt.ids) - 1 :][:n]
+        np.testing.assert_allclose(here[np.arange(n), answer[:n]], here.max(axis=1), atol=1e-4)
+    monkeypatch.setattr(engine, 'QUICK', 0)  # and whatever the chunks
+    assert answers(runner, prompts, max_new_tokens=170) == found
+
+
 def test_prompts_of_one_bucket_compile_nothing_new(text):
     runner, prompts = text
     answers(runner, prompts, max_new_tokens=20)
@@ -246,6 +262,14 @@ def test_sampling_follows_the_distribution():
     check(only[1], top_k=4, top_p=0.7)  # the narrower of both
     check(only[0], top_k=2, top_p=0.7)
     check(probability, top_k=100)
+
+
+def test_of_equals_the_first_is_the_likeliest():
+    scores = np.random.default_rng(0).integers(0, 9, (40, 31)).astype(np.float32)
+    scores[0], scores[1, 7:], scores[2] = -np.inf, -np.inf, np.nan
+    found = np.asarray(jax.jit(sampling.first_largest)(scores))
+    np.testing.assert_array_equal(np.delete(found, 2), np.delete(scores.argmax(1), 2))
+    assert 0 <= found[2] < 31  # a token all the same
 
 
 def test_streamed_pieces_are_whole_characters_and_join_to_the_answer(text, tokenizer, monkeypatch):

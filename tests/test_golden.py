@@ -1,14 +1,12 @@
 """Our models say what transformers said of the same weights, from files: where there is no PyTorch, too."""
 
 import golden
-import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
 
 from nanovision_jax import models
-from nanovision_jax.inference import engine
 
 
 @pytest.mark.parametrize('kind', golden.KINDS)
@@ -28,16 +26,6 @@ def test_our_model_says_what_transformers_said(kind):
         features = model.vision.features(model.vision.normalize(inputs[-1][0]))
         np.testing.assert_allclose(features, wanted['features'], atol=1e-4)
     np.testing.assert_allclose(model(*inputs)[..., :size], wanted['logits'], atol=1e-4)
-    features = None if picture is None else engine.see(graphdef, params, inputs[-1])
-    logits, cache = engine.prefill(graphdef, params, inputs[0], jnp.array([golden.PROMPT]), features, 128)
-    decoder, found = getattr(model, 'decoder', model), []
-
-    @jax.jit
-    def extend(token, at, cache):
-        x, cache = decoder.extend(decoder.embed(token), at, cache)
-        return decoder.logits(x)[:, 0], cache
-
-    for i in range(golden.NEW):
-        found.append(int(jnp.argmax(logits[0].at[micro.TOKENIZER.image].set(-jnp.inf))))
-        logits, cache = extend(jnp.array([[found[-1]]]), jnp.array([[golden.PROMPT + i]]), cache)
+    pictures = None if picture is None else picture[None]
+    found = micro.greedy(graphdef, params, ids[0], pictures, golden.NEW, [micro.TOKENIZER.image])
     assert found == wanted['tokens'].tolist() and len(set(found)) > 8

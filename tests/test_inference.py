@@ -1,5 +1,6 @@
 """nanovision_jax.load: what was saved is what answers, and what a run cannot do is said."""
 
+import gc
 import shutil
 
 import chex
@@ -135,6 +136,7 @@ def test_what_is_no_run_is_said(folder, tmp_path):
         nanovision_jax.load(folder / 'sft')
     with pytest.raises(UserError, match=r'no config\.json\.$'):
         nanovision_jax.load(tmp_path / 'nothing' / 'here')
+    assert gc.isenabled()  # as before
     started = shutil.copytree(folder / 'pretrain', tmp_path / 'started', ignore=shutil.ignore_patterns('checkpoints'))
     with pytest.raises(UserError, match='no whole checkpoint yet'):
         nanovision_jax.load(started)

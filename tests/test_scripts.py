@@ -172,7 +172,7 @@ def test_the_sample_conversation_is_kept_for_the_report(tiny_family, tmp_path, c
         assert all(f'you: {row["question"]}\n' in said for row in talk)
 
 
-# The benchmark of the step -------------------------------------------------------------------------------------------
+# Benchmarks ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
@@ -236,3 +236,41 @@ def test_the_benchmark_of_the_data_reads_batches_of_a_config(llava_folder, tmp_p
 def test_a_mistake_in_the_data_benchmark_is_one_sentence(arg, told):
     with pytest.raises(UserError, match=told):
         runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['main']([arg])
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
+def test_the_benchmark_of_decoding_prints_what_it_measured(stage, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
+    small = ['data.vocab_size=128', 'model.layers=1', 'model.width=32', 'model.heads=2', 'model.ffn=32']
+    small += ['data.length=64', 'model.positions=64', 'model.vision.layers=2']
+    small += ['model.vision.image_size=16', 'model.vision.patch_size=8']
+    argv = [f'--config={ROOT}/configs/{stage}.py:tiny', '--tokens=20', *(f'--config.{field}' for field in small)]
+    main = runpy.run_path(str(ROOT / 'scripts/benchmarks/decode.py'))['main']
+    sizes = {}
+    for weights in ('', 'int8'):
+        main([*argv, f'--weights={weights}'])
+        found = json.loads(capsys.readouterr().out)
+        assert list(found) == ['tokens', 'weights', 'prompt', 'batch', 'bytes_of_weights', 'devices', 'versions']
+        assert (found['tokens'], len(found['prompt'])) == (20, 16 + 4 * (stage == 'vision_instruct'))
+        for batch in found['batch'].values():
+            assert list(batch) == ['first_token_ms', 'tokens_per_second', 'decode_tokens_per_second']
+            assert batch['first_token_ms'] > 0 and batch['tokens_per_second'] > 0
+        assert list(found['batch']) == ['1', '16'] and found['versions'].keys() == {'jax'}
+        sizes[weights] = found['bytes_of_weights']
+    assert sizes['int8'] < 0.4 * sizes['']
+
+
+@pytest.mark.parametrize(
+    ('argv', 'why'),
+    [
+        (['--run=a', '--tokens=1'], '--tokens takes a number above 1'),
+        (['--run=a', '--weights=int4'], 'weights takes bfloat16, int8 or nothing'),
+        (['--run=a', '--peer=torch'], '--peer is transformers'),
+        (['--run=a', '--config=b'], '--config=b does not go with --run'),
+        ([], 'say --config=FILE'),
+    ],
+)
+def test_the_benchmark_of_decoding_says_what_it_cannot_do(argv, why, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
+    with pytest.raises(UserError, match=why):
+        runpy.run_path(str(ROOT / 'scripts/benchmarks/decode.py'))['main'](argv)

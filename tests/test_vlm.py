@@ -1,6 +1,7 @@
 """The vision-language model: against plain numpy, pictures in their places, packing, the cache."""
 
 import jax
+import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
@@ -88,22 +89,26 @@ def test_empty_slots_change_nothing(plain):
 def test_decoding_with_the_cache_gives_the_full_forward_pass(plain):
     tokens, _, _, images = pack([A], [B], [C])
 
+    graphdef, params = models.unstack(GRAPHDEF, PARAMS)
+    starts = jnp.zeros(3, jnp.int32)
+
     @jax.jit
     def first(params, tokens, images):
-        model = models.merge(GRAPHDEF, params)
-        return model.embed(tokens, model.image_features(images))
+        model = models.merge(graphdef, params)
+        embedded = model.embed(tokens, model.image_features(images))
+        x, cache = model.decoder.prefill(embedded[:, :5], starts, 37)  # which ends amid a picture
+        return embedded, model.decoder.logits(x)[:, :, : micro.ODD.size], cache
 
     @jax.jit
-    def step(params, cache, x, position):
-        decoder = models.merge(GRAPHDEF, params).decoder
-        x, cache = decoder.extend(x, position, cache)
+    def step(params, cache, x, column):
+        decoder = models.merge(graphdef, params).decoder
+        x, cache = decoder.extend(x, starts, column, cache)
         return decoder.logits(x)[:, 0, : micro.ODD.size], cache
 
-    embedded = np.asarray(first(PARAMS, tokens, images))
-    cache = models.merge(GRAPHDEF, PARAMS).decoder.empty_cache(3, 37)
-    found = []
-    for t in range(31):
-        scores, cache = step(PARAMS, cache, embedded[:, t : t + 1], np.full((3, 1), t))
+    embedded, scores, cache = first(params, tokens, images)
+    found = list(np.moveaxis(scores, 1, 0))
+    for t in range(5, 31):
+        scores, cache = step(params, cache, embedded[:, t : t + 1], np.int32(t))
         found.append(scores)
     found = np.stack(found, 1)
     np.testing.assert_allclose(found[0, :23], plain[0, :23], atol=1e-4)

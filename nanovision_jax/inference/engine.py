@@ -1,27 +1,33 @@
 """The engine: prefill and cached decoding of batches of unequal prompts. It knows ids and images, and no tokenizer.
 
-Rows are padded on the right, and a token's place in the cache is its position, so a row's padding is never seen and is
-overwritten as the row grows. The decoding loop runs inside one jit, a chunk of tokens a call.
+Prompts are padded on the left, so that they end in one column of the cache, and all rows write their next token to one
+and the same column: an update in place, which a column for each row would not be. Padding is never seen. The decoding
+loop runs inside one jit, a chunk of tokens a call, and the cache grows between chunks: each token reads all of it.
 
-Axes: B batch, T prompt (padded), S cache length, V vocabulary, M image slots, F features, D width.
+Axes: B batch, T prompt (padded), V vocabulary, M image slots, F features, D width.
 """
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.sampling import COLD, Sampler, Sampling, as_whole, draw, make_sampler
+from nanovision_jax.inference.weights import kept_quantized, readable, stored
 from nanovision_jax.stages import stage_of
 
-CHUNK = 16  # tokens decoded between looks at the result
+# Tokens decoded between looks at the result: at first, and at most; a chunk that took less than QUICK seconds doubles.
+CHUNK, LARGEST, QUICK = 16, 64, 0.05
+COLUMNS = 128  # of the smallest cache
 
 
 @dataclasses.dataclass
@@ -36,10 +42,21 @@ class State(NamedTuple):
     """Where a batch stands between two chunks."""
 
     logits: Float[Array, 'B V']  # of the next token
-    cache: dict
-    positions: Int[Array, ' B']  # where the next token goes
+    cache: list  # of the layers' keys and values
+    column: Int[Array, '']  # where the next token goes
+    starts: Int[Array, ' B']  # the column of each row's first token
     done: Bool[Array, ' B']  # rows that have stopped
     sampler: Sampler
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """A graphdef whose hash is its identity: a graphdef's own takes longer than decoding some tokens."""
+
+    graphdef: nnx.GraphDef
+
+
+define = functools.lru_cache(maxsize=None)(Definition)  # equal graphdefs have one Definition, so one compilation
 
 
 def bucket(n: int, least: int = 32) -> int:
@@ -47,58 +64,62 @@ def bucket(n: int, least: int = 32) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames='graphdef')
-def see(graphdef, params, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B F D']:
+@functools.partial(jax.jit, static_argnames='definition')
+def see(definition, params, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B F D']:
     """Images as the features that stand among a decoder's embeddings."""
-    return models.merge(graphdef, params).image_features(images)
+    return models.merge(definition.graphdef, params).image_features(images)
 
 
-@functools.partial(jax.jit, static_argnames=('graphdef', 'cache_length'))
+@functools.partial(jax.jit, static_argnames=('definition', 'columns'))
 def prefill(
-    graphdef,
+    definition,
     params,
     tokens: Int[Array, 'B T'],
-    lengths: Int[Array, ' B'],
+    starts: Int[Array, ' B'],
     features: Float[Array, 'B F D'] | None,
-    cache_length: int,
-) -> tuple[Float[Array, 'B V'], dict]:
-    """Padded prompts and their images' features (None: a text model) → (logits of the next token, cache)."""
-    model = models.merge(graphdef, params)
+    sampler: Sampler,
+    columns: int,
+) -> State:
+    """Prompts, padded up to `starts`, and features of their images (None: a text model), in a cache of `columns`."""
+    model = models.merge(definition.graphdef, params)
     decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = decoder.extend(x, positions, decoder.empty_cache(len(tokens), cache_length))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return decoder.logits(last)[:, 0], cache
+    hidden, cache = decoder.prefill(x, starts, columns)
+    logits, done = decoder.logits(hidden[:, -1:])[:, 0], jnp.zeros(len(tokens), bool)
+    return State(logits, cache, jnp.int32(tokens.shape[1]), starts, done, sampler)
 
 
-@functools.partial(jax.jit, static_argnames=('graphdef', 'greedy'), donate_argnames='state')
-def decode(graphdef, params, state: State, stops: Int[Array, ' stops'], greedy: bool):
-    """Up to CHUNK further tokens a row, until every row is done.
+@functools.partial(jax.jit, static_argnames=('definition', 'greedy'), donate_argnames='state')
+def decode(definition, params, state: State, stops: Int[Array, ' stops'], most: Int[Array, ''], greedy: bool):
+    """`most` further tokens a row, or fewer where every row is done. The cache has room for them.
 
-    A row is done after the first of `stops`, which is among its tokens, and at the end of the cache.
-    Returns (tokens [B, CHUNK], how many columns of them are filled, the State to go on with).
+    A row is done after the first of `stops`, which is among its tokens, and at the end of the context.
+    Returns (tokens [B, LARGEST], how many columns of them are filled, the State to go on with).
     """
-    decoder = models.decoder_of(models.merge(graphdef, params))
-    cache_length = state.cache['k'].shape[2]
 
     def going_on(carry):
         count, _, state = carry
-        return (count < CHUNK) & ~jnp.all(state.done)
+        return (count < most) & ~jnp.all(state.done)
 
     def step(carry):
-        count, tokens, state = carry
-        token, sampler = draw(state.sampler, state.logits, greedy)
-        token = jnp.where(state.done, stops[0], token)
-        tokens = tokens.at[:, count].set(token)
-        stopped = jnp.any(token[:, None] == stops, axis=1) | (state.positions + 1 >= cache_length)
-        hidden, cache = decoder.extend(decoder.embed(token[:, None]), state.positions[:, None], state.cache)
-        logits = decoder.logits(hidden)[:, 0]
-        return count + 1, tokens, State(logits, cache, state.positions + 1, state.done | stopped, sampler)
+        count, tokens, (logits, cache, column, starts, done, sampler) = carry
+        decoder = models.decoder_of(models.merge(definition.graphdef, kept_quantized(params, column)))
+        token, sampler = draw(sampler, logits, greedy)
+        token = jnp.where(done, stops[0], token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], count, axis=1)
+        done |= jnp.any(token[:, None] == stops, axis=1) | (column - starts + 1 >= decoder.cfg.positions)
+        hidden, cache = decoder.extend(decoder.embed(token[:, None]), starts, column, cache)
+        return count + 1, tokens, State(decoder.logits(hidden)[:, 0], cache, column + 1, starts, done, sampler)
 
-    tokens = jnp.full((state.logits.shape[0], CHUNK), stops[0], jnp.int32)
+    tokens = jnp.full((state.logits.shape[0], LARGEST), stops[0], jnp.int32)
     count, tokens, state = jax.lax.while_loop(going_on, step, (0, tokens, state))
     return tokens, count, state
+
+
+@functools.partial(jax.jit, static_argnames='columns')
+def grow(cache: list, columns: int) -> list:
+    """A cache with room for so many columns."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0))), cache)
 
 
 class Engine:
@@ -110,7 +131,8 @@ class Engine:
     def __init__(self, config, graphdef, params, stops):
         if not stage_of(config).decodes:
             raise UserError(f'a {config.stage} run compares pictures with captions: it has no decoder to chat with.')
-        self.config, self.graphdef, self.params, self.stops = config, graphdef, params, tuple(stops)
+        self.graphdef, self.params = stored(config, graphdef, params)
+        self.config, self.definition, self.stops = config, define(self.graphdef), tuple(stops)
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens=256, sampling=None):
         """Yields, chunk by chunk, a list with each prompt's new token ids; stop tokens are left out.
@@ -128,34 +150,42 @@ class Engine:
         if left < 1:
             raise UserError(f'max_new_tokens takes a number above 0, not {left}.')
         greedy = all(one.temperature < COLD for one in sampling)
-        state, stops = self._start(prompts, left, sampling), jnp.array(self.stops, jnp.int32)
-        finished = np.zeros(len(prompts), bool)
+        params, stops = readable(self.config, self.params), np.array(self.stops, np.int32)
+        state, column = self._start(params, prompts, sampling)
+        finished, most = np.zeros(len(prompts), bool), CHUNK
         while left and not finished.all():
-            tokens, count, state = decode(self.graphdef, self.params, state, stops, greedy=greedy)
-            tokens = np.asarray(tokens)[:, : min(int(count), left)]
-            left -= tokens.shape[1]
+            if column == (room := state.cache[0][0].shape[2]):
+                room = bucket(column + 1)
+                state = state._replace(cache=grow(state.cache, room))
+            began = time.monotonic()
+            some = min(most, left, room - column)
+            tokens, count, state = decode(self.definition, params, state, stops, some, greedy=greedy)
+            tokens, done, count = jax.device_get((tokens, state.done, count))
+            if time.monotonic() - began < QUICK:
+                most = min(2 * most, LARGEST)
+            count = int(count)
+            left, column = left - count, column + count
             chunk = []
-            for row, ids in enumerate(tokens):
+            for row, ids in enumerate(tokens[:, :count]):
                 stop = np.flatnonzero(np.isin(ids, self.stops))
                 chunk.append([] if finished[row] else ids[: stop[0]].tolist() if len(stop) else ids.tolist())
-                finished[row] |= len(stop) > 0
-            finished |= np.asarray(state.done)
+            finished |= done
             yield chunk
 
-    def _start(self, prompts, max_new_tokens, sampling) -> State:
+    def _start(self, params, prompts, sampling) -> tuple[State, int]:
+        """(the State after the prompts, the column it stands at)."""
         positions = self.config.model.positions
         lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
         longest = int(lengths.max())
         if longest >= positions:
             raise UserError(f'the prompt is {longest} tokens long, and the context holds {positions}.')
-        cache_length = min(bucket(longest + max_new_tokens), positions)
-        tokens = np.zeros((len(prompts), min(bucket(longest), cache_length)), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt.ids)] = prompt.ids
-        features = self.features(prompts)
-        logits, cache = prefill(self.graphdef, self.params, tokens, lengths, features, cache_length)
-        sampler = make_sampler(sampling, logits.shape[1])
-        return State(logits, cache, jnp.array(lengths), jnp.zeros(len(prompts), bool), sampler)
+        column = min(bucket(longest), positions)
+        tokens, starts = np.zeros((len(prompts), column), np.int32), column - lengths
+        for row, start, prompt in zip(tokens, starts, prompts, strict=True):
+            row[start:] = prompt.ids
+        columns = bucket(column + 1, least=COLUMNS)
+        features, sampler = self.features(prompts), make_sampler(sampling)
+        return prefill(self.definition, params, tokens, starts, features, sampler, columns), column
 
     def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.
@@ -170,4 +200,4 @@ class Engine:
         for row, prompt in zip(images, prompts, strict=True):
             for slot, image in enumerate(prompt.images):
                 row[slot] = image
-        return see(self.graphdef, self.params, images)
+        return see(self.definition, self.params, images)

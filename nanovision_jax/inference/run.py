@@ -14,6 +14,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Engine
 from nanovision_jax.inference.prompt import chat_prompt, text_prompt
 from nanovision_jax.inference.sampling import Sampling
+from nanovision_jax.inference.weights import check_weights, stored
 from nanovision_jax.parallel import compile_cache, hosts
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
@@ -28,7 +29,7 @@ def forward(graphdef, params, inputs):
 
 
 class Run:
-    """A trained model with its tokenizer: `model` (the live nnx module), `params`, `tokenizer`, `config`, `step`.
+    """A trained model with its tokenizer: `model`, `params`, `tokenizer`, `config`, `step`.
 
     Options of an answer, everywhere: temperature, top_k, top_p, seed (see sampling.Sampling) and max_new_tokens.
     """
@@ -36,7 +37,11 @@ class Run:
     def __init__(self, config, step, graphdef, params, tokenizer):
         self.config, self.step, self.tokenizer, self.params = config, step, tokenizer, params
         self.graphdef = graphdef
-        self.model = models.merge(graphdef, params)
+
+    @functools.cached_property
+    def model(self):
+        """The live nnx module."""
+        return models.merge(self.graphdef, self.params)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -112,8 +117,12 @@ class Run:
         return self.engine.generate(prompts, max_new_tokens, Sampling(**sampling))
 
 
-def load(run_dir) -> Run:
-    """Opens a run folder: the newest intact checkpoint, on one device. Raises UserError if there is none."""
+def load(run_dir, weights: str = '') -> Run:
+    """Opens a run folder: the newest intact checkpoint, on one device. Raises UserError if there is none.
+
+    weights: how they are kept in memory, as trained or 'bfloat16' or 'int8': see weights.py.
+    """
+    check_weights(weights)
     folder, paths = pathlib.Path(run_dir), runfolder.Paths(run_dir)
     if not paths.config.is_file():
         beside = [p.parent for p in folder.parent.glob('*/config.json')] if folder.parent.is_dir() else []
@@ -129,4 +138,7 @@ def load(run_dir) -> Run:
     graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
     device = jax.sharding.SingleDeviceSharding(hosts.first_device())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    return Run(config, step, graphdef, checkpoint.restore(folder, step, 'params', target), tokenizer)
+    params = checkpoint.restore(folder, step, 'params', target)
+    if weights and stage_of(config).decodes:
+        graphdef, params = stored(config, graphdef, params, weights)
+    return Run(config, step, graphdef, params, tokenizer)

@@ -49,25 +49,32 @@ class Sampler(NamedTuple):
     keys: Key[Array, ' B']
 
 
-def make_sampler(rows: Sequence[Sampling], vocab_size: int) -> Sampler:
+def make_sampler(rows: Sequence[Sampling]) -> Sampler:
     """The Sampler of checked options, one a row."""
     temperature, top_k, top_p, seeds = zip(*rows, strict=True)
     return Sampler(
-        jnp.array(temperature, jnp.float32),
-        jnp.array([min(k, vocab_size) for k in top_k], jnp.int32),
-        jnp.array(top_p, jnp.float32),
+        np.array(temperature, np.float32),
+        np.array([min(k, 2**31 - 1) for k in top_k], np.int32),
+        np.array(top_p, np.float32),
         jax.vmap(jax.random.key)(np.array([seed % 2**32 for seed in seeds], np.uint32)),
     )
 
 
 def draw(sampler: Sampler, logits: Float[Array, 'B V'], greedy: bool) -> tuple[Int[Array, ' B'], Sampler]:
     """(a token id for every row, the sampler to go on with). greedy: all rows take the likeliest one."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = first_largest(logits)
     if greedy:
         return likeliest, sampler
     both = jax.vmap(jax.random.split)(sampler.keys)
     drawn = jax.vmap(sample)(both[:, 1], logits, sampler.temperature, sampler.top_k, sampler.top_p).astype(jnp.int32)
     return jnp.where(sampler.temperature < COLD, likeliest, drawn), sampler._replace(keys=both[:, 0])
+
+
+def first_largest(logits: Float[Array, 'B V']) -> Int[Array, ' B']:
+    """jnp.argmax() of each row in two plain reductions: XLA for CPU vectorises these, and not one over pairs."""
+    last = logits.shape[-1] - 1
+    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def sample(key, logits: Float[Array, ' V'], temperature, top_k, top_p) -> Int[Array, '']:

@@ -9,7 +9,7 @@ from flax import nnx
 from nanovision_jax.models import kernels
 from nanovision_jax.models.clip import CLIP
 from nanovision_jax.models.decoder import Decoder
-from nanovision_jax.models.layers import padded, platform
+from nanovision_jax.models.layers import Quantized, padded, platform
 from nanovision_jax.models.vlm import VLM
 from nanovision_jax.stages import stage_of
 
@@ -51,5 +51,33 @@ def decoder_of(model):
 
 
 def merge(graphdef, params):
-    """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that."""
-    return nnx.merge(graphdef, params)
+    """The live module of parameters in nested dicts. Shapes are not checked here: checkpoint.restore() does that.
+
+    A Quantized kernel is multiplied with as it is; an embedding becomes the matrix that it stands for.
+    """
+    kernels = {}
+
+    def plain(path, leaf):
+        if not isinstance(leaf, Quantized):
+            return leaf
+        if path[-1].key != 'kernel':
+            return leaf.matrix()
+        kernels[path] = leaf
+        return leaf.values
+
+    params = jax.tree_util.tree_map_with_path(plain, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    model = nnx.merge(graphdef, params)
+    for path, leaf in kernels.items():
+        module = model
+        for part in path[:-1]:
+            module = module[part.key] if isinstance(part.key, int) else getattr(module, part.key)
+        module.dot_general = leaf.product
+    return model
+
+
+def unstack(graphdef, params):
+    """(graphdef, params) of the same model with its decoder's blocks one by one: see Decoder.unstack()."""
+    model = nnx.merge(graphdef, params)
+    decoder_of(model).unstack()
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)

@@ -20,13 +20,15 @@ MASKED = -1e30  # added to the scores of keys that are not seen: their weight is
 class Structure:
     """Which keys a query sees: all of them, less what each field rules out.
 
-    causal: none behind itself; segments: none of another segment of its row; positions: where the queries stand in a
-    cache, of which a query at position p sees the places 0..p.
+    causal: none behind itself; segments: none of another segment of its row. With a cache, this call's keys are put
+    into its columns from `column` on; starts: each row's first column, for calls with one query a row, which sees the
+    columns from there to its own (without: the call is a whole prompt, which sees itself alone).
     """
 
     causal: bool = False
     segments: Int[Array, 'B T'] | None = None
-    positions: Int[Array, 'B T'] | None = None
+    column: Int[Array, ''] | int | None = None
+    starts: Int[Array, ' B'] | None = None
 
 
 def attend(
@@ -42,11 +44,9 @@ def attend(
     Keys that a query does not see get exactly zero weight, so what they hold cannot change a bit of the result.
     """
     with jax.named_scope('attention'):
-        packed = structure.causal and structure.segments is not None
-        plain = structure.segments is None and structure.positions is None
-        if kernel in kernels.PACKED and packed:
+        if kernel in kernels.PACKED and structure.causal and structure.segments is not None:
             return _on_each_device(kernels.PACKED[kernel], q, k, v, structure.segments)
-        if kernel == 'cudnn' and plain:
+        if kernel == 'cudnn' and structure.segments is None:
             return kernels.cudnn(q, k, v, structure.causal)
         return _plain(q, k, v, structure)
 
@@ -83,8 +83,6 @@ def _bias(structure: Structure, queries: int, keys: int) -> Float[Array, '#B T S
         seen.append(structure.segments[:, :, None] == structure.segments[:, None, :])
     if structure.causal:
         seen.append(jnp.tril(jnp.ones((1, queries, keys), bool)))
-    if structure.positions is not None:
-        seen.append(jnp.arange(keys)[None, None, :] <= structure.positions[:, :, None])
     if not seen:
         return None
     return jnp.where(seen[0] if len(seen) == 1 else seen[0] & seen[1], 0.0, MASKED)
@@ -93,15 +91,35 @@ def _bias(structure: Structure, queries: int, keys: int) -> Float[Array, '#B T S
 # The cache, and the mesh ---------------------------------------------------------------------------------------------
 
 
-def extend_cache(
-    cache: dict | None, k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], positions: Int[Array, 'B T'] | None
-) -> tuple:
-    """(keys, values, cache) to attend to: this call's own, or a cache {k, v: [B, S, K, H]} with them at `positions`."""
+# Heads stand before columns, as the products of decoding want them: another order is copied into this one each time.
+KeysValues = tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']]
+
+
+def attend_cached(
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    structure: Structure,
+    cache: KeysValues | None,
+    kernel: str = 'xla',
+) -> tuple[Float[Array, 'B T N H'], KeysValues | None]:
+    """(attention, the cache with this call's keys and values in it). Without a cache it is attend()."""
     if cache is None:
-        return k, v, None
-    rows = jnp.arange(k.shape[0])[:, None]  # a position beyond the cache is dropped
-    cache = {name: cache[name].at[rows, positions].set(new, mode='drop') for name, new in (('k', k), ('v', v))}
-    return cache['k'], cache['v'], cache
+        return attend(q, k, v, structure, kernel), None
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2), structure.column, axis=2)
+        for old, new in zip(cache, (k, v), strict=True)
+    )
+    if structure.starts is None:
+        return attend(q, k, v, structure), (keys, values)
+    with jax.named_scope('attention'):
+        columns = jnp.arange(keys.shape[2])
+        seen = (columns >= structure.starts[:, None]) & (columns <= structure.column)
+        grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])  # heads that share keys and values
+        scores = jnp.einsum('bkgh,bksh->bkgs', grouped, keys, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
+        shares = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+        found = jnp.einsum('bkgs,bksh->bkgh', shares.astype(values.dtype), values)
+    return found.reshape(q.shape), (keys, values)
 
 
 def batch_axes() -> tuple[str, ...]:

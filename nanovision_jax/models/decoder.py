@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nanovision_jax.models.attention import Structure, attend, extend_cache, over_batch, whole
+from nanovision_jax.models.attention import KeysValues, Structure, attend_cached, over_batch, whole
 from nanovision_jax.models.layers import Linear, LinearGeneral, contract, matrix_init, padded, rematerialized
-
-Cache = dict[str, Float[Array, 'L B S K H']]
 
 Rotary = tuple[Float[Array, 'B T 1 half'], Float[Array, 'B T 1 half']]  # cosines and sines of every position's angles
 
@@ -51,7 +49,7 @@ class GPTBlock(nnx.Module):
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.heads
-        self.kernel = cfg.attention
+        self.kernel, self.kept_in_halves = cfg.attention, False
         norm = dict(epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
@@ -62,22 +60,28 @@ class GPTBlock(nnx.Module):
         self.ffn_in = Linear(d, cfg.ffn, **into)
         self.ffn_out = Linear(cfg.ffn, d, use_bias=False, **out)
 
-    def _kernel_in_halves(self) -> Float[Array, 'D 3 N H']:
+    def in_halves(self) -> Float[Array, 'D 3 N H']:
         """The kernel of queries, keys and values; what a position turns as a pair stands half a head apart in it.
 
         The model rotates interleaved pairs (0, 1), (2, 3), … as RoFormer and nanoGPTVision do. Products of queries with
         keys stay what they are when both are put in another order, and of activations that takes twice the memory.
         """
-        kernel = self.qkv.kernel[...].astype(self.qkv.dtype)
+        kernel = self.qkv.kernel[...]
         even, odd = kernel[:, :2, :, ::2], kernel[:, :2, :, 1::2]
         return jnp.concatenate([jnp.concatenate([even, odd], -1), kernel[:, 2:]], 1)
 
+    def put_in_halves(self):
+        """Keeps the kernel as in_halves() gives it, for decoding, which would put it there for each token."""
+        self.qkv.kernel[...], self.kept_in_halves = self.in_halves(), True
+
     def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
-        """x → (x, cache). A cache {k, v: [B, S, N, H]} gets this call's keys and values at structure.positions."""
-        q, k, v = jnp.moveaxis(contract(self.attention_norm(x), self._kernel_in_halves()), 2, 0)
+        """x → (x, cache). A cache gets this call's keys and values."""
+        normed = self.attention_norm(x)
+        qkv = self.qkv(normed) if self.kept_in_halves else contract(normed, self.in_halves().astype(normed.dtype))
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        k, v, cache = extend_cache(cache, k, v, structure.positions)
-        x = x + self.out(attend(q, k, v, structure, self.kernel))
+        attended, cache = attend_cached(q, k, v, structure, cache, self.kernel)
+        x = x + self.out(attended)
         with jax.named_scope('ffn'):
             return x + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(x)))), cache
 
@@ -104,14 +108,14 @@ class LlamaBlock(nnx.Module):
         self.ffn_out = Linear(cfg.ffn, d, **out)
 
     def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
-        """x → (x, cache). A cache {k, v: [B, S, K, H]} gets this call's keys and values at structure.positions."""
+        """x → (x, cache). A cache gets this call's keys and values."""
         normed = self.attention_norm(x)
         q, (k, v) = self.q(normed), jnp.moveaxis(self.kv(normed), 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        k, v, cache = extend_cache(cache, k, v, structure.positions)
-        x = x + self.out(attend(q, k, v, structure, self.kernel))
+        attended, cache = attend_cached(q, k, v, structure, cache, self.kernel)
+        x = x + self.out(attended)
         with jax.named_scope('ffn'):
             normed = self.ffn_norm(x)
             return x + self.ffn_out(jax.nn.silu(self.ffn_gate(normed)) * self.ffn_in(normed)), cache
@@ -152,27 +156,24 @@ class Decoder(nnx.Module):
         return over_batch(whole(jnp.asarray(self.embedding.embedding[...]))[tokens].astype(self.dtype))
 
     def trunk(
-        self,
-        x: Float[Array, 'B T D'],
-        positions: Int[Array, 'B T'],
-        structure: Structure,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, 'B T D'], Cache | None]:
-        """All blocks over embedded tokens; with a cache, this call's keys and values are written to it."""
+        self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure
+    ) -> Float[Array, 'B T D']:
+        """All blocks over embedded tokens."""
+        if isinstance(self.blocks, nnx.List):
+            return self._cached(x, positions, structure, [None] * len(self.blocks))[0]
 
         rotary = rotary_angles(self.cfg, positions)
 
-        def body(x, layer):
-            block, cache = layer
-            return block(over_batch(x), rotary, structure, cache)
+        def body(x, block):
+            return block(over_batch(x), rotary, structure)
 
-        return jax.lax.scan(rematerialized(body, self.cfg.remat), x, (self.blocks, cache), unroll=self.cfg.unroll)
+        return jax.lax.scan(rematerialized(body, self.cfg.remat), x, self.blocks, unroll=self.cfg.unroll)[0]
 
     def over_rows(
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
     ) -> Float[Array, 'B T D']:
         """Embedded packed rows to hidden states; attention never crosses a segment."""
-        return self.trunk(x, positions, Structure(causal=True, segments=segments))[0]
+        return self.trunk(x, positions, Structure(causal=True, segments=segments))
 
     def hidden(
         self, tokens: Int[Array, 'B T'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']
@@ -197,14 +198,42 @@ class Decoder(nnx.Module):
         """Packed rows of tokens to logits."""
         return self.logits(self.hidden(tokens, positions, segments))
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A key-value cache of zeros for `batch` rows of up to `length` positions."""
-        cfg = self.cfg
-        shape = (cfg.layers, batch, length, cfg.kv_heads or cfg.heads, cfg.head_size)
-        return {name: jnp.zeros(shape, self.dtype) for name in ('k', 'v')}
+    def unstack(self):
+        """Makes the stack of blocks a list of them, which decoding wants: of a stack, each layer's part is copied."""
+        if not isinstance(self.blocks, nnx.List):
+            graphdef, stack = nnx.split(self.blocks)
+            self.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in _layers(stack, self.cfg.layers)])
+            for block in self.blocks:
+                if isinstance(block, GPTBlock):
+                    block.put_in_halves()
+
+    def prefill(
+        self, x: Float[Array, 'B T D'], starts: Int[Array, ' B'], length: int
+    ) -> tuple[Float[Array, 'B T D'], list[KeysValues]]:
+        """Embedded prompts, row b from column starts[b] on, to hidden states and a cache of `length` columns.
+
+        The decoder is unstacked, here and in extend().
+        """
+        cfg, columns = self.cfg, jnp.arange(x.shape[1])
+        positions = columns - starts[:, None]
+        structure = Structure(causal=True, segments=(positions >= 0).astype(jnp.int32), column=0)
+        empty = jnp.zeros((len(x), cfg.kv_heads or cfg.heads, length, cfg.head_size), self.dtype)
+        return self._cached(x, jnp.maximum(positions, 0), structure, [(empty, empty)] * cfg.layers)
 
     def extend(
-        self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], cache: Cache
-    ) -> tuple[Float[Array, 'B T D'], Cache]:
-        """Runs T further embedded tokens a row against the cache, and adds them to it."""
-        return self.trunk(x, positions, Structure(positions=positions), cache)
+        self, x: Float[Array, 'B 1 D'], starts: Int[Array, ' B'], column: Int[Array, ''], cache: list[KeysValues]
+    ) -> tuple[Float[Array, 'B 1 D'], list[KeysValues]]:
+        """One further embedded token a row, at `column` of the cache, to its hidden state and the cache with it."""
+        return self._cached(x, (column - starts)[:, None], Structure(column=column, starts=starts), cache)
+
+    def _cached(self, x, positions, structure, cache):
+        rotary, after = rotary_angles(self.cfg, positions), []
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x, layer = block(over_batch(x), rotary, structure, layer)
+            after.append(layer)
+        return x, after
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def _layers(stack, count):
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(count)]
