@@ -49,9 +49,12 @@ def pallas(
     segments: Int[Array, 'B T'],
     interpret: bool = False,
 ) -> Float[Array, 'B T N H']:
-    """Pallas attention (GPU, by Triton) over packed rows. interpret runs it anywhere, slowly."""
+    """Pallas attention (GPU, by Triton) over packed rows. interpret runs it anywhere, slowly.
+
+    From jax 0.12 on it is deprecated, for tokamax, whose public function takes no segments; jax's Mosaic kernel has
+    neither segments nor heads of 32.
+    """
     with warnings.catch_warnings():
-        # Deprecated from jax 0.12 on for tokamax, whose public function takes no segments.
         warnings.filterwarnings('ignore', '.*is deprecated.*', DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as library
 

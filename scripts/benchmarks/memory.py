@@ -35,7 +35,7 @@ def devices_of(topology):
         return list(topologies.get_topology_desc(topology, 'tpu', **alone).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f'no topology {topology!r} ({reason}): it takes libtpu, as in pip install -e .[tpu].') from error
+        raise UserError(f'no topology {topology!r} ({reason}): it takes libtpu (pip install -e .[tpu]).') from error
 
 
 def measure(config, topology):
