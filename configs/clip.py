@@ -4,7 +4,7 @@
     python -m nanovision_jax.prepare llava_pretrain
     python -m nanovision_jax.train --config=configs/clip.py
 
-d20: a ViT-B/16 on eight GPUs, CLIP's recipe (arXiv:2103.00020). tiny: 131 s on two CPU cores, drawing the data
+d20: a ViT-B/16 on eight GPUs, CLIP's recipe (arXiv:2103.00020). tiny: 125 s on two CPU cores, drawing the data
 included.
 """
 

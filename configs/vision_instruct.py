@@ -5,7 +5,7 @@
     python -m nanovision_jax.train --config=configs/vision_instruct.py
 
 d20: one epoch of LLaVA-Instruct-150K; 40 rows hold about 128 conversations (arXiv:2304.08485). tiny:
-463 s on two CPU cores, 95.9% of 2,400 questions about new pictures (24.2% with blank ones).
+356 s on two CPU cores, 96.0% of 2,400 questions about new pictures (24.7% with blank ones).
 """
 
 from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config

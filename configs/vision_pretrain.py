@@ -4,7 +4,7 @@
     python -m nanovision_jax.prepare llava_pretrain
     python -m nanovision_jax.train --config=configs/vision_pretrain.py
 
-d20: one epoch of LLaVA-CC3M-Pretrain; 16 rows hold about 128 conversations (arXiv:2304.08485). tiny: 24 s on
+d20: one epoch of LLaVA-CC3M-Pretrain; 16 rows hold about 128 conversations (arXiv:2304.08485). tiny: 19 s on
 two CPU cores.
 """
 
