@@ -158,7 +158,7 @@ def _estimate(config, vocabulary, mesh):
         """Adds what the blocks of a transformer keep for the backward pass."""
         width, heads = part.width, part.heads
         scores = 0 if model.attention in kernels.PACKED else heads * length * (4 + size)
-        block = size * (10 * width + 5 * meter.attention_width(part) + 5 * part.ffn) + scores
+        block = size * (8 * width + 4 * meter.attention_width(part) + 4 * part.ffn) + scores
         kept = {
             'none': block,
             'dots': size * (3 * width + 4 * meter.attention_width(part) + part.ffn),
