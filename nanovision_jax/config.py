@@ -104,7 +104,7 @@ class Model:
     remat: str = option(
         'auto',
         'what the backward pass recomputes: none, dots (all but matrix products) or full (whole blocks: the least '
-        'memory, a third more work); auto is the first that fits',
+        'memory, a third more work); auto is, with optim.accumulate, the fastest that fits',
         ('auto', 'none', 'dots', 'full'),
     )
     unroll: int = option(1, 'layers a scan step: more is faster to run and slower to compile', above=0)
@@ -171,7 +171,7 @@ class Optim:
     b2: float = option(0.95, 'decay of the mean of their squares', least=0, below=1)
     weight_decay: float = option(0.1, 'of matrices only: never norms, biases, embeddings', least=0)
     clip_norm: float = option(1.0, 'gradients are scaled down to this norm', above=0)
-    accumulate: int = option(0, "a step's batch goes through in this many parts; 0 or auto: as few as fit", least=0)
+    accumulate: int = option(0, "a step's batch goes through in this many parts; 0 or auto: see model.remat", least=0)
     reduce_dtype: str = option(
         'float32', 'in which gradients are summed over the devices of mesh.data', ('float32', 'bfloat16')
     )

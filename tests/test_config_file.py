@@ -110,10 +110,12 @@ def test_differences_are_those_that_change_results(tmp_path, monkeypatch):
     assert runconfig.differences(config, config) == []
     free = ['name=other', 'run_dir=runs/tiny/other', 'data.workers=3', 'checkpoint.every=7', 'checkpoint.keep=9']
     free += ['eval.every=3', 'eval.batches=2', 'log.every=1', 'log.to=tensorboard', 'mesh.data=1', 'mesh.fsdp=2']
+    free += ['model.remat=full', 'model.attention=xla']
     free += ['data.path=./runs/tiny/data/']  # where it was by default
     assert runconfig.differences(config, parse('sft', *free)) == []
     seen = ['steps=3', 'seed=1', 'dtype=bfloat16', 'data.length=128', 'data.batch_size=16', 'optim.b1=0.5']
     seen += ['model.layers=2', 'model.vision.fit=pad', 'optim.learning_rate=0.1', 'data.images=x.zip']
+    seen += ['optim.accumulate=2', 'optim.reduce_dtype=bfloat16']
     for override in seen:
         assert runconfig.differences(config, parse('sft', override)) == [override.partition('=')[0]]
 

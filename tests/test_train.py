@@ -339,6 +339,19 @@ def test_where_and_how_often_may_change_without_a_word(family):
     assert resume.open_run(cfg, resume=False, anew=False) == 4
 
 
+def test_what_was_settled_stays_so(family):
+    """A run that leaves remat and accumulation open goes on as it was compiled, and its kernel may be another one."""
+    saved = runconfig.read(family / 'pretrain')
+    saved.model.remat, saved.optim.accumulate, saved.model.attention = 'dots', 2, 'splash'
+    runconfig.save(saved)
+    cfg = micro.run_config('pretrain', family)
+    cfg.model.remat, cfg.optim.accumulate = 'auto', 0
+    assert resume.open_run(cfg, resume=False, anew=False) == 4
+    assert (cfg.model.remat, cfg.optim.accumulate, cfg.model.attention) == ('dots', 2, 'auto')
+    cfg.optim.accumulate = 4
+    refused(cfg, r'another config \(optim.accumulate differ\)')
+
+
 def test_another_batch_size_goes_on_at_the_same_row(family, monkeypatch):
     starts, batches = [], pipeline.batches
 

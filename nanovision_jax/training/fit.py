@@ -77,7 +77,9 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None) -> Pr
     kernel, why = models.attention_kernel(config)
     print(f'attention: {kernel} ({why})')
     config.model.attention = kernel
-    memory = hardware.memory(mesh.devices.flat[0]) if memory is None else memory
+    if memory is None:
+        own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
+        memory = hardware.memory(next(own, mesh.devices.flat[0]))
     found, scale = _candidates(config, vocabulary, mesh), 1.0
     for last in range(AT_MOST - 1, -1, -1):
         fitting = [c for c in found if not memory or c.bytes * scale <= memory * (1 - ROOM)]
