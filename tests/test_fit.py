@@ -79,9 +79,9 @@ def test_what_is_asked_for_is_not_settled(monkeypatch):
 
 
 CANDIDATES = [
-    fit._Candidate('none', 1, bytes=90, time=1.0),
-    fit._Candidate('dots', 1, bytes=60, time=1.05),
-    fit._Candidate('full', 1, bytes=30, time=1.3),
+    fit._Candidate('none', 1, bytes=80, time=1.0),
+    fit._Candidate('dots', 1, bytes=50, time=1.05),
+    fit._Candidate('full', 1, bytes=25, time=1.3),
     fit._Candidate('full', 8, bytes=10, time=1.5),
 ]
 
@@ -89,8 +89,8 @@ CANDIDATES = [
 @pytest.mark.parametrize(
     ('peaks', 'wanted'),
     [
-        ([90], [('none', 1)]),
-        ([110, 70], [('none', 1), ('dots', 1)]),
+        ([85], [('none', 1)]),
+        ([87, 70], [('none', 1), ('dots', 1)]),
         ([120, None, 40], [('none', 1), ('dots', 1), ('full', 1)]),  # None: the compiler itself gives up
         ([300, 35], [('none', 1), ('full', 8)]),  # what it says of one corrects the estimate of the next
         ([120, 110, 100], [('none', 1), ('dots', 1), ('full', 1)]),  # three at most, and the last stands

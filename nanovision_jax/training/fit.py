@@ -63,7 +63,7 @@ def compile_step(config, vocabulary, optimizer, mesh) -> Program:
 # The choices ---------------------------------------------------------------------------------------------------------
 
 AT_MOST = 3  # programs compiled to find one that fits
-ROOM = 0.04  # of a device's memory, kept for batches on their way and for what a runtime takes
+ROOM = 2 << 30  # bytes of a device left free for batches on their way, evaluation and samples; a seventh of a small one
 REMAT = {'none': 1.0, 'dots': 1.05, 'full': 1.3}  # model.remat, and about how long a step takes with each
 
 
@@ -80,15 +80,16 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None) -> Pr
     if memory is None:
         own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
         memory = hardware.memory(next(own, mesh.devices.flat[0]))
+    room = memory - min(ROOM, memory // 7) if memory else float('inf')
     found, scale = _candidates(config, vocabulary, mesh), 1.0
     for last in range(AT_MOST - 1, -1, -1):
-        fitting = [c for c in found if not memory or c.bytes * scale <= memory * (1 - ROOM)]
+        fitting = [c for c in found if c.bytes * scale <= room]
         chosen = fitting[0] if fitting else min(found, key=lambda c: c.bytes)
         config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
         program = _compiled(config, vocabulary, optimizer, mesh)
         peak = program.peak if program else None
         found = [c for c in found if c.bytes < chosen.bytes]
-        if not found or not memory or (peak and peak <= memory * (1 - ROOM)) or not last:
+        if not found or (peak and peak <= room) or not last:
             break
         scale = max(scale, (peak or 1.25 * chosen.bytes * scale) / chosen.bytes)
     if program is None:
