@@ -42,6 +42,14 @@ def test_what_is_frozen_costs_less():
     assert costs['pretrain'][1] == 0
 
 
+def test_the_output_layer_counts_for_learned_tokens_alone():
+    for stage, passes in (('vision_instruct', 6), ('vision_pretrain', 4)):
+        cfg = configs.base_config(stage, 'd20')
+        whole, quarter = (meter.step_flops(cfg, 50261, 1024, 2, learned) for learned in (1024, 256))
+        assert whole - quarter == 768 * passes * 1280 * 50304
+        assert whole == meter.step_flops(cfg, 50261, 1024, 2)
+
+
 def test_clip_counts_both_towers():
     cfg = configs.base_config('clip', 'd20')
     cfg.data.length = 77

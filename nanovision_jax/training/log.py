@@ -44,7 +44,7 @@ class Log:
         self.bar.write(text, file=sys.stdout)
 
     def count(self, work: dict):
-        """Counts a step and its work, {tokens, images}."""
+        """Counts a step and its work, {tokens, learned, images}."""
         self.window.update(work | {'steps': 1})
         self.tokens += work['tokens']
         self.bar.update()
@@ -63,7 +63,9 @@ class Log:
         seconds, elapsed = self.clock.lap()  # only now: the step was still running when it was dispatched
         self._check_finite(step, values)
         speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
-        flops = meter.step_flops(self.config, self.vocab_size, window['tokens'], window['images'])
+        flops = meter.step_flops(
+            self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
+        )
         measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
         left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))

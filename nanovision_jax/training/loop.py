@@ -142,16 +142,18 @@ def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
 
 
 def prefetch(batches, mesh, ahead: int = 2):
-    """Yields device batches, `ahead` of them on their way, each with its work as {tokens, images}, padding aside."""
+    """Yields device batches, `ahead` of them on their way, each with its work as {tokens, learned, images}, padding aside."""
 
     def put():
         for batch in batches:
             if 'segments' in batch:
-                work = {'tokens': int((batch['segments'] > 0).sum()), 'images': 0}
+                learned = int((batch['weights'] > 0).sum())
+                work = {'tokens': int((batch['segments'] > 0).sum()), 'learned': learned, 'images': 0}
                 if 'images' in batch:
                     work['images'] = int(batch['images'].any(axis=(2, 3, 4)).sum())
             else:
-                work = {'tokens': int((batch['ends'] + 1).sum()), 'images': len(batch['ends'])}
+                captions = int((batch['ends'] + 1).sum())
+                work = {'tokens': captions, 'learned': captions, 'images': len(batch['ends'])}
             yield parallel.put_batch(batch, mesh), work
 
     queue, source = collections.deque(), put()

@@ -2,7 +2,7 @@
 
 MFU, full-attention convention (PaLM, arXiv:2204.02311): FLOPs per token are 6·N + 12·L·D·T, N counting the weights of
 matrix products. Only what a stage does is counted: 2·N forward, 2·N more where gradients flow through, 2·N more where
-weights learn. Padding is not counted as work.
+weights learn. Padding is not counted as work, nor the output layer of tokens that are not learned: it is not computed.
 """
 
 import contextlib
@@ -27,8 +27,9 @@ def attention_width(part) -> int:
     return part.heads * (part.head_size if isinstance(part, Model) else part.width // part.heads)
 
 
-def step_flops(config, vocab_size: int, tokens: int, images: int) -> int:
-    """Model FLOPs of a step over `tokens` decoder (or caption) tokens and `images` images."""
+def step_flops(config, vocab_size: int, tokens: int, images: int, learned: int | None = None) -> int:
+    """Model FLOPs of a step over `tokens` decoder (or caption) tokens, of which `learned` are targets (None: all), and
+    `images` images."""
     model, vision = config.model, config.model.vision
 
     def cost(part, length, extra=0, passes=3):
@@ -40,7 +41,8 @@ def step_flops(config, vocab_size: int, tokens: int, images: int) -> int:
         towers = images * seen_tokens * cost(vision, seen_tokens, patch)
         return towers + tokens * cost(model.text, config.data.length)
     passes = 3 if stage.learns('decoder/blocks') else 2  # gradients flow through a frozen decoder too
-    total = tokens * cost(model, config.data.length, model.width * padded(vocab_size), passes)
+    total = tokens * cost(model, config.data.length, passes=passes)
+    total += (tokens if learned is None else learned) * passes * 2 * model.width * padded(vocab_size)
     if stage.sees:
         seen = dataclasses.replace(vision, layers=vision.layers - 1)  # features are taken before the last layer
         total += images * seen_tokens * cost(seen, seen_tokens, patch, passes=1)

@@ -76,6 +76,7 @@ def measure(config, steps):
             seconds.append(time.perf_counter() - start)
     second, tokens = statistics.median(seconds), host['tokens'].size
     images = host['images'].reshape(-1, *host['images'].shape[-3:]).shape[0] if 'images' in host else 0
+    learned = int(host['weights'].sum()) if 'weights' in host else tokens
     peak, source = hardware.peak_flops()
     return {
         'stage': config.stage,
@@ -83,7 +84,7 @@ def measure(config, steps):
         'batch': {name: list(value.shape) for name, value in host.items()},
         'step_seconds': round(second, 4),
         'tokens_per_second': round(tokens / second),
-        'mfu': round(meter.step_flops(config, size, tokens, images) / second / peak, 4),
+        'mfu': round(meter.step_flops(config, size, tokens, images, learned) / second / peak, 4),
         'mfu_of': source,
         'compile_seconds': round(compiled, 1),
         'peak_device_bytes': hardware.peak_memory(),
