@@ -142,7 +142,7 @@ def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
 
 
 def prefetch(batches, mesh, ahead: int = 2):
-    """Yields device batches, `ahead` of them on their way, each with its work as {tokens, learned, images}, padding aside."""
+    """Yields device batches, `ahead` of them on their way, each with its {tokens, learned, images}, padding aside."""
 
     def put():
         for batch in batches:
