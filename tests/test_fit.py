@@ -37,7 +37,7 @@ def settled(cfg, mesh, memory, monkeypatch=None, peaks=()):
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: too large')
         memory = types.SimpleNamespace(peak_memory_in_bytes=peak)
         step = types.SimpleNamespace(memory_analysis=lambda: memory)
-        return fit.Program(config, None, {}, step, 0.0)
+        return fit.Program(None, {}, step, 0.0)
 
     with jax.set_mesh(mesh):
         optimizer = optim.make_optimizer(cfg.optim, 10)

@@ -1,6 +1,5 @@
 """The published recipes at full size: each step compiles for eight devices, in the memory that arithmetic says."""
 
-import dataclasses
 import time
 import types
 
@@ -8,15 +7,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import parse
-from jax.sharding import NamedSharding
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import batch as batches
 from nanovision_jax.models.layers import padded
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import STAGES, stage_of
-from nanovision_jax.training import optim, step
+from nanovision_jax.training import fit, optim, step
 
 TOKENIZER = types.SimpleNamespace(size=50261, image=50260)  # GPT-2's, and ours on top
 
@@ -63,10 +60,7 @@ def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
 def abstract(cfg, optimizer, mesh):
     """(graphdef, state, batch) as shapes with shardings; nothing is allocated."""
     graphdef, state = step.abstract_state(cfg, TOKENIZER, optimizer, mesh)
-    row = batches.fake_batch(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=1)))
-    rows, sharding = cfg.data.batch_size, NamedSharding(mesh, parallel.BATCH)
-    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in row.items()}
-    return graphdef, state, batch
+    return graphdef, state, fit.abstract_batch(cfg, mesh)
 
 
 def per_device(tree):

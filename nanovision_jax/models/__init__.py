@@ -36,7 +36,9 @@ def build(config, vocab_size: int, image_token: int, rngs: nnx.Rngs) -> nnx.Modu
 def attention_kernel(config) -> tuple[str, str]:
     """(the kernel that model.attention comes to on this hardware, why). Raises UserError for one that cannot do it."""
     model, dtype, packed = config.model, compute_dtype(config.dtype), stage_of(config).decodes
-    return kernels.choose(model.attention, platform(), dtype, packed, model.head_size, config.data.length)
+    towers = max(part.width // part.heads for part in (model.vision, model.text))
+    head_size = model.head_size if packed else towers
+    return kernels.choose(model.attention, platform(), dtype, packed, head_size, config.data.length)
 
 
 def abstract(config, vocab_size: int, image_token: int):

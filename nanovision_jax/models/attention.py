@@ -40,7 +40,7 @@ def attend(
 ) -> Float[Array, 'B T N H']:
     """Softmax attention: the one door to attention kernels.
 
-    kernel: a name in kernels.KERNELS, for what that kernel is for; the rest is XLA's, as everything is by default.
+    kernel: as kernels.choose() gives it, for what that kernel is for; the rest is XLA's, as everything is by default.
     Keys that a query does not see get exactly zero weight, so what they hold cannot change a bit of the result.
     """
     with jax.named_scope('attention'):

@@ -28,7 +28,6 @@ from nanovision_jax.training.step import abstract_state, make_train_step, partit
 class Program(NamedTuple):
     """A compiled training step."""
 
-    config: object
     graphdef: object
     shapes: dict  # of the state, with shardings
     step: object
@@ -41,23 +40,23 @@ class Program(NamedTuple):
         return memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
-def lower_step(config, vocabulary, optimizer, mesh) -> tuple:
-    """(graphdef, shapes of the state, the lowered step) of a config, for a mesh of devices that need not be there."""
-    graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
+def abstract_batch(config, mesh, vocab_size: int = 512) -> dict:
+    """A batch of a config as shapes with shardings."""
     one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
     rows, sharding = config.data.batch_size, NamedSharding(mesh, parallel.BATCH)
-    batch = {
+    return {
         name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
-        for name, x in fake_batch(one, vocabulary.size).items()
+        for name, x in fake_batch(one, vocab_size).items()
     }
-    return graphdef, shapes, make_train_step(config, graphdef, optimizer, shardings_of(shapes)).lower(shapes, batch)
 
 
 def compile_step(config, vocabulary, optimizer, mesh) -> Program:
     """The step of a config, compiled for a mesh of devices that need not be there; allocates nothing."""
     began = time.perf_counter()
-    graphdef, shapes, lowered = lower_step(config, vocabulary, optimizer, mesh)
-    return Program(config, graphdef, shapes, lowered.compile(), time.perf_counter() - began)
+    graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
+    step = make_train_step(config, graphdef, optimizer, shardings_of(shapes))
+    compiled = step.lower(shapes, abstract_batch(config, mesh, vocabulary.size)).compile()
+    return Program(graphdef, shapes, compiled, time.perf_counter() - began)
 
 
 # The choices ---------------------------------------------------------------------------------------------------------
@@ -150,11 +149,8 @@ def _estimate(config, vocabulary, mesh):
     )
     moments = 2 if config.optim.name != 'sgd' else 0
     fixed = (4 * (2 + moments) + size) * learned / shards + (4 + size) * frozen / shards + 4 * objectives.LOGITS
-    rows, model, stage = (
-        config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']),
-        config.model,
-        stage_of(config),
-    )
+    rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    model, stage = config.model, stage_of(config)
     by_part = dict.fromkeys(REMAT, 0.0)
 
     def add(part, tokens, length, learns):

@@ -5,9 +5,11 @@
 Compiled by libtpu on any Linux machine (pip install -e .[tpu]), for the chips of a topology as Cloud TPU names it:
 v5e:1x1, v5e:2x4, v6e:2x4. Without --topology: for the devices at hand. What the config leaves open is settled as
 training would. The vision stages see through a ViT-L/14 at 224, as published towers are. Nothing is allocated.
-Prints one JSON object; bytes are of one device. Takes jax, flax, optax, numpy and jaxtyping, no more.
+Prints one JSON object, and on stderr what was settled; bytes are of one device. Takes jax, flax, optax, numpy and
+jaxtyping, no more.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -48,7 +50,7 @@ def measure(config, topology):
     mesh = parallel.make_mesh(config.mesh, devices, config.data.batch_size // config.optim.parts)
     size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
     parallel.check_divides(config, mesh, size)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.redirect_stdout(sys.stderr):
         program = fit.settle(config, Vocabulary(size, size - 1), optim.make_optimizer(config.optim, 1000), mesh)
     memory = program.step.memory_analysis()
     sent = fit.collectives(program.step.as_text())

@@ -7,6 +7,7 @@ devices and versions. On CPU the MFU is the share of a matrix product's speed me
 Takes jax, flax, optax, numpy and jaxtyping, no more.
 """
 
+import contextlib
 import json
 import pathlib
 import runpy
@@ -23,8 +24,8 @@ from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.training import meter, optim
-from nanovision_jax.training.step import abstract_state, init_state, make_train_step, shardings_of
+from nanovision_jax.training import fit, meter, optim
+from nanovision_jax.training.step import init_state
 
 
 class Vocabulary(NamedTuple):
@@ -61,11 +62,10 @@ def measure(config, steps):
     parallel.check_divides(config, mesh, size)
     optimizer, host = optim.make_optimizer(config.optim, steps + 2), fake_batch(config, size)
     with jax.set_mesh(mesh):
-        graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
-        state, batch = init_state(config, vocabulary, optimizer, shapes), parallel.put_batch(host, mesh)
-        began = time.perf_counter()
-        step = make_train_step(config, graphdef, optimizer, shardings_of(shapes)).lower(state, batch).compile()
-        compiled = time.perf_counter() - began
+        with contextlib.redirect_stdout(sys.stderr):  # what the config left open is settled as training does
+            program = fit.settle(config, vocabulary, optimizer, mesh)
+        step, compiled = program.step, program.seconds
+        state, batch = init_state(config, vocabulary, optimizer, program.shapes), parallel.put_batch(host, mesh)
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
         seconds = []
