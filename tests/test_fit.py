@@ -35,7 +35,7 @@ def settled(cfg, mesh, memory, monkeypatch=None, peaks=()):
         peak = peaks[len(compiled) - 1]
         if peak is None:
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: too large')
-        memory = types.SimpleNamespace(peak_memory_in_bytes=peak)
+        memory = types.SimpleNamespace(peak_memory_in_bytes=peak, temp_size_in_bytes=0)
         step = types.SimpleNamespace(memory_analysis=lambda: memory)
         return fit.Program(None, {}, step, 0.0)
 
@@ -66,6 +66,8 @@ def test_what_fits_as_it_is_stays_as_it_is(monkeypatch, capsys):
     assert 'attention: xla (no other kernel runs on cpu)' in said
     assert 'of 1024.0 GiB a device, with model.remat=none and optim.accumulate=1' in said
     batch = parallel.put_batch(micro.batch(cfg), mesh_of(1, 1, 1))
+    memory = program.step.memory_analysis()
+    assert program.peak >= memory.argument_size_in_bytes + memory.temp_size_in_bytes > 0
     assert program.step.in_avals[0][1]['tokens'].shape == batch['tokens'].shape
 
 

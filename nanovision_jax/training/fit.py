@@ -36,8 +36,9 @@ class Program(NamedTuple):
     @property
     def peak(self) -> int:
         """Bytes that a device holds at most: the state, the batch and what the step itself needs."""
-        memory = self.step.memory_analysis()  # on CPU it names no peak
-        return memory.peak_memory_in_bytes or memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        memory = self.step.memory_analysis()
+        peak, temporaries = memory.peak_memory_in_bytes, memory.temp_size_in_bytes
+        return peak if peak >= temporaries else memory.argument_size_in_bytes + temporaries  # so on CPU
 
 
 def abstract_batch(config, mesh, vocab_size: int = 512) -> dict:
