@@ -13,6 +13,7 @@ say
 import sys
 
 from nanovision_jax import cli
+from nanovision_jax.parallel import huge_pages
 
 
 def main(argv):
@@ -25,4 +26,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    huge_pages.use()
     cli.run(main)

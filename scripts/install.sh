@@ -17,5 +17,3 @@ if [ ! -e "$stamp" ]; then
   touch "$stamp"
 fi
 python=$venv/bin/python
-# XLA's large buffers come and go with every step on a CPU: huge pages save a quarter of the time (page faults).
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1

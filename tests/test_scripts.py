@@ -182,7 +182,7 @@ def test_the_benchmark_of_the_step_prints_what_it_measured(stage, monkeypatch, c
     small += ['model.width=32', 'model.heads=2', 'model.ffn=32', 'model.positions=64', 'dtype=float32']
     small += ['model.vision.image_size=16', 'model.vision.patch_size=8', 'model.vision.layers=2']
     argv = [f'--config={ROOT}/configs/{stage}.py:tiny', '--steps=3', *(f'--config.{field}' for field in small)]
-    runpy.run_path(str(ROOT / 'scripts/benchmarks/step.py'))['main'](argv)
+    runpy.run_path(str(ROOT / 'scripts/benchmarks/train.py'))['main'](argv)
     found = json.loads(capsys.readouterr().out)
     names = 'stage size batch step_seconds tokens_per_second mfu mfu_of compile_seconds peak_device_bytes loss devices '
     assert list(found) == [*names.split(), 'versions']

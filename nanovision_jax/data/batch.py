@@ -51,7 +51,8 @@ def pack(examples: list[Example], length: int, slots: int = 0, size: int = 0) ->
 def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped[np.ndarray, '...']]:
     """A valid batch of the stage's shapes with random content: for tests, benchmarks and planning.
 
-    Ids below `vocab_size`; image runs are marked with the id vocab_size - 1. Two examples a row, half of it learned.
+    Ids below `vocab_size`; image runs are marked with the id vocab_size - 1. Two examples a row, half of which is
+    learned; of text all is.
     """
     rng = np.random.default_rng(seed)
     data, vision, stage = config.data, config.model.vision, stage_of(config)
@@ -69,7 +70,7 @@ def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped
         for images in (slots - slots // 2, slots // 2):
             ids = rng.integers(0, vocab_size - 1, t // 2 + 1, np.int32)
             ids[1 : 1 + images * vision.patches] = vocab_size - 1
-            learned = np.arange(t // 2 + 1) > t // 4
+            learned = np.arange(t // 2 + 1) > (0 if stage.data == 'text' else t // 4)
             examples.append((ids, learned, rng.integers(0, 256, (images, s, s, 3), np.uint8)))
         rows.append(pack(examples, t, slots, s))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -15,14 +15,12 @@ the time) and decode_tokens_per_second (those after the first by the time after 
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
-import step
+import train
 from flax import nnx
 
 from nanovision_jax import models
@@ -60,8 +58,8 @@ def of_run(run_dir, weights):
 
 def of_config(argv, weights):
     """(Engine, Prompt) of a config's model with random weights; the question is random too."""
-    config, _ = step.read(argv)
-    size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
+    config, _ = train.read(argv)
+    size = train.vocab_size(config)
     graphdef, _ = models.abstract(config, size, size - 1)
     built = jax.jit(lambda: nnx.to_pure_dict(nnx.state(models.build(config, size, size - 1, nnx.Rngs(0)))))()
     engine = Engine(config, *stored(config, graphdef, built, weights), ENDLESS)
@@ -139,22 +137,15 @@ def theirs(folder, prompt, tokens):
 
 def beside_transformers(run_dir, tokens, weights):
     """Both sides, as processes in turn: {'ours', 'transformers': medians, 'ratio': of tokens/s, by batch}."""
-
-    def process(*arguments):
-        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f'{" ".join(arguments[:2])} failed.')
-        return done.stdout.splitlines()[-1]
-
     sides = {'ours': [], 'transformers': []}
     with tempfile.TemporaryDirectory() as folder:
         exported = f'{folder}/exported'
-        process('-m', 'nanovision_jax.convert', '--to=hf', f'--run={run_dir}', f'--output={exported}')
+        train.process('-m', 'nanovision_jax.convert', '--to=hf', f'--run={run_dir}', f'--output={exported}')
         for _ in range(TURNS):
-            us = process(__file__, f'--run={run_dir}', f'--tokens={tokens}', f'--weights={weights}')
+            us = train.process(__file__, f'--run={run_dir}', f'--tokens={tokens}', f'--weights={weights}')
             sides['ours'].append(json.loads(us))
             prompt = json.dumps(sides['ours'][0]['prompt'])
-            them = process(__file__, f'--exported={exported}', f'--prompt={prompt}', f'--tokens={tokens}')
+            them = train.process(__file__, f'--exported={exported}', f'--prompt={prompt}', f'--tokens={tokens}')
             sides['transformers'].append(json.loads(them))
     result = {}
     for name, turns in sides.items():
@@ -168,9 +159,6 @@ def beside_transformers(run_dir, tokens, weights):
 
 def main(argv):
     """The command: see the module's docstring."""
-    if {'--help', '-h'} & set(argv):
-        print(__doc__)
-        return
     given = dict(arg.removeprefix('--').partition('=')[::2] for arg in argv)
     options = {name: given.pop(name, None) for name in ('run', 'peer', 'weights', 'tokens', 'exported', 'prompt')}
     rest = [f'--{name}={value}' for name, value in given.items()]
@@ -193,8 +181,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+    train.command(main)

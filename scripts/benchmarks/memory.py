@@ -18,7 +18,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu' if any(arg.startswith('--topology')
 
 import jax
 from jax.experimental import topologies
-from step import Vocabulary, read
+from train import Vocabulary, command, read, vocab_size
 
 from nanovision_jax.config import Vision
 from nanovision_jax.errors import UserError
@@ -48,7 +48,7 @@ def measure(config, topology):
     if topology:
         config.dtype = 'bfloat16'
     mesh = parallel.make_mesh(config.mesh, devices, config.data.batch_size // config.optim.parts)
-    size = 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
+    size = vocab_size(config)
     parallel.check_divides(config, mesh, size)
     with jax.set_mesh(mesh), contextlib.redirect_stdout(sys.stderr):
         program = fit.settle(config, Vocabulary(size, size - 1), optim.make_optimizer(config.optim, 1000), mesh)
@@ -72,17 +72,10 @@ def measure(config, topology):
 
 def main(argv):
     """The command: see the module's docstring."""
-    if {'--help', '-h'} & set(argv):
-        print(__doc__)
-        return
     topology = [arg.removeprefix('--topology=') for arg in argv if arg.startswith('--topology=')]
     config, _ = read([arg for arg in argv if not arg.startswith('--topology=')])
     print(json.dumps(measure(config, *topology[-1:] or [''])))
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+    command(main)
