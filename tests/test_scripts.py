@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import time
 
 import micro
@@ -16,7 +15,6 @@ from PIL import Image
 
 import nanovision_jax
 from nanovision_jax.errors import UserError
-from nanovision_jax.parallel import hardware
 
 # Stands for Python: writes its command down, and leaves behind what the command would.
 STUB = """#!/usr/bin/env bash
@@ -170,107 +168,3 @@ def test_the_sample_conversation_is_kept_for_the_report(tiny_family, tmp_path, c
         answer = model.chat([{'role': 'user', 'content': first}], [Image.open(family / name)], max_new_tokens=64)
         assert talk[0]['answer'] == answer
         assert all(f'you: {row["question"]}\n' in said for row in talk)
-
-
-# Benchmarks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
-def test_the_benchmark_of_the_step_prints_what_it_measured(stage, monkeypatch, capsys):
-    monkeypatch.setattr(hardware, 'peak_flops', lambda: (1e12, 'a figure for tests'))
-    small = ['data.batch_size=8', 'data.length=64', 'data.slots=2', 'data.vocab_size=128', 'model.layers=1']
-    small += ['model.width=32', 'model.heads=2', 'model.ffn=32', 'model.positions=64', 'dtype=float32']
-    small += ['model.vision.image_size=16', 'model.vision.patch_size=8', 'model.vision.layers=2']
-    argv = [f'--config={ROOT}/configs/{stage}.py:tiny', '--steps=3', *(f'--config.{field}' for field in small)]
-    runpy.run_path(str(ROOT / 'scripts/benchmarks/train.py'))['main'](argv)
-    found = json.loads(capsys.readouterr().out)
-    names = 'stage size batch step_seconds tokens_per_second mfu mfu_of compile_seconds peak_device_bytes loss devices '
-    assert list(found) == [*names.split(), 'versions']
-    assert (found['stage'], found['size'], found['mfu_of']) == (stage, 'tiny', 'a figure for tests')
-    assert found['batch']['tokens'] == [8, 64] and ('images' in found['batch']) == (stage == 'vision_instruct')
-    assert found['tokens_per_second'] > 0 and found['mfu'] >= 0 and found['compile_seconds'] > 0
-    assert 3 < found['loss'] < 7  # of 128 words, nearly: log(128) is 4.9
-    assert found['versions'].keys() == {'jax', 'optax'}
-
-
-def test_the_benchmark_of_the_data_prints_what_it_measured():
-    """In a process of its own, where there is no jax; its counts hold, its speeds are numbers."""
-    argv = ['--examples=200', '--plan=3000', '--repeats=1']
-    program = (
-        'import runpy, sys; sys.modules["jax"] = None\n'  # grain takes it where it is
-        f'runpy.run_path({str(ROOT / "scripts/benchmarks/data.py")!r})["main"]({argv!r})'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', program], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr[-500:]
-    *lines, found = done.stdout.splitlines()
-    found = json.loads(found)
-    assert len(lines) > 25 and all(len(line) >= 80 for line in lines)
-    sizes, alone, plan = found['images_per_second_and_core'], found['index']['alone'], found['plan']
-    assert sizes.keys() == {'224', '336'} and all(sizes['224'][way] > 0 for way in ('pil', 'exact', 'draft'))
-    assert found['megabytes_tokenized_per_second_and_core']['trained'].keys() == {'text', 'documents', 'conversations'}
-    assert found['index']['examples'] == 200 and 180 <= alone['of_train'] < 200
-    assert found['index']['as_it_comes']['of_train'] == alone['of_train'] and alone['examples_per_second'] > 0
-    assert plan['examples'] == 3000 and 3000 / 6 < plan['rows'] < 3000 / 4  # rows hold some five
-    packed = found['packing']
-    assert all(0.9 < used['tokens'] <= 1 for used in packed.values()) and packed['captions']['image slots'] > 0.99
-
-
-def test_the_benchmark_of_the_data_reads_batches_of_a_config(llava_folder, tmp_path):
-    (tmp_path / 'micro.py').write_text(
-        'from nanovision_jax.config import Data, base_config\n'
-        'def get_config(size):\n'
-        '    config = base_config("sft", size)\n'
-        f'    config.run_dir = {str(tmp_path / "runs/sft")!r}\n'
-        f'    path = {str(llava_folder / "instruct.json")!r}\n'
-        '    config.data = Data("conversations", path, vocab_size=300, batch_size=4, length=64, too_long="drop")\n'
-        '    return config\n'
-    )
-    speed = runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['measure_pipeline'](f'{tmp_path}/micro.py:tiny', 3)
-    assert speed['tokens_per_second'] == pytest.approx(64 * speed['rows_per_second'], rel=0.02)
-    assert speed['rows_per_second'] == pytest.approx(4 * speed['batches_per_second'], rel=0.02)
-
-
-@pytest.mark.parametrize('arg, told', [('--example=5', 'unknown argument'), ('--examples=0', 'above 0')])
-def test_a_mistake_in_the_data_benchmark_is_one_sentence(arg, told):
-    with pytest.raises(UserError, match=told):
-        runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['main']([arg])
-
-
-@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
-def test_the_benchmark_of_decoding_prints_what_it_measured(stage, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
-    small = ['data.vocab_size=128', 'model.layers=1', 'model.width=32', 'model.heads=2', 'model.ffn=32']
-    small += ['data.length=64', 'model.positions=64', 'model.vision.layers=2']
-    small += ['model.vision.image_size=16', 'model.vision.patch_size=8']
-    argv = [f'--config={ROOT}/configs/{stage}.py:tiny', '--tokens=20', *(f'--config.{field}' for field in small)]
-    main = runpy.run_path(str(ROOT / 'scripts/benchmarks/decode.py'))['main']
-    sizes = {}
-    for weights in ('', 'int8'):
-        main([*argv, f'--weights={weights}'])
-        found = json.loads(capsys.readouterr().out)
-        assert list(found) == ['tokens', 'weights', 'prompt', 'batch', 'bytes_of_weights', 'devices', 'versions']
-        assert (found['tokens'], len(found['prompt'])) == (20, 16 + 4 * (stage == 'vision_instruct'))
-        for batch in found['batch'].values():
-            assert list(batch) == ['first_token_ms', 'tokens_per_second', 'decode_tokens_per_second']
-            assert batch['first_token_ms'] > 0 and batch['tokens_per_second'] > 0
-        assert list(found['batch']) == ['1', '16'] and found['versions'].keys() == {'jax'}
-        sizes[weights] = found['bytes_of_weights']
-    assert sizes['int8'] < 0.4 * sizes['']
-
-
-@pytest.mark.parametrize(
-    ('argv', 'why'),
-    [
-        (['--run=a', '--tokens=1'], '--tokens takes a number above 1'),
-        (['--run=a', '--weights=int4'], 'weights takes bfloat16, int8 or nothing'),
-        (['--run=a', '--peer=torch'], '--peer is transformers'),
-        (['--run=a', '--config=b'], '--config=b does not go with --run'),
-        ([], 'say --config=FILE'),
-    ],
-)
-def test_the_benchmark_of_decoding_says_what_it_cannot_do(argv, why, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
-    with pytest.raises(UserError, match=why):
-        runpy.run_path(str(ROOT / 'scripts/benchmarks/decode.py'))['main'](argv)
