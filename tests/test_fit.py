@@ -117,6 +117,14 @@ def test_parts_divide_the_rows_of_a_device(monkeypatch):
     assert {parts for _, parts in compiled} <= {1, 2}
 
 
+def test_split_parameters_are_rather_recomputed_with_than_gathered_again():
+    cfg = configs.base_config('pretrain', 'd20')
+    cfg.data.batch_size, cfg.data.length, cfg.optim.accumulate = 256, 1024, 0
+    for sizes, second in (((8, 1, 1), ('none', 2)), ((1, 8, 1), ('dots', 1))):
+        found = [(c.remat, c.parts) for c in fit._candidates(cfg, VOCABULARY, mesh_of(*sizes))]
+        assert found[:2] == [('none', 1), second]
+
+
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct', 'clip'])
 def test_the_estimate_grows_with_what_is_kept(stage):
     fixed, by_part = fit._estimate(open_config(stage), VOCABULARY, mesh_of(1, 1, 1))
@@ -141,6 +149,24 @@ def test_collectives_are_counted_by_kind_dtype_and_turns_of_loops():
     assert found['all-reduce', 'f32'] == (5, 5 * 1024 * 4)
     gathered = {kind: sent for kind, sent in found.items() if kind[0] == 'all-gather'}
     assert sum(sent.times for sent in gathered.values()) == 1
+
+
+def test_what_is_sent_while_other_work_goes_on_is_counted_by_its_results():
+    """As programs for accelerators have it: an operation begins with its operands and ends with its results."""
+    text = """
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %a = ((bf16[2,3], bf16[5]), (bf16[16,3], bf16[40])) all-gather-start(%p, %q), dimensions={0}
+  %b = (f32[2], f32[16], u32[], u32[]) all-gather-start(%p), dimensions={0}
+  %c = ((f32[16]), f32[2]) reduce-scatter-start(%p), dimensions={0}
+  %d = (f32[3], f32[5]) all-reduce-start(%p, %q), to_apply=%add
+}
+"""
+    assert fit.collectives(text) == {
+        ('all-gather', 'bf16'): (1, 2 * (48 + 40)),
+        ('all-gather', 'f32'): (1, 4 * 16),
+        ('reduce-scatter', 'f32'): (1, 4 * 2),
+        ('all-reduce', 'f32'): (1, 4 * 8),
+    }
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])
