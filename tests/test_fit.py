@@ -151,6 +151,34 @@ def test_collectives_are_counted_by_kind_dtype_and_turns_of_loops():
     assert sum(sent.times for sent in gathered.values()) == 1
 
 
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_loop_turns_as_often_as_its_counter_takes(step):
+    """TPU programs send the parts of a matrix while they multiply, two a turn."""
+    text = f"""
+%body (c: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %more = u32[] constant({step})
+  %c = (f32[4], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%c), index=1
+  %next = u32[] add(%i, %more), metadata={{op_name="a"}}
+  %x = f32[4] get-tuple-element(%c), index=0
+  %sent = f32[4] collective-permute(%x), channel_id=1
+  ROOT %both = (f32[4], u32[]) tuple(%sent, /*index=1*/%next)
+}}
+
+%condition (c: (f32[4], u32[])) -> pred[] {{
+  %c = (f32[4], u32[]) parameter(0)
+  %most = u32[]{{:T(128)}} constant(4)
+  %i = u32[] get-tuple-element(%c), index=1
+  ROOT %less = pred[] compare(%i, %most), direction=LT
+}}
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %loop = (f32[4], u32[]) while(%start), condition=%condition, body=%body
+}}
+"""
+    assert fit.collectives(text) == {('collective-permute', 'f32'): (4 // step, 16 * 4 // step)}
+
+
 def test_what_is_sent_while_other_work_goes_on_is_counted_by_its_results():
     """As programs for accelerators have it: an operation begins with its operands and ends with its results."""
     text = """

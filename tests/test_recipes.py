@@ -167,6 +167,31 @@ def test_in_parts_gradients_are_reduced_once_too(machine):
     assert_reduced_once(found)
 
 
+SPLIT = ('--config.mesh.data=1', '--config.mesh.fsdp=8')
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
+def test_split_parameters_are_gathered_twice_at_most_and_reduced_once(stage):
+    """In bf16, but for the embedding, which is gathered once in float32."""
+    found, (every, learned) = measured(stage, 'a100:8', *SPLIT), COUNTS[stage]
+    sent = {name: each['bytes'] for name, each in found['collectives'].items()}
+    assert sent['all-gather bf16'] + sent['all-gather f32'] <= 2 * 2 * every
+    scattered = 8 * (sent['reduce-scatter bf16'] / 2 + sent['reduce-scatter f32'] / 4)  # an eighth is a device's
+    assert scattered + sent['all-reduce bf16'] / 2 + sent['all-reduce f32'] / 4 == pytest.approx(learned, rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_on_tpus_split_parameters_are_sent_thrice_at_most():
+    """The blocks go around in parts, gathered and reduced; the embedding and the output layer are reduced whole."""
+    found, every = measured('pretrain', 'v6e:2x4', *SPLIT), COUNTS['pretrain'][0]
+    sent = {name: each['bytes'] for name, each in found['collectives'].items()}
+    assert sent['all-gather bf16'] + sent['collective-permute bf16'] <= 3 * 2 * every
+    assert sent['all-reduce f32'] == pytest.approx(4 * 2 * 50304 * 1280, rel=1e-3)
+
+
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize('stage', ['sft', 'vision_pretrain', 'vision_instruct'])

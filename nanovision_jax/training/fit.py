@@ -186,6 +186,7 @@ def _estimate(config, vocabulary, mesh):
 
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 _COLLECTIVE = re.compile(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(')
+_LOOP = re.compile(r'condition=%?([\w.\-]+), body=%?([\w.\-]+)')
 _SHAPE = re.compile(r'\b(\w+)\[([\d,]*)\]')
 
 
@@ -237,9 +238,10 @@ def _runs(computations):
     def turns(line):
         if known := re.search(r'known_trip_count":\{"n":"(\d+)', line):
             return int(known[1])
-        condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], ())
-        limits = [int(n) for n in re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))]
-        return limits[0] if len(limits) == 1 else 1
+        condition, body = ('\n'.join(computations.get(name, ())) for name in re.search(_LOOP, line).groups())
+        limits = re.findall(r'[su]32\[\]\S* constant\((\d+)\)', condition)
+        counter = re.search(r'get-tuple-element\(.*index=(\d+)', condition)
+        return int(limits[0]) // _step(body, int(counter[1])) if counter and len(limits) == 1 else 1
 
     def walk(name, times):
         runs[name] += times
@@ -251,3 +253,12 @@ def _runs(computations):
 
     walk('ENTRY', 1)
     return runs
+
+
+def _step(body, index):
+    """What the body of a loop adds to element `index` of what it carries; 1 where that is not to be seen."""
+    root = re.search(r'ROOT .* tuple\((.*?)\)', body)
+    name = re.findall(r'%([\w.\-]+)', root[1])[index] if root else ''
+    added = re.search(rf'%{re.escape(name)} = .* add\(.*%([\w.\-]+)\)', body)
+    constant = added and re.search(rf'%{re.escape(added[1])} = .* constant\((\d+)\)', body)
+    return int(constant[1]) if constant else 1
