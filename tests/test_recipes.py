@@ -167,6 +167,13 @@ def test_in_parts_gradients_are_reduced_once_too(machine):
     assert_reduced_once(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('machine', MACHINES)
+def test_recomputing_blocks_a_step_takes_six_gib_beside_its_state(machine):
+    found = measured('pretrain', machine, '--config.model.remat=full', '--config.optim.accumulate=1')
+    assert found['peak_bytes'] - found['state_and_batch_bytes'] <= 6 << 30
+
+
 SPLIT = ('--config.mesh.data=1', '--config.mesh.fsdp=8')
 
 
