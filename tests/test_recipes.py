@@ -1,6 +1,7 @@
 """The published recipes at full size: each step compiles for eight devices, in the memory that arithmetic says, and
 for machines that are not there, as scripts/benchmarks/memory.py tells."""
 
+import collections
 import importlib.util
 import json
 import os
@@ -179,14 +180,18 @@ SPLIT = ('--config.mesh.data=1', '--config.mesh.fsdp=8')
 
 @pytest.mark.slow
 @needs_cuda
-@pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
+@pytest.mark.parametrize('stage', TEXT_AND_VISION)
 def test_split_parameters_are_gathered_twice_at_most_and_reduced_once(stage):
     """In bf16, but for the embedding, which is gathered once in float32."""
     found, (every, learned) = measured(stage, 'a100:8', *SPLIT), COUNTS[stage]
-    sent = {name: each['bytes'] for name, each in found['collectives'].items()}
-    assert sent['all-gather bf16'] + sent['all-gather f32'] <= 2 * 2 * every
-    scattered = 8 * (sent['reduce-scatter bf16'] / 2 + sent['reduce-scatter f32'] / 4)  # an eighth is a device's
-    assert scattered + sent['all-reduce bf16'] / 2 + sent['all-reduce f32'] / 4 == pytest.approx(learned, rel=1e-3)
+    sent, numbers = collections.Counter(), collections.Counter()
+    for name, each in found['collectives'].items():
+        kind, dtype = name.split()
+        sent[kind] += each['bytes']
+        numbers[kind] += each['bytes'] / {'bf16': 2, 'f32': 4}[dtype]
+    assert found['accumulate'] == 1 and sent['all-gather'] <= 2 * 2 * every
+    # What is scattered is an eighth on each device.
+    assert 8 * numbers['reduce-scatter'] + numbers['all-reduce'] == pytest.approx(learned, rel=1e-3)
 
 
 @pytest.mark.slow
