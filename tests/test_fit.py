@@ -117,6 +117,14 @@ def test_parts_divide_the_rows_of_a_device(monkeypatch):
     assert {parts for _, parts in compiled} <= {1, 2}
 
 
+def test_split_parameters_are_rather_recomputed_with_than_gathered_again():
+    cfg = configs.base_config('pretrain', 'd20')
+    cfg.data.batch_size, cfg.data.length, cfg.optim.accumulate = 256, 1024, 0
+    for sizes, second in (((8, 1, 1), ('none', 2)), ((1, 8, 1), ('dots', 1))):
+        found = [(c.remat, c.parts) for c in fit._candidates(cfg, VOCABULARY, mesh_of(*sizes))]
+        assert found[:2] == [('none', 1), second]
+
+
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct', 'clip'])
 def test_the_estimate_grows_with_what_is_kept(stage):
     fixed, by_part = fit._estimate(open_config(stage), VOCABULARY, mesh_of(1, 1, 1))
@@ -141,6 +149,52 @@ def test_collectives_are_counted_by_kind_dtype_and_turns_of_loops():
     assert found['all-reduce', 'f32'] == (5, 5 * 1024 * 4)
     gathered = {kind: sent for kind, sent in found.items() if kind[0] == 'all-gather'}
     assert sum(sent.times for sent in gathered.values()) == 1
+
+
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_loop_turns_as_often_as_its_counter_takes(step):
+    """TPU programs send the parts of a matrix while they multiply, two a turn."""
+    text = f"""
+%body (c: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %more = u32[] constant({step})
+  %c = (f32[4], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%c), index=1
+  %next = u32[] add(%i, %more), metadata={{op_name="a"}}
+  %x = f32[4] get-tuple-element(%c), index=0
+  %sent = f32[4] collective-permute(%x), channel_id=1
+  ROOT %both = (f32[4], u32[]) tuple(%sent, /*index=1*/%next)
+}}
+
+%condition (c: (f32[4], u32[])) -> pred[] {{
+  %c = (f32[4], u32[]) parameter(0)
+  %most = u32[]{{:T(128)}} constant(4)
+  %i = u32[] get-tuple-element(%c), index=1
+  ROOT %less = pred[] compare(%i, %most), direction=LT
+}}
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %loop = (f32[4], u32[]) while(%start), condition=%condition, body=%body
+}}
+"""
+    assert fit.collectives(text) == {('collective-permute', 'f32'): (4 // step, 16 * 4 // step)}
+
+
+def test_what_is_sent_while_other_work_goes_on_is_counted_by_its_results():
+    """As programs for accelerators have it: an operation begins with its operands and ends with its results."""
+    text = """
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %a = ((bf16[2,3], bf16[5]), (bf16[16,3], bf16[40])) all-gather-start(%p, %q), dimensions={0}
+  %b = (f32[2], f32[16], u32[], u32[]) all-gather-start(%p), dimensions={0}
+  %c = ((f32[16]), f32[2]) reduce-scatter-start(%p), dimensions={0}
+  %d = (f32[3], f32[5]) all-reduce-start(%p, %q), to_apply=%add
+}
+"""
+    assert fit.collectives(text) == {
+        ('all-gather', 'bf16'): (1, 2 * (48 + 40)),
+        ('all-gather', 'f32'): (1, 4 * 16),
+        ('reduce-scatter', 'f32'): (1, 4 * 2),
+        ('all-reduce', 'f32'): (1, 4 * 8),
+    }
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])

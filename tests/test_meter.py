@@ -95,6 +95,23 @@ def test_a_device_that_no_sheet_names_is_measured(monkeypatch, kind, backend, ti
     assert found == times * 1e12 and source.startswith('measured')
 
 
+@pytest.mark.parametrize(
+    ('kind', 'stats', 'wanted'),
+    [
+        ('NVIDIA H100 80GB HBM3', {'bytes_limit': 70 << 30}, 70 << 30),
+        ('NVIDIA H100 80GB HBM3', None, int(0.75 * 79.1 * 2**30)),
+        ('TPU v5 lite', {}, int(15.75 * 2**30)),
+        ('NVIDIA L4', {'bytes_limit': 1}, 1),
+        ('NVIDIA L4', None, None),
+    ],
+)
+def test_memory_is_what_a_device_says_or_what_is_known_of_its_kind(monkeypatch, kind, stats, wanted):
+    """stats None: the device is of a topology, and cannot be asked."""
+    device = types.SimpleNamespace(platform='gpu', device_kind=kind, memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device] if stats is not None else [])
+    assert hardware.memory(device) == wanted
+
+
 def test_a_measured_product_takes_the_time_of_its_arithmetic(monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(hardware.time, 'perf_counter', lambda: float(next(ticks)))  # a product a second

@@ -1,12 +1,20 @@
-"""The published recipes at full size: each step compiles for eight devices, in the memory that arithmetic says."""
+"""The published recipes at full size: each step compiles for eight devices, in the memory that arithmetic says, and
+for machines that are not there, as scripts/benchmarks/memory.py tells."""
 
+import collections
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 import time
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import parse
+from conftest import ROOT, parse
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
@@ -108,3 +116,101 @@ def test_the_step_compiles_for_eight_devices(stage, mesh, record_property):
         assert (4 * every + 8 * learning) / 8 < per_device(state) < (4 * every + 8 * learning) / 8 * 1.01
     assert memory.argument_size_in_bytes == pytest.approx(per_device(state) + per_device(batch), rel=0.01)
     assert memory.alias_size_in_bytes == pytest.approx(per_device(state), rel=0.01)  # the old state becomes the new
+
+
+# On machines that are not there --------------------------------------------------------------------------------------
+
+
+TEXT_AND_VISION = ('pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
+SPARE = 2 << 30  # bytes
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='takes libtpu: pip install -e .[tpu]')
+needs_cuda = pytest.mark.skipif(
+    not importlib.util.find_spec('jax_cuda12_plugin'), reason='takes jax-cuda12-plugin and nvidia-cuda-nvcc-cu12'
+)
+MACHINES = [
+    *(pytest.param(chips, marks=needs_libtpu) for chips in ('v5e:2x4', 'v6e:2x4')),
+    *(pytest.param(gpus, marks=needs_cuda) for gpus in ('a100:8', 'h100:8')),
+]
+
+
+def measured(stage, topology, *options):
+    """What the benchmark prints of a step, compiled in a process of its own."""
+    command = [sys.executable, 'scripts/benchmarks/memory.py', f'--config=configs/{stage}.py', f'--topology={topology}']
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    environment = os.environ | {'PYTHONPATH': paths, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stderr[-500:], done.stdout)
+    return json.loads(done.stdout)
+
+
+def assert_reduced_once(found):
+    """All that devices send each other are the gradients of what learns, in float32; the loss and its count."""
+    assert list(found['collectives']) == ['all-reduce f32']
+    assert found['collectives']['all-reduce f32']['bytes'] == pytest.approx(4 * COUNTS[found['stage']][1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', TEXT_AND_VISION)
+@pytest.mark.parametrize('machine', MACHINES)
+def test_the_recipes_fit_eight_devices_and_reduce_their_gradients_once(machine, stage):
+    found = measured(stage, machine)
+    assert found['peak_bytes'] <= found['memory_bytes'] - SPARE
+    assert found['attention'] == ('splash' if 'TPU' in found['devices'] else 'pallas')
+    assert_reduced_once(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('machine', MACHINES)
+def test_in_parts_gradients_are_reduced_once_too(machine):
+    found = measured('pretrain', machine, '--config.optim.accumulate=8')
+    assert found['accumulate'] == 8
+    assert_reduced_once(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('machine', MACHINES)
+def test_recomputing_blocks_a_step_takes_six_gib_beside_its_state(machine):
+    found = measured('pretrain', machine, '--config.model.remat=full', '--config.optim.accumulate=1')
+    assert found['peak_bytes'] - found['state_and_batch_bytes'] <= 6 << 30
+
+
+SPLIT = ('--config.mesh.data=1', '--config.mesh.fsdp=8')
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize('stage', TEXT_AND_VISION)
+def test_split_parameters_are_gathered_twice_at_most_and_reduced_once(stage):
+    """In bf16, but for the embedding, which is gathered once in float32."""
+    found, (every, learned) = measured(stage, 'a100:8', *SPLIT), COUNTS[stage]
+    sent, numbers = collections.Counter(), collections.Counter()
+    for name, each in found['collectives'].items():
+        kind, dtype = name.split()
+        sent[kind] += each['bytes']
+        numbers[kind] += each['bytes'] / {'bf16': 2, 'f32': 4}[dtype]
+    assert found['accumulate'] == 1 and sent['all-gather'] <= 2 * 2 * every
+    # What is scattered is an eighth on each device.
+    assert 8 * numbers['reduce-scatter'] + numbers['all-reduce'] == pytest.approx(learned, rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_on_tpus_split_parameters_are_sent_thrice_at_most():
+    """The blocks go around in parts, gathered and reduced; the embedding and the output layer are reduced whole."""
+    found, every = measured('pretrain', 'v6e:2x4', *SPLIT), COUNTS['pretrain'][0]
+    sent = {name: each['bytes'] for name, each in found['collectives'].items()}
+    assert sent['all-gather bf16'] + sent['collective-permute bf16'] <= 3 * 2 * every
+    assert sent['all-reduce f32'] == pytest.approx(4 * 2 * 50304 * 1280, rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('stage', ['sft', 'vision_pretrain', 'vision_instruct'])
+def test_the_notebooks_fit_the_chip_that_colab_lends(stage):
+    """With d20's decoder, which has more parameters than the published one that the first of them names."""
+    notebook = (ROOT / 'scripts' / 'colab' / f'{stage}.ipynb').read_text()
+    options = re.search(r'%env OPTIONS=(.*)\\n', notebook)[1].split()
+    found = measured(stage, 'v5e:1x1', *options)
+    assert f'--config.optim.accumulate={found["accumulate"]}' in options
+    assert found['peak_bytes'] <= found['memory_bytes'] - SPARE

@@ -30,18 +30,24 @@ PEAK = {
     'TPU v6e': 918e12,
 }
 
-
-# Bytes of memory that a program may take, of devices that need not be at hand. Kinds as jax names them.
-MEMORY = {'TPU v5 lite': 15.75 * 2**30, 'TPU v6 lite': 31.25 * 2**30}
+# GiB that a program may take of devices that are not at hand. Kinds as jax names them. Of a GPU that is three quarters,
+# unless the environment's XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+MEMORY = {
+    'TPU v5 lite': 15.75,
+    'TPU v6 lite': 31.25,
+    'NVIDIA A100-SXM4-80GB': 0.75 * 79.1,
+    'NVIDIA H100 80GB HBM3': 0.75 * 79.1,
+}
 
 
 def memory(device) -> int | None:
     """Bytes that a program may take on a device, or None where nothing says: its share of a CPU's main memory."""
     if device.platform == 'cpu':
         return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // len(jax.local_devices())
-    if device.device_kind in MEMORY:
-        return int(MEMORY[device.device_kind])
-    return (device.memory_stats() or {}).get('bytes_limit')
+    stats = device.memory_stats() if device in jax.local_devices() else None
+    if stats and 'bytes_limit' in stats:
+        return stats['bytes_limit']
+    return int(MEMORY[device.device_kind] * 2**30) if device.device_kind in MEMORY else None
 
 
 def peak_flops() -> tuple[float, str]:

@@ -64,6 +64,7 @@ def compile_step(config, vocabulary, optimizer, mesh) -> Program:
 
 AT_MOST = 3  # programs compiled to find one that fits
 ROOM = 2 << 30  # bytes of a device left free for batches on their way, evaluation and samples; a seventh of a small one
+FLOPS_A_BYTE = 1500  # that a device does while one is sent: 1,000 of an A100 or v5e, 2,000 of an H100 or v6e
 REMAT = {'none': 1.0, 'dots': 1.05, 'full': 1.3}  # model.remat, and about how long a step takes with each
 
 
@@ -119,10 +120,12 @@ def _candidates(config, vocabulary, mesh):
     parts = [config.optim.accumulate] if config.optim.accumulate else every
     remats = REMAT if config.model.remat == 'auto' else [config.model.remat]
     fixed, by_part = _estimate(config, vocabulary, mesh)
+    # A part of few tokens leaves matrix units waiting, and each part reads all weights and adds all gradients. Where
+    # they are split it gathers them for both passes and reduces: 8 bytes sent for 6 FLOPs a token.
+    lost = 512 if mesh.shape['fsdp'] == 1 else 512 + round(8 / 6 * FLOPS_A_BYTE)
     found = [
         _Candidate(
-            # A part of few tokens leaves matrix units waiting, and each part reads all weights and adds all gradients.
-            remat, n, fixed + by_part[remat] / n, REMAT[remat] * (1 + 512 * n / (rows * config.data.length))
+            remat, n, fixed + by_part[remat] / n, REMAT[remat] * (1 + lost * n / (rows * config.data.length))
         )
         for n in parts
         for remat in remats
@@ -183,6 +186,7 @@ def _estimate(config, vocabulary, mesh):
 
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 _COLLECTIVE = re.compile(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(')
+_LOOP = re.compile(r'condition=%?([\w.\-]+), body=%?([\w.\-]+)')
 _SHAPE = re.compile(r'\b(\w+)\[([\d,]*)\]')
 
 
@@ -206,8 +210,9 @@ def collectives(text: str) -> dict[tuple[str, str], Sent]:
                 continue
             shapes = [(d, math.prod(int(n) for n in dims.split(',') if n)) for d, dims in _SHAPE.findall(match[1])]
             shapes = [(dtype, size) for dtype, size in shapes if dtype in _BYTES]
-            if '-start(' in line and match[2] != 'all-reduce':  # (operand, result, …)
-                shapes = shapes[1:2]
+            if '-start(' in line and match[2] != 'all-reduce':  # (operands, as many results, u32[] …)
+                shapes = [shape for shape in shapes if shape != ('u32', 1)]
+                shapes = shapes[len(shapes) // 2 :]
             sent = sum(_BYTES[dtype] * size for dtype, size in shapes)
             before = found[match[2], shapes[0][0]]
             found[match[2], shapes[0][0]] = Sent(before.times + runs, before.bytes + runs * sent)
@@ -233,9 +238,10 @@ def _runs(computations):
     def turns(line):
         if known := re.search(r'known_trip_count":\{"n":"(\d+)', line):
             return int(known[1])
-        condition = computations.get(re.search(r'condition=%?([\w.\-]+)', line)[1], ())
-        limits = [int(n) for n in re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(condition))]
-        return limits[0] if len(limits) == 1 else 1
+        condition, body = ('\n'.join(computations.get(name, ())) for name in re.search(_LOOP, line).groups())
+        limits = re.findall(r'[su]32\[\]\S* constant\((\d+)\)', condition)
+        counter = re.search(r'get-tuple-element\(.*index=(\d+)', condition)
+        return int(limits[0]) // _step(body, int(counter[1])) if counter and len(limits) == 1 else 1
 
     def walk(name, times):
         runs[name] += times
@@ -247,3 +253,12 @@ def _runs(computations):
 
     walk('ENTRY', 1)
     return runs
+
+
+def _step(body, index):
+    """What the body of a loop adds to element `index` of what it carries; 1 where that is not to be seen."""
+    root = re.search(r'ROOT .* tuple\((.*?)\)', body)
+    name = re.findall(r'%([\w.\-]+)', root[1])[index] if root else ''
+    added = re.search(rf'%{re.escape(name)} = .* add\(.*%([\w.\-]+)\)', body)
+    constant = added and re.search(rf'%{re.escape(added[1])} = .* constant\((\d+)\)', body)
+    return int(constant[1]) if constant else 1
