@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What one GPU does, in under nine minutes: a line of JSON a benchmark, with hardware and versions, for LOG.md.
+# What one GPU does: a line of JSON a benchmark, with hardware and versions, for LOG.md. It should take under nine
+# minutes; it was not run on a GPU yet.
 #
 #   bash scripts/benchmarks/gpu.sh > results.jsonl        PYTHON=… names another Python than python3
 #
