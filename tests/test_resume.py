@@ -161,6 +161,16 @@ def test_evaluation_changes_nothing(whole, go):
     assert seen[:n] == whole[1][:n]
 
 
+def test_with_features_from_disk_it_ends_the_same_too(go, whole, capsys):
+    fields = {'data__cache_features': 'bf16'}
+    alone, (folder, _) = go(**fields)[0], go(crash_at=6, **fields)
+    shutil.rmtree(folder.parent / 'features')  # they are made again
+    go(folder, data__workers=2, **fields)
+    assert_as(folder, alone)
+    losses, plain = ([line['loss'] for line in read_metrics(run / 'metrics.jsonl')[:9]] for run in (alone, whole[0]))
+    assert losses != plain and losses == pytest.approx(plain, rel=1e-2)
+
+
 # Real signals to a real process --------------------------------------------------------------------------------------
 
 

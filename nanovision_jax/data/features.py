@@ -87,8 +87,8 @@ class Unfinished:
         wanted, free = self.bytes * (self.count - self.done) // self.count, shutil.disk_usage(self.folder.parent).free
         if wanted > free:
             raise UserError(
-                f'the features of {self.count:,} pictures need {gigabytes(wanted)} more in {self.folder.parent}, where '
-                f'{gigabytes(free)} are free: make room, or leave out data.cache_features (int8 takes half of bf16).'
+                f'the features of {self.count:,} pictures need {told(wanted)} more in {self.folder.parent}, where '
+                f'{told(free)} are free: make room, or leave out data.cache_features (int8 takes half of bf16).'
             )
 
     @contextlib.contextmanager
@@ -137,6 +137,6 @@ def alone(folder: pathlib.Path):
         yield
 
 
-def gigabytes(count: int) -> str:
+def told(count: int) -> str:
     """A number of bytes as text."""
-    return f'{count / 1e9:.3g} GB'
+    return f'{count / 1e9:.3g} GB' if count >= 1e9 else f'{count / 1e6:.3g} MB'

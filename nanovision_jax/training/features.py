@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nanovision_jax import models
 from nanovision_jax.data import pipeline
-from nanovision_jax.data.features import Features, Pictures, Unfinished, alone, gigabytes
+from nanovision_jax.data.features import Features, Pictures, Unfinished, alone, told
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs.checkpoint import tree_digest
@@ -31,12 +31,12 @@ def keep(config, rows, graphdef, params: dict, mesh) -> Features:
     folder = config.family / 'features' / _key(config, rows, params['vision'])
     with alone(folder.parent):
         made = Unfinished(folder, len(pictures), config.model.vision, kept)
-        told = f'features: {made.count:,} pictures in {kept}, {gigabytes(made.bytes)}, in {folder}'
+        what = f'features: {made.count:,} pictures in {kept}, {told(made.bytes)}, in {folder}'
         if folder.exists():
-            print(f'{told}: they are there')
+            print(f'{what}: they are there')
         else:
             made.check_room()
-            print(f'{told}: {made.done:,} are there, the others are made now' if made.done else f'{told}: made now')
+            print(f'{what}: {made.done:,} are there, the others are made now' if made.done else f'{what}: made now')
             _make(config, made, pictures, graphdef, params, mesh)
     return Features(folder, kept, rows.index.images)
 
