@@ -145,6 +145,12 @@ class Data:
     open_rows: int = option(16, 'rows that an example may still go into: more packs tighter', above=0)
     augment: bool = option(False, 'clip only: random crop and mirror; wrong where left and right matter')
     draft: bool = option(False, 'training decodes JPEGs of twice the size needed or more at a part of it: faster')
+    cache_features: str = option(
+        '',
+        'vision stages: what the tower makes of the training pictures is kept on disk, in runs/NAME/features, and read '
+        'instead of them: bf16, or int8 of half the size, which differs by up to 1/254 of the largest of its patch',
+        ('', 'bf16', 'int8'),
+    )
     workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
 
     @property
@@ -403,6 +409,12 @@ def _check_data(config):
         raise UserError(f'data.source is {part.name!r}.{nearest(part.name, known)}')
     if part.subset and part.name not in catalog.SETS:
         raise UserError(f'data.source {d.source!r}: only prepared sets are taken in part.')
+    if d.cache_features and not stage_of(config).sees:
+        raise UserError(
+            f'data.cache_features keeps what a frozen tower makes of pictures: stage {config.stage} has no such tower.'
+        )
+    if d.cache_features and d.augment:
+        raise UserError('data.cache_features keeps one view of a picture, and data.augment makes new ones: choose one.')
     learns = stage_of(config).data
     if d.mixture and learns == 'text':
         raise UserError(

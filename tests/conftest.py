@@ -24,7 +24,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 jax.config.update('jax_num_cpu_devices', 8)  # meshes need devices; too late once a backend runs
-CHECKED = ('models', 'training', 'inference', 'data.batch', 'data.packing')
+CHECKED = ('models', 'training', 'inference', 'data.batch', 'data.features', 'data.packing')
 for checked in CHECKED:  # types and shapes are checked in test runs only
     install_import_hook(f'nanovision_jax.{checked}', 'beartype.beartype')
 

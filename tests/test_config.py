@@ -14,7 +14,9 @@ from nanovision_jax import config as configs
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.stages import STAGES
 
-SFT, PRETRAIN, CLIP = (f'--config={ROOT}/configs/{stage}.py:tiny' for stage in ('sft', 'pretrain', 'clip'))
+SFT, PRETRAIN, CLIP, VISION = (
+    f'--config={ROOT}/configs/{stage}.py:tiny' for stage in ('sft', 'pretrain', 'clip', 'vision_pretrain')
+)
 
 MISTAKES = {
     'no config': ([], 'which config'),
@@ -55,6 +57,13 @@ MISTAKES = {
     'a part twice': ([SFT, '--config.data.mixture=chat[:10%]:1,chat[10%:]:1'], 'names a data set twice'),
     'a mixture of text': ([PRETRAIN, '--config.data.mixture=magpie:1,chat:1'], 'stage pretrain learns from text'),
     'captions without pictures': ([CLIP, '--config.data.mixture=magpie:1,llava_pretrain:1'], 'magpie has none'),
+    'features without a tower': ([SFT, '--config.data.cache_features=bf16'], 'stage sft has no such tower'),
+    'features of a tower that learns': ([CLIP, '--config.data.cache_features=int8'], 'stage clip has no such tower'),
+    'features of pictures that change': (
+        [VISION, '--config.data.cache_features=bf16', '--config.data.augment=true'],
+        'data.augment makes new ones: choose one',
+    ),
+    'features in another dtype': ([VISION, '--config.data.cache_features=int4'], "Did you mean 'int8'"),
     'a bad subset': ([SFT, '--config.data.source=magpie[:ten]'], "'magpie[:ten]' is no part of a data set"),
     'a subset of a file': ([SFT, '--config.data.source=conversations[:10%]'], 'only prepared sets'),
     'prepared text for conversations': ([SFT, '--config.data.source=fineweb_edu'], 'for pretrain'),

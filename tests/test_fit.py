@@ -131,6 +131,18 @@ def test_the_estimate_grows_with_what_is_kept(stage):
     assert 0 < by_part['full'] < by_part['dots'] < by_part['none'] and fixed > 0
 
 
+def test_a_step_on_features_has_no_tower_in_it(capsys):
+    cfg, texts = micro.config('vision_instruct'), {}
+    for kept in ('', 'bf16', 'int8'):
+        cfg.data.cache_features = kept
+        texts[kept] = settled(cfg, mesh_of(1, 1, 1), None)[0].step.as_text()
+    assert {kept: ('(tower)' in text, '(projector)' in text) for kept, text in texts.items()} == {
+        '': (True, True),
+        'bf16': (False, True),
+        'int8': (False, True),
+    }
+
+
 # What a program sends ------------------------------------------------------------------------------------------------
 
 

@@ -4,13 +4,14 @@ import itertools
 import json
 import pickle
 
+import ml_dtypes
 import numpy as np
 import published
 import pytest
 from conftest import is_held_out, parse
 
 from nanovision_jax.data import batch as batches
-from nanovision_jax.data import pipeline, preparation, sources
+from nanovision_jax.data import features, pipeline, preparation, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import STAGES
@@ -149,6 +150,27 @@ def test_a_mixture_packs_words_and_pictures_into_the_same_rows(prepared, tokeniz
     )
 
 
+def test_a_mixture_has_the_features_of_its_pictures(prepared, tokenizer, tmp_path):
+    rows = mixed(prepared, tokenizer, 'vision_pretrain', MIXTURE)
+    pictures, plain = features.Pictures(rows), [rows[i] for i in range(rows.rows_per_epoch())]
+    assert len(pictures) == rows.index.images.sum() == 108
+    vision = rows.config.model.vision
+    made = features.Unfinished(tmp_path / 'kept', 108, vision, 'bf16')
+    with made.opened():  # the n-th picture's features are n
+        made.write(
+            {'features': np.broadcast_to(np.arange(108, dtype=ml_dtypes.bfloat16)[:, None, None], (108, 9, 192))}
+        )
+    made.finish()
+    rows.features = features.Features(tmp_path / 'kept', 'bf16', rows.index.images)
+    for i, row in enumerate(plain):
+        found = rows[i]
+        assert found.keys() ^ row.keys() == {'features', 'images'} and found['features'].shape == (2, 9, 192)
+        for slot in range(2):
+            n = int(found['features'][slot, 0, 0])
+            full = bool((row['tokens'] == tokenizer.image).sum() > 9 * slot)
+            assert np.array_equal(row['images'][slot], pictures[n if full else 108]['images'])
+
+
 def test_a_mixtures_validation_is_its_parts_validation(prepared, tokenizer):
     rows = mixed(prepared, tokenizer, 'vision_pretrain', MIXTURE, split='validation')
     ids = {rows.source[rows.index.rows[k]].id for k in rows.shuffled.order(0)}
@@ -243,6 +265,16 @@ def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
         name: (a.shape, a.dtype) for name, a in real.items()
     }
     assert ('images' in real) == (stage in ('clip', 'vision_pretrain', 'vision_instruct'))
+
+
+@pytest.mark.parametrize('kept, dtypes', [('bf16', ['bfloat16']), ('int8', ['int8', 'float32'])])
+def test_a_fake_batch_of_features_has_no_pictures(kept, dtypes):
+    config = parse('vision_pretrain', f'data.cache_features={kept}', 'data.slots=5', 'data.batch_size=2')
+    plain, batch = (batches.fake_batch(c) for c in (parse('vision_pretrain'), config))
+    assert batch.keys() - plain.keys() == {'features', 'scales'} - ({'scales'} if kept == 'bf16' else set())
+    assert plain.keys() - batch.keys() == {'images'}
+    assert [str(batch[name].dtype) for name in ('features', 'scales') if name in batch] == dtypes
+    assert batch['features'].shape == (2, 5, 9, 192) and batch['features'].any(axis=(2, 3)).all()
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'sft', 'vision_pretrain', 'vision_instruct'])

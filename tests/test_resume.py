@@ -11,7 +11,7 @@ import micro
 import pytest
 from conftest import ROOT
 
-from nanovision_jax.data import pipeline
+from nanovision_jax.data import packing, pipeline
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
@@ -56,7 +56,7 @@ def go(parents, cache, tmp_path_factory):
 
         def watched(rows, *args):
             for batch in batches(rows, *args):
-                if rows.shuffled.shuffle:  # those to learn from
+                if isinstance(rows, packing.PackedRows) and rows.shuffled.shuffle:  # those to learn from
                     seen.append(checkpoint.tree_digest(batch))
                 yield batch
 
@@ -159,6 +159,17 @@ def test_evaluation_changes_nothing(whole, go):
     micro.assert_same(micro.read(folder), micro.read(whole[0]))
     n = min(len(seen), len(whole[1]))
     assert seen[:n] == whole[1][:n]
+
+
+def test_with_features_from_disk_it_ends_the_same_too(go, whole, capsys):
+    fields = {'data__cache_features': 'bf16'}
+    alone, (folder, _) = go(**fields)[0], go(crash_at=6, **fields)
+    shutil.rmtree(folder.parent / 'features')  # they are made again
+    go(folder, data__workers=2, **fields)
+    assert_as(folder, alone)
+    lines = [read_metrics(run / 'metrics.jsonl') for run in (alone, whole[0])]
+    losses, plain = ([line['loss'] for line in run if 'loss' in line] for run in lines)
+    assert losses != plain and losses == pytest.approx(plain, rel=1e-2)
 
 
 # Real signals to a real process --------------------------------------------------------------------------------------

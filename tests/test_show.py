@@ -21,8 +21,8 @@ def row(tokenizer):
     for question, pictures in ((picture, 1), ({'role': 'user', 'content': 'a dog?'}, 0)):
         messages = [question, {'role': 'assistant', 'content': 'red, über'}]
         ids, learned, *_ = conversation.encode(messages, tokenizer, [9] * pictures)
-        examples.append((ids, learned, [np.zeros((21, 21, 3), np.uint8)] * pictures))
-    return batches.pack(examples, 61, slots=2, size=21)
+        examples.append((ids, learned, [{'images': np.zeros((21, 21, 3), np.uint8)}] * pictures))
+    return batches.pack(examples, 61, {'images': np.zeros((2, 21, 21, 3), np.uint8)})
 
 
 def test_a_row_is_told_example_by_example(row, tokenizer):

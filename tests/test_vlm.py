@@ -27,7 +27,8 @@ def example(length, pictures, seed):
     ids = rng.integers(0, micro.ODD.image, length + 1, np.int32)
     for k in range(pictures):
         ids[1 + k * (P + 3) : 1 + k * (P + 3) + P] = micro.ODD.image
-    return ids, np.ones(length + 1, bool), list(rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8))
+    pictures = rng.integers(0, 256, (pictures, 21, 21, 3), np.uint8)
+    return ids, np.ones(length + 1, bool), [{'images': picture} for picture in pictures]
 
 
 A, B, C, D = example(23, 1, 1), example(31, 2, 2), example(7, 0, 3), example(31, 2, 4)
@@ -35,7 +36,7 @@ A, B, C, D = example(23, 1, 1), example(31, 2, 2), example(7, 0, 3), example(31,
 
 def pack(*rows):
     """Rows (three, so that one compilation is enough), each a list of examples, as the model's inputs."""
-    packed = [batches.pack(row, T, slots=3, size=21) for row in rows]
+    packed = [batches.pack(row, T, batches.empty_slots(3, CFG.model.vision)) for row in rows]
     return [np.stack([row[name] for row in packed]) for name in ('tokens', 'positions', 'segments', 'images')]
 
 
@@ -53,7 +54,7 @@ def test_the_model_is_the_numpy_one(plain):
     for (ids, _, pictures), start in ((A, 0), (B, 23), (C, 54)):
         x = p['decoder']['embedding']['embedding'][ids[:-1]]
         if pictures:
-            states = [reference.tower(p['vision'], CFG.model.vision, picture, 2)[1:] for picture in pictures]
+            states = [reference.tower(p['vision'], CFG.model.vision, one['images'], 2)[1:] for one in pictures]
             x[ids[:-1] == micro.ODD.image] = reference.projector(p['projector'], np.concatenate(states))
         expected = reference.decoder(p['decoder'], x)[:, : micro.ODD.size]
         np.testing.assert_allclose(plain[0, start : start + len(x)], expected, atol=1e-4)
@@ -61,7 +62,7 @@ def test_the_model_is_the_numpy_one(plain):
 
 def test_packed_neighbours_do_not_see_each_others_pictures(plain):
     ids, learned, pictures = B
-    repainted, retold = (ids, learned, [pictures[0], 255 - pictures[1]]), D
+    repainted, retold = (ids, learned, [pictures[0], {'images': 255 - pictures[1]['images']}]), D
     for number, other in enumerate((repainted, retold)):
         changed = logits([A, other, C], [C], [C, B, A])[0]
         assert (changed[:23] == plain[0, :23]).all() and (changed[54:] == plain[0, 54:]).all()

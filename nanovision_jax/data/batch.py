@@ -1,6 +1,7 @@
-"""The batch contract: what a training step gets, as a dict of numpy arrays. Takes numpy and jaxtyping, no more.
+"""The batch contract: what a training step gets, as a dict of numpy arrays. Takes numpy, ml_dtypes and jaxtyping.
 
-Axes: B rows, T tokens a row (data.length), M image slots a row (data.slots), S side of an image in pixels.
+Axes: B rows, T tokens a row (data.length), M image slots a row (data.slots), S side of an image in pixels, P patches,
+E tower width.
 
 Text and vision stages:
     tokens     int32   [B, T]           inputs; image tokens in runs as long as an image has features
@@ -9,40 +10,52 @@ Text and vision stages:
     segments   int32   [B, T]           which example of its row a token belongs to, from 1; 0 is padding
     positions  int32   [B, T]           a token's place in its example, from 0
     images     uint8   [B, M, S, S, 3]  vision stages only: the row's images in the order of their runs, then zeros
+with data.cache_features, instead of images:
+    features   bfloat16 [B, M, P, E]    what the tower makes of each; int8 where 'int8' is asked for, and with it
+    scales     float32 [B, M, P]        what each patch's features are to be multiplied by
 Contrastive stages:
     images     uint8   [B, S, S, 3]
     tokens     int32   [B, T]           one caption a row, then zeros
     ends       int32   [B]              where each caption's last token is
 """
 
+import ml_dtypes
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped, UInt8
+from jaxtyping import Bool, Int32, Shaped
 
 from nanovision_jax.stages import stage_of
 
-# (ids [n], learned [n], images); anonymous axes, since the examples of a row differ in length.
-Example = tuple[Int32[np.ndarray, ' _'], Bool[np.ndarray, ' _'], list | UInt8[np.ndarray, '_ _ _ 3']]
+# (ids [n], learned [n], pictures as empty_slots() has them); anonymous axes: the examples of a row differ in length.
+Example = tuple[Int32[np.ndarray, ' _'], Bool[np.ndarray, ' _'], list[dict]]
 
 
-def pack(examples: list[Example], length: int, slots: int = 0, size: int = 0) -> dict[str, Shaped[np.ndarray, '...']]:
-    """One row of a batch out of examples, (ids, learned, images) each, which it must have room for.
+def empty_slots(count: int, vision, kept: str = '') -> dict[str, Shaped[np.ndarray, '...']]:
+    """What a batch holds of `count` pictures, by name, empty. vision: config.Vision; kept: as data.cache_features."""
+    if not kept:
+        return {'images': np.zeros((count, vision.image_size, vision.image_size, 3), np.uint8)}
+    dtype = np.int8 if kept == 'int8' else ml_dtypes.bfloat16
+    features = {'features': np.zeros((count, vision.patches, vision.width), dtype)}
+    return features | ({'scales': np.zeros((count, vision.patches), np.float32)} if kept == 'int8' else {})
 
-    An example of n ids becomes n - 1 inputs and their targets. `slots` and `size` are M and S; without slots the row
-    has no images.
+
+def pack(examples: list[Example], length: int, slots: dict | None = None) -> dict[str, Shaped[np.ndarray, '...']]:
+    """One row of a batch out of examples, (ids, learned, pictures) each, which it must have room for.
+
+    An example of n ids becomes n - 1 inputs and their targets. slots: the row's empty_slots(), which are filled; none
+    for a row of text.
     """
     row = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets', 'segments', 'positions')}
-    row['weights'] = np.zeros(length, np.float32)
-    if slots:
-        row['images'] = np.zeros((slots, size, size, 3), np.uint8)
+    row |= {'weights': np.zeros(length, np.float32)} | (slots or {})
     start = slot = 0
-    for number, (ids, learned, images) in enumerate(examples, 1):
+    for number, (ids, learned, pictures) in enumerate(examples, 1):
         stop = start + len(ids) - 1
         row['tokens'][start:stop], row['targets'][start:stop] = ids[:-1], ids[1:]
         row['weights'][start:stop] = learned[1:]
         row['segments'][start:stop] = number
         row['positions'][start:stop] = np.arange(stop - start)
-        for image in images:
-            row['images'][slot] = image
+        for picture in pictures:
+            for name, value in picture.items():
+                row[name][slot] = value
             slot += 1
         start = stop
     return row
@@ -71,6 +84,16 @@ def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped
             ids = rng.integers(0, vocab_size - 1, t // 2 + 1, np.int32)
             ids[1 : 1 + images * vision.patches] = vocab_size - 1
             learned = np.arange(t // 2 + 1) > (0 if stage.data == 'text' else t // 4)
-            examples.append((ids, learned, rng.integers(0, 256, (images, s, s, 3), np.uint8)))
-        rows.append(pack(examples, t, slots, s))
+            drawn = empty_slots(images, vision, data.cache_features)
+            drawn = {name: _random(rng, empty.shape, empty.dtype) for name, empty in drawn.items()}
+            pictures = [{name: values[i] for name, values in drawn.items()} for i in range(images)]
+            examples.append((ids, learned, pictures))
+        rows.append(pack(examples, t, empty_slots(slots, vision, data.cache_features) if slots else None))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _random(rng, shape, dtype):
+    """Random pixels or features."""
+    if dtype == np.uint8:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.integers(-127, 128, shape, np.int8) if dtype == np.int8 else rng.random(shape, np.float32).astype(dtype)

@@ -136,12 +136,16 @@ def _data_identity(rows):
 
 
 class PackedRows:
-    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots images."""
+    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots images.
+
+    features: the features.Features of the pictures (see there), once they are there to be read instead.
+    """
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.slots = config.data.slots if stage_of(config).sees else 0
         self.shuffled, self.draft = shuffled, config.data.draft and shuffled.shuffle
+        self.features = None
         self._plans, self._starts, self._lock = {}, [0], threading.Lock()
 
     def __getstate__(self):
@@ -168,13 +172,18 @@ class PackedRows:
             return self.epoch(epoch)[i - self._starts[epoch]]
 
     def __getitem__(self, i):
-        vision = self.config.model.vision
+        vision, kept = self.config.model.vision, self.features.kept if self.features else ''
         laid = []
         for k in self.examples(int(i)):
             example = self.source[self.index.rows[k]]
             ids, learned, images = encode_example(example, self.config, self.tokenizer)
-            laid.append((ids, learned, [image_files.decode(data, vision, self.draft) for data in images]))
-        return batch.pack(laid, self.config.data.length, self.slots, vision.image_size)
+            if kept:
+                pictures = self.features.of(k)
+            else:
+                pictures = [{'images': image_files.decode(data, vision, self.draft)} for data in images]
+            laid.append((ids, learned, pictures))
+        slots = batch.empty_slots(self.slots, vision, kept) if self.slots else None
+        return batch.pack(laid, self.config.data.length, slots)
 
     def rows_per_epoch(self):
         """Rows in the first epoch."""
@@ -195,6 +204,8 @@ class PackedRows:
         if self.slots:
             packing += f', {self.slots} slots, {self.config.model.vision.patches} tokens a picture'
             packing += DRAFT * self.draft
+        if self.features:
+            packing += f", the tower's features in {self.features.kept}"
         return {'data': _data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
 
 

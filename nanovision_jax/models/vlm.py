@@ -1,12 +1,13 @@
 """The vision-language model: a frozen tower, a projector, and the decoder they speak to (LLaVA, arXiv:2304.08485).
 
-Axes: B batch, T length, M image slots a row, P patches, F = M · P features a row, E tower width, D width, V vocabulary.
+Axes: B batch, T length, M image slots a row, N images, P patches, F = M · P features a row, E tower width, D width,
+V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from nanovision_jax.models.attention import over_batch
 from nanovision_jax.models.clip import VisionTower
@@ -50,9 +51,17 @@ class VLM(nnx.Module):
     def image_features(self, images: UInt8[Array, 'B M height width 3']) -> Float[Array, 'B F D']:
         """Every slot's image through tower and projector, in token order."""
         b, m = images.shape[:2]
-        flat = over_batch(images.reshape(b * m, *images.shape[2:]))
-        features = jax.lax.stop_gradient(self.vision.features(self.vision.normalize(flat)))
-        return over_batch(self.projector(features).reshape(b, m * features.shape[1], -1))
+        features = self.tower_features(images.reshape(b * m, *images.shape[2:]))
+        return self.project(features.reshape(b, m, *features.shape[1:]))
+
+    def tower_features(self, images: UInt8[Array, 'N height width 3']) -> Float[Array, 'N P E']:
+        """What the frozen tower makes of images."""
+        return jax.lax.stop_gradient(self.vision.features(self.vision.normalize(over_batch(images))))
+
+    def project(self, features: Float[Array, 'B M P E']) -> Float[Array, 'B F D']:
+        """Every slot's tower features through the projector, in token order."""
+        b, m, p, e = features.shape
+        return over_batch(self.projector(over_batch(features.reshape(b * m, p, e))).reshape(b, m * p, -1))
 
     def embed(self, tokens: Int[Array, 'B T'], features: Float[Array, 'B F D']) -> Float[Array, 'B T D']:
         """Token ids to vectors, with the images' features in place of the image tokens."""
@@ -63,10 +72,19 @@ class VLM(nnx.Module):
         tokens: Int[Array, 'B T'],
         positions: Int[Array, 'B T'],
         segments: Int[Array, 'B T'],
-        images: UInt8[Array, 'B M height width 3'],
+        images: UInt8[Array, 'B M height width 3'] | None = None,
+        features: Shaped[Array, 'B M P E'] | None = None,
+        scales: Float[Array, 'B M P'] | None = None,
     ) -> Float[Array, 'B T D']:
-        """Packed rows of text and images to hidden states. Rows without images go the same way, with empty slots."""
-        return self.decoder.over_rows(self.embed(tokens, self.image_features(images)), positions, segments)
+        """Packed rows of text and images to hidden states. Rows without images go the same way, with empty slots.
+
+        features: tower_features() of the images, which are not given then; scales: what int8 ones are multiplied by.
+        """
+        if images is not None:
+            seen = self.image_features(images)
+        else:
+            seen = self.project(features if scales is None else features * scales[..., None])
+        return self.decoder.over_rows(self.embed(tokens, seen), positions, segments)
 
     def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
         """As Decoder.logits()."""

@@ -177,7 +177,7 @@ def _estimate(config, vocabulary, mesh):
         add(model.text, rows * config.data.length, config.data.length, True)
     else:
         add(model, rows * config.data.length, config.data.length, True)
-    if stage.sees:
+    if stage.sees and not config.data.cache_features:
         add(vision, rows * config.data.slots * seen, seen, False)
     return fixed, by_part
 

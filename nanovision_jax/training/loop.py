@@ -22,7 +22,7 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
-from nanovision_jax.training import fit, optim
+from nanovision_jax.training import features, fit, optim
 from nanovision_jax.training import start as starts
 from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
@@ -129,6 +129,8 @@ def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
     else:
         params = load_parameters(sources, shapes['params'], data.tokenizer.size)
         state = init_state(config, data.tokenizer, optimizer, shapes, params)
+    if config.data.cache_features:  # of what is learned from: held-out rows are read as pictures
+        data.rows.features = features.keep(config, data.rows, program.graphdef, state['params'], mesh)
     frozen = partition(config, state['params'])[1]
     dtype = models.compute_dtype(config.dtype).name
     digests = lineage.begin(config, data.tokenizer, sources, mesh, dtype, frozen, data.rows.identity(), start)
@@ -142,7 +144,10 @@ def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
 
 
 def prefetch(batches, mesh, ahead: int = 2):
-    """Yields device batches, `ahead` of them on their way, each with its {tokens, learned, images}, padding aside."""
+    """Yields device batches, `ahead` of them on their way, each with its {tokens, learned, images}, padding aside.
+
+    images: those that go through a tower.
+    """
 
     def put():
         for batch in batches:

@@ -159,8 +159,8 @@ class Objective(NamedTuple):
 
 
 def _next_token(model, batch) -> Total:
-    inputs = [batch[name] for name in ('tokens', 'positions', 'segments', 'images') if name in batch]
-    return next_token(models.decoder_of(model), model.hidden(*inputs), batch['targets'], batch['weights'])
+    inputs = {name: value for name, value in batch.items() if name not in ('targets', 'weights')}
+    return next_token(models.decoder_of(model), model.hidden(**inputs), batch['targets'], batch['weights'])
 
 
 def _embed_pairs(model, batch):

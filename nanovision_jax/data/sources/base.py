@@ -38,6 +38,11 @@ class Source:
         """What the content depends on; not where it lies, so that data may be moved."""
         raise NotImplementedError
 
+    @property
+    def pictures(self) -> str:
+        """What the pictures of its rows depend on, whatever is said of them."""
+        return self.key
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -72,6 +77,11 @@ class Concatenated(Source):
     def key(self) -> str:
         """As Source.key."""
         return ' and '.join(part.key for part in self.parts)
+
+    @property
+    def pictures(self) -> str:
+        """As Source.pictures."""
+        return ' and '.join(part.pictures for part in self.parts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

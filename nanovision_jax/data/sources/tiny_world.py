@@ -24,6 +24,11 @@ class TinyWorldSource(Source):
         """As Source.key."""
         return f'tiny_world {tiny_world.TinyWorld.VERSION} {self.split} {self.view}'
 
+    @property
+    def pictures(self) -> str:
+        """As Source.pictures: captions and conversations are about the same."""
+        return f'tiny_world {tiny_world.TinyWorld.VERSION} {self.split} scenes'
+
     def _rows(self):
         with self._lock:
             if self._opened is None:
