@@ -11,9 +11,12 @@ say
 """
 
 import sys
+import time
 
 from nanovision_jax import cli
 from nanovision_jax.parallel import huge_pages
+
+BEGAN = time.perf_counter()
 
 
 def main(argv):
@@ -22,7 +25,7 @@ def main(argv):
     config, flags = cli.parse(argv, __doc__, resume=False, anew=False, profile=0)
     from nanovision_jax.training.loop import train  # jax loads once the command line is read
 
-    train(config, **flags)
+    train(config, **flags, began=BEGAN)
 
 
 if __name__ == '__main__':

@@ -46,6 +46,21 @@ def settled(cfg, mesh, memory, monkeypatch=None, peaks=()):
         return fit.settle(cfg, VOCABULARY, optimizer, mesh, memory), compiled
 
 
+# What is compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('stage', 'products'), [('vision_pretrain', 0), ('vision_instruct', 1)])
+def test_a_frozen_output_layer_gets_no_gradient(stage, products):
+    cfg, mesh = micro.config(stage), mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        optimizer = optim.make_optimizer(cfg.optim, 10)
+        graphdef, shapes = step.abstract_state(cfg, VOCABULARY, optimizer, mesh)
+        made = step.make_train_step(cfg, graphdef, optimizer, step.shardings_of(shapes))
+        text = made.lower(shapes, fit.abstract_batch(cfg, mesh, VOCABULARY.size)).as_text()
+    assert len(re.findall(r'dot_general.*-> tensor<256x128xf32>', text)) == 1  # the scores of all tokens
+    assert len(re.findall(r'dot_general.*-> tensor<32x128xf32>', text)) == products  # width by vocabulary
+
+
 # The choices ---------------------------------------------------------------------------------------------------------
 
 

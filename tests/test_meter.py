@@ -161,3 +161,12 @@ def test_tensorboard_gets_the_numbers_too(tmp_path):
     pytest.importorskip('tensorboardX')
     metrics.Metrics(tmp_path, to='tensorboard').write(step=1, loss=np.float64(0.5), word='left out')
     assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_the_seconds_before_the_first_step_are_told_by_stage(monkeypatch):
+    times = iter((101.0, 103.5, 103.75))
+    monkeypatch.setattr(meter.time, 'perf_counter', lambda: next(times))
+    startup = meter.Startup(began=100.0)
+    for stage in ('imports', 'data', 'step'):
+        startup.reached(stage)
+    assert startup.told() == 'first step after 3.8 s: imports 1.0, data 2.5, step 0.2'

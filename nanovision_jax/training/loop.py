@@ -26,16 +26,21 @@ from nanovision_jax.training import features, fit, optim
 from nanovision_jax.training import start as starts
 from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
+from nanovision_jax.training.meter import Startup
 from nanovision_jax.training.resume import open_run, write_run
 from nanovision_jax.training.step import init_state, make_eval_step, partition
 from nanovision_jax.training.trace import Trace
 
 
-def train(config, resume: bool = False, anew: bool = False, profile: int = 0) -> pathlib.Path:
+def train(
+    config, resume: bool = False, anew: bool = False, profile: int = 0, began: float | None = None
+) -> pathlib.Path:
     """Runs a stage to its end (or to the next signal), and returns the run folder.
 
-    profile: so many steps are traced, into the run's folder profile.
+    profile: so many steps are traced, into the run's folder profile. began: as Startup takes it.
     """
+    startup = Startup(began)
+    startup.reached('imports')
     folder = pathlib.Path(config.run_dir)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
@@ -47,11 +52,13 @@ def train(config, resume: bool = False, anew: bool = False, profile: int = 0) ->
     with jax.set_mesh(mesh), StopOnSignal() as stop:
         came_from = [f'{config.stage} goes on from {folder}, step {start}'] if start else starts.lines(config, sources)
         print('\n'.join(came_from))
+        startup.reached('devices')
         data = open_data(config, mesh, sources, start)
+        startup.reached('data')
         if start >= data.steps:
             return finished(folder, start, data.steps)
-        training = begin(config, data, sources, mesh, start)
-        step, params = run_steps(config, data, training, mesh, start, stop, profile)
+        training = begin(config, data, sources, mesh, start, startup)
+        step, params = run_steps(config, data, training, mesh, start, stop, startup, profile)
         if step < data.steps:
             print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
             sys.exit(128 + stop.signal)
@@ -118,23 +125,27 @@ class Training(NamedTuple):
     frozen: dict  # the digests of what does not learn
 
 
-def begin(config, data: RunData, sources: list, mesh, start: int) -> Training:
+def begin(config, data: RunData, sources: list, mesh, start: int, startup: Startup) -> Training:
     """Makes or reads the state, writes the run folder, and compiles the step."""
     optimizer = optim.make_optimizer(config.optim, data.steps)
     # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
     program = fit.settle(config, data.tokenizer, optimizer, mesh)
+    startup.reached('compiling')
     shapes = program.shapes
     if start:
         state = {item: checkpoint.restore(config.run_dir, start, item, shapes[item]) for item in shapes}
     else:
         params = load_parameters(sources, shapes['params'], data.tokenizer.size)
         state = init_state(config, data.tokenizer, optimizer, shapes, params)
+    startup.reached('parameters')
     if config.data.cache_features:  # of what is learned from: held-out rows are read as pictures
         data.rows.features = features.keep(config, data.rows, program.graphdef, state['params'], mesh)
+        startup.reached('features')
     frozen = partition(config, state['params'])[1]
     dtype = models.compute_dtype(config.dtype).name
     digests = lineage.begin(config, data.tokenizer, sources, mesh, dtype, frozen, data.rows.identity(), start)
     write_run(config, data.tokenizer, data.bad)
+    startup.reached('run folder')
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
@@ -172,7 +183,14 @@ def prefetch(batches, mesh, ahead: int = 2):
 
 
 def run_steps(
-    config, data: RunData, training: Training, mesh, start: int, stop: 'StopOnSignal', profile: int = 0
+    config,
+    data: RunData,
+    training: Training,
+    mesh,
+    start: int,
+    stop: 'StopOnSignal',
+    startup: Startup,
+    profile: int = 0,
 ) -> tuple[int, dict]:
     """Takes steps until the run ends or is stopped. Returns the last step and the parameters after it."""
     folder, state, batches = pathlib.Path(config.run_dir), training.state, training.batches
@@ -182,11 +200,16 @@ def run_steps(
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
     batch, work = next(batches)
+    startup.reached('first batch')
     with Log(config, data.tokenizer.size, start, data.steps) as log, Trace(folder, profile) as trace:
         for step in range(start + 1, data.steps + 1):
             trace.before_step(step - start - 1, state)
             with jax.transfer_guard('disallow'):
                 state, metrics = training.step(state, batch)
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                startup.reached('step')
+                log.say(startup.told())
             log.count(work)
             log.flush()  # the line of the step before: the device never waits for it
             batch, work = next(batches)

@@ -1,4 +1,4 @@
-"""The work of a training step in FLOPs, and the seconds of training.
+"""The work of a training step in FLOPs, and the seconds of starting and training.
 
 MFU, full-attention convention (PaLM, arXiv:2204.02311): FLOPs per token are 6·N + 12·L·D·T, N counting the weights of
 matrix products. Only what a stage does is counted: 2·N forward, 2·N more where gradients flow through, 2·N more where
@@ -47,6 +47,24 @@ def step_flops(config, vocab_size: int, tokens: int, images: int, learned: int |
         seen = dataclasses.replace(vision, layers=vision.layers - 1)  # features are taken before the last layer
         total += images * seen_tokens * cost(seen, seen_tokens, patch, passes=1)
     return total
+
+
+class Startup:
+    """Where the seconds before the first step go. began: time.perf_counter() as the command began."""
+
+    def __init__(self, began: float | None = None):
+        self._began = self._last = time.perf_counter() if began is None else began
+        self._stages = []
+
+    def reached(self, stage: str):
+        """Counts the seconds since the stage before for this one."""
+        now = time.perf_counter()
+        self._stages.append(f'{stage} {now - self._last:.1f}')
+        self._last = now
+
+    def told(self) -> str:
+        """The seconds in all, and of each stage."""
+        return f'first step after {self._last - self._began:.1f} s: {", ".join(self._stages)}'
 
 
 class Clock:

@@ -75,24 +75,25 @@ def _fused(
     vocab_size: int,
 ) -> Float[Array, '']:
     """The weighted sum of the losses of normed hidden states, whose logits x @ kernel are never there as a whole."""
-    return _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients=False)[0]
+    return _over_chunks(kernel, x, targets, weights, vocab_size, in_x=False, in_kernel=False)[0]
 
 
 def _forward(kernel, x, targets, weights, vocab_size):
-    total, in_kernel, in_x = _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients=True)
-    return total, (in_kernel, in_x)
+    values = (argument.value for argument in (kernel, x, targets, weights))
+    total, *gradients = _over_chunks(*values, vocab_size, in_x=x.perturbed, in_kernel=kernel.perturbed)
+    return total, gradients
 
 
 def _backward(_, gradients, slope):
-    in_kernel, in_x = gradients
-    return in_kernel * slope, (in_x * slope).astype(in_x.dtype), None, None
+    return *((None if g is None else (g * slope).astype(g.dtype)) for g in gradients), None, None
 
 
-_fused.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)  # which tells what is frozen
 
 
-def _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients):
-    """(sum of losses, its gradient in kernel, in x): products in x's dtype, sums in float32."""
+def _over_chunks(kernel, x, targets, weights, vocab_size, in_x, in_kernel):
+    """(sum of losses, its gradient in kernel and in x where they are asked for): products in x's dtype, sums in
+    float32."""
     tokens = len(x)
     chunk = chunk_of(tokens, kernel.shape[1])
     cast = kernel.astype(x.dtype)
@@ -102,26 +103,24 @@ def _over_chunks(kernel, x, targets, weights, vocab_size, with_gradients):
     column = jnp.arange(kernel.shape[1])
 
     def body(i, sums):
-        total, in_kernel, in_xs = sums
+        total, kernel_slope, x_slopes = sums
         part, target, weight = (jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (xs, ts, ws))
         scores = jnp.matmul(part, cast, preferred_element_type=jnp.float32)
         scores = jnp.where(column < vocab_size, scores, -jnp.inf)
         log_sum = jax.nn.logsumexp(scores, axis=1)
         total += jnp.sum((log_sum - jnp.take_along_axis(scores, target[:, None], 1)[:, 0]) * weight)
-        if not with_gradients:
-            return total, in_kernel, in_xs
         hit = column == target[:, None]
         slopes = ((jnp.exp(scores - log_sum[:, None]) - hit) * weight[:, None]).astype(x.dtype)
-        in_kernel += jnp.matmul(part.T, slopes, preferred_element_type=jnp.float32)
-        in_xs = jax.lax.dynamic_update_slice_in_dim(in_xs, slopes @ cast.T, i * chunk, 0)
-        return total, in_kernel, in_xs
+        if in_kernel:
+            kernel_slope += jnp.matmul(part.T, slopes, preferred_element_type=jnp.float32)
+        if in_x:
+            x_slopes = jax.lax.dynamic_update_slice_in_dim(x_slopes, slopes @ cast.T, i * chunk, 0)
+        return total, kernel_slope, x_slopes
 
-    zeros = (jnp.zeros_like(kernel, jnp.float32), jnp.zeros_like(xs)) if with_gradients else (None, None)
+    zeros = jnp.zeros_like(kernel, jnp.float32) if in_kernel else None, jnp.zeros_like(xs) if in_x else None
     learned = jnp.sum(weights > 0)
-    total, in_kernel, in_xs = jax.lax.fori_loop(0, -(-learned // chunk), body, (jnp.zeros_like(weights[0]), *zeros))
-    if not with_gradients:
-        return total, None, None
-    return total, in_kernel.astype(kernel.dtype), in_xs[jnp.argsort(order)]
+    total, *found = jax.lax.fori_loop(0, -(-learned // chunk), body, (jnp.zeros_like(weights[0]), *zeros))
+    return total, found[0].astype(kernel.dtype) if in_kernel else None, found[1][jnp.argsort(order)] if in_x else None
 
 
 def softmax_contrastive(logits: Float[Array, 'B B']) -> Float[Array, '']:
