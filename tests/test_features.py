@@ -128,9 +128,9 @@ def made(family):
     return Made(family)
 
 
-@pytest.mark.parametrize('kept', KEPT)
-def test_a_row_holds_the_features_of_its_pictures(made, kept):
-    made.config.data.cache_features = kept
+@pytest.mark.parametrize('kept, mesh', [('bf16', (8, 1, 1)), ('int8', (2, 2, 2))])
+def test_a_row_holds_the_features_of_its_pictures(made, kept, mesh):
+    made.config.data.cache_features, made.mesh = kept, parallel.make_mesh(configs.Mesh(*mesh))
     plain = made.opened()
     made.rows.features = made.keep()
     tower = jax.jit(lambda params, images: models.merge(made.graphdef, params).tower_features(images))

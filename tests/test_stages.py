@@ -68,18 +68,21 @@ def test_the_loss_of_tokens_is_summed_over_what_is_learned():
     assert count == len(wanted)
 
 
-def test_only_vision_stages_hand_pictures_to_the_model():
-    for stage, given in (('pretrain', 3), ('vision_instruct', 4)):
-        batch, seen = jax.tree.map(jnp.asarray, micro.batch(micro.config(stage))), []
+def test_only_vision_stages_hand_pictures_or_features_to_the_model():
+    pictures = {'': ['images'], 'bf16': ['features'], 'int8': ['features', 'scales']}
+    for stage, kept, more in (('pretrain', '', []), *(('vision_instruct', *item) for item in pictures.items())):
+        cfg, seen = micro.config(stage), {}
+        cfg.data.cache_features = kept
+        batch = jax.tree.map(jnp.asarray, micro.batch(cfg))
 
         class Model(Scores):
-            def hidden(self, *inputs, seen=seen):
-                seen.extend(inputs)
-                return jnp.zeros((*inputs[0].shape, 128))
+            def hidden(self, tokens, seen=seen, **inputs):
+                seen.update(inputs, tokens=tokens)
+                return jnp.zeros((*tokens.shape, 128))
 
         objectives.OBJECTIVES[STAGES[stage].objective].total(Model(128), batch)
-        names = ('tokens', 'positions', 'segments', 'images')
-        assert len(seen) == given and all(x is batch[name] for x, name in zip(seen, names, strict=False))
+        assert seen.keys() == {'tokens', 'positions', 'segments', *more}
+        assert all(x is batch[name] for name, x in seen.items())
 
 
 def test_the_loss_of_pairs_counts_pairs():
