@@ -261,14 +261,15 @@ def test_going_on_and_starting_again_at_once_is_refused(family):
 
 
 def test_a_pause_begins_when_the_device_is_through(family, monkeypatch):
-    """Also at an evaluation without a log line: what the step still takes would count as no training."""
+    """Also at an evaluation without a log line: what the step still takes would count as no training. The first step is
+    waited for too, since the seconds before it are told."""
     done, waited = [], jax.block_until_ready
     paused = meter.Clock.paused
     monkeypatch.setattr(train.jax, 'block_until_ready', lambda x: done.append('waited') or waited(x))
     monkeypatch.setattr(meter.Clock, 'paused', lambda clock: done.append('paused') or paused(clock))
     fields = {'steps': 6, 'eval__every': 5, 'log__every': 4, 'checkpoint__every': 9}
     train.train(micro.run_config('pretrain', family, **fields), anew=True)
-    assert done == ['paused'] * 4 + ['waited', 'paused'] * 2
+    assert done == ['waited'] + ['paused'] * 4 + ['waited', 'paused'] * 2
 
 
 def test_a_trace_of_some_steps_is_written(family, capsys):
