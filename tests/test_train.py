@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import time
 
 import chex
 import jax
@@ -158,7 +159,7 @@ def test_every_line_of_metrics_has_its_fields(road, stage):
     lines = read_metrics(road / stage / 'metrics.jsonl')
     logged = [line for line in lines if 'loss' in line]
     evaluated = [line for line in lines if 'eval_loss' in line]
-    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu seconds'
+    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited seconds'
     assert all(set(line) == set(names.split()) for line in logged)
     assert [line['step'] for line in logged] == [1, 2, 3, 4] and [line['step'] for line in evaluated] == [4]
     assert len(logged) + len(evaluated) == len(lines)
@@ -270,6 +271,22 @@ def test_a_pause_begins_when_the_device_is_through(family, monkeypatch):
     fields = {'steps': 6, 'eval__every': 5, 'log__every': 4, 'checkpoint__every': 9}
     train.train(micro.run_config('pretrain', family, **fields), anew=True)
     assert done == ['waited'] + ['paused'] * 4 + ['waited', 'paused'] * 2
+
+
+def test_a_run_that_waits_for_its_data_says_so(family, monkeypatch, capsys):
+    batches = pipeline.batches
+
+    def slow(*args):
+        for batch in batches(*args):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(pipeline, 'batches', slow)
+    train.train(micro.run_config('pretrain', family, steps=4, log__every=4, eval__every=9), anew=True)
+    line = [line for line in read_metrics(family / 'pretrain/metrics.jsonl') if 'loss' in line][-1]
+    assert 0.5 < line['waited'] <= 1
+    said = capsys.readouterr().out
+    assert f'{line["waited"]:.0%} of the time waiting for data' in said and 'first step after ' in said
 
 
 def test_a_trace_of_some_steps_is_written(family, capsys):

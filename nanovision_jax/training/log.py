@@ -15,6 +15,8 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics
 from nanovision_jax.training import meter, optim
 
+WAITING = 0.1  # a share of the time in which the next batch is not there, from which on a line says so
+
 
 class Log:
     """A context that logs a run from step `start` to `steps`.
@@ -49,6 +51,10 @@ class Log:
         self.tokens += work['tokens']
         self.bar.update()
 
+    def waited(self, seconds: float):
+        """Counts seconds in which the next batch was not there yet."""
+        self.window['waited'] += seconds
+
     def put_by(self, step: int, metrics: dict):
         """Remembers a step's metrics, which may still be on their way from the device, for flush()."""
         self._waiting = step, metrics, self.window, self.tokens
@@ -67,12 +73,14 @@ class Log:
             self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
         )
         measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
+        measured['waited'] = min(1.0, window['waited'] / seconds)
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
         left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
         self.bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
         self.say(
             f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {rate:.2e}  grad {values["grad_norm"]:.2f}  '
             f'{speed:,.0f} tokens/s  MFU {measured["mfu"]:.1%}  {left} left'
+            + (f'  {measured["waited"]:.0%} of the time waiting for data' if measured['waited'] > WAITING else '')
         )
 
     def _check_finite(self, step, values):

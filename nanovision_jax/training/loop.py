@@ -6,6 +6,7 @@ import itertools
 import pathlib
 import signal
 import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -212,7 +213,9 @@ def run_steps(
                 log.say(startup.told())
             log.count(work)
             log.flush()  # the line of the step before: the device never waits for it
+            asked = time.perf_counter()
             batch, work = next(batches)
+            log.waited(time.perf_counter() - asked)
             last = step == data.steps or stop.signal is not None
             saving = step % config.checkpoint.every == 0 or last
             evaluating = step % config.eval.every == 0 or step == data.steps

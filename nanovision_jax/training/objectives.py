@@ -85,7 +85,9 @@ def _forward(kernel, x, targets, weights, vocab_size):
 
 
 def _backward(_, gradients, slope):
-    return *((None if g is None else (g * slope).astype(g.dtype)) for g in gradients), None, None
+    in_kernel, in_x = gradients
+    in_kernel = None if in_kernel is None else in_kernel * slope  # in float32, as it is summed over devices
+    return in_kernel, None if in_x is None else (in_x * slope).astype(in_x.dtype), None, None
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)  # which tells what is frozen
