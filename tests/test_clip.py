@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import reference
 from flax import nnx
 
 from nanovision_jax import models
+from nanovision_jax.data import packing
 from nanovision_jax.models.clip import quick_gelu
 from nanovision_jax.training.objectives import sigmoid_contrastive, softmax_contrastive
 
@@ -22,6 +24,13 @@ TOKENS = RNG.integers(0, micro.ODD.size, (5, T), np.int32)
 ENDS = np.array([12, 3, 0, 7, 11], np.int32)
 
 
+def one_a_row(ends):
+    """positions, segments and ends of captions that have a row each."""
+    shape = len(ends), T
+    places = jnp.broadcast_to(jnp.arange(T), shape)
+    return places, jnp.ones(shape, jnp.int32), ends + T * jnp.arange(len(ends))
+
+
 @jax.jit
 def run(params, pictures, tokens, ends):
     """Everything there is to look at, in one compilation."""
@@ -31,8 +40,8 @@ def run(params, pictures, tokens, ends):
         'features': clip.vision.features(pixels),
         'first': clip.vision.features(pixels, layer=1),
         'picture': clip.vision.pooled(pixels),
-        'caption': clip.text.pooled(tokens, ends),
-        'logits': clip(pictures, tokens, ends),
+        'caption': clip.text.pooled(tokens, *one_a_row(ends)),
+        'logits': clip(pictures, tokens, *one_a_row(ends)),
     }
 
 
@@ -63,6 +72,16 @@ def test_a_caption_is_read_up_to_its_end_and_no_further(found):
     after[1:, 12] += 1  # row 0 ends there
     assert (run(PARAMS, PICTURES, after, ENDS)['caption'] == found['caption']).all()
     assert (run(PARAMS, PICTURES, before, ENDS)['caption'] != found['caption']).any(axis=1).all()
+
+
+def test_packed_captions_are_read_as_those_of_a_row_each(found):
+    pairs = [
+        {'images': picture, 'ids': ids[: end + 1]} for picture, ids, end in zip(PICTURES, TOKENS, ENDS, strict=True)
+    ]
+    batch = packing.Captions(T, 3)(pairs)
+    assert batch['tokens'].shape == (3, T) and (batch['segments'].max(axis=1) > 1).any()
+    packed = jax.jit(lambda params, batch: models.merge(GRAPHDEF, params)(**batch))(PARAMS, batch)
+    np.testing.assert_allclose(packed, found['logits'], atol=1e-5)
 
 
 def test_logits_are_scaled_cosines(found):
@@ -97,7 +116,7 @@ def test_sigmoid_towers_start_warm_and_unlikely():
     cfg = micro.odd_config('clip')
     cfg.model.contrastive = 'sigmoid'
     model = models.build(cfg, 100, 99, nnx.Rngs(0))
-    logits = model(*map(jax.numpy.asarray, (PICTURES, TOKENS, ENDS)))
+    logits = model(*map(jnp.asarray, (PICTURES, TOKENS, *one_a_row(ENDS))))
     assert np.all(np.abs(np.asarray(logits) + 10) <= 10.001)  # cosines by 10, less 10
     assert model.contrastive == 'sigmoid'
 

@@ -132,7 +132,7 @@ def made(family):
 def test_a_row_holds_the_features_of_its_pictures(made, kept, mesh):
     made.config.data.cache_features, made.mesh = kept, parallel.make_mesh(configs.Mesh(*mesh))
     plain = made.opened()
-    made.rows.features = made.keep()
+    made.rows.use_features(made.keep())
     tower = jax.jit(lambda params, images: models.merge(made.graphdef, params).tower_features(images))
     for i in range(5):
         row, pictures = made.rows[i], plain[i]['images']
@@ -152,7 +152,7 @@ def test_a_row_holds_the_features_of_its_pictures(made, kept, mesh):
 
 
 def test_workers_map_the_files_again(made):
-    made.rows.features = made.keep()
+    made.rows.use_features(made.keep())
     assert len(pickle.dumps(made.rows.features)) < 2000 < (made.rows.features.folder / 'features.npy').stat().st_size
     streams = [pipeline.batches(made.rows, 4, 3, workers) for workers in (0, 2)]
     for _ in range(4):
@@ -160,7 +160,7 @@ def test_workers_map_the_files_again(made):
 
 
 def test_what_runs_on_features_counts_no_picture_as_work(made):
-    made.rows.features = made.keep()
+    made.rows.use_features(made.keep())
     with jax.set_mesh(made.mesh):
         for rows, seen in ((made.rows, False), (made.opened(), True)):
             _, work = next(train.prefetch(pipeline.batches(rows, 8), made.mesh))

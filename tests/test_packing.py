@@ -227,7 +227,7 @@ def test_rows_have_the_types_of_the_contract(make, tokenizer, stage):
     for name, array in rows[0].items():
         assert array.dtype == types.get(name, np.int32), name
     wanted = {'tokens', 'targets', 'weights', 'segments', 'positions'} | ({'images'} if 'vision' in stage else set())
-    assert set(rows[0]) == ({'images', 'tokens', 'ends'} if stage == 'clip' else wanted)
+    assert set(rows[0]) == ({'images', 'ids'} if stage == 'clip' else wanted)
 
 
 @pytest.mark.parametrize('stage', STAGES)
@@ -362,9 +362,85 @@ def test_pairs_hold_a_picture_and_its_caption(make, tokenizer):
     for i in range(10):
         example, row = rows.source[rows.index.rows[i]], rows[i]
         ids = [tokenizer.end_of_text, *tokenizer.encode(example.caption), tokenizer.end]
-        assert row['tokens'].tolist() == ids + [0] * (rows.config.data.length - len(ids))
-        assert row['ends'] == len(ids) - 1 and row['ends'].dtype == np.int32
+        assert row['ids'].tolist() == ids
         assert (row['images'] == images.decode(example.images[0], rows.config.model.vision)).all()
+
+
+def drawn_pairs(rng, count, longest):
+    """Pairs whose images and captions begin with their number."""
+    return [
+        {'images': np.full((2, 2, 3), i, np.uint8), 'ids': np.array([i, *range(100, 100 + rng.integers(1, longest))])}
+        for i in range(count)
+    ]
+
+
+def read_back(batch):
+    """The captions of a batch in the order of its pairs: what is before each end in its segment."""
+    length = batch['tokens'].shape[1]
+    for end in batch['ends']:
+        row, column = divmod(int(end), length)
+        segments = batch['segments'][row]
+        mine = np.flatnonzero(segments == segments[column])
+        assert mine[-1] == column and segments[column] > 0
+        assert (batch['positions'][row, mine] == np.arange(len(mine))).all()
+        yield batch['tokens'][row, mine]
+
+
+@pytest.mark.parametrize('shards, parts', [(1, 1), (4, 1), (1, 3), (2, 4)])
+def test_packed_captions_are_those_of_their_pictures_on_the_same_device_and_in_the_same_part(shards, parts):
+    rng = np.random.default_rng(0)
+    pairs, rows = drawn_pairs(rng, 48, 10), 24
+    batch = packing.Captions(20, rows, shards, parts)(pairs)
+    assert all((batch['images'] == np.stack([pair['images'] for pair in pairs])).ravel())
+    for pair, ids in zip(pairs, read_back(batch), strict=True):
+        assert (ids == pair['ids']).all()
+    assert (batch['segments'] > 0).sum() == sum(len(pair['ids']) for pair in pairs)
+    row, pair = batch['ends'] // 20, np.arange(48)
+    assert (row // (rows // shards) == pair // (48 // shards)).all() and (row % parts == pair % parts).all()
+    assert all(batch[name].dtype == np.int32 for name in ('tokens', 'segments', 'positions', 'ends'))
+
+
+def test_captions_that_find_no_row_are_halved_the_longest_first_and_keep_their_end():
+    pairs = [{'images': np.zeros((2, 2, 3), np.uint8), 'ids': np.arange(n)} for n in (9, 4, 7, 10)]
+    found = list(read_back(packing.Captions(10, 2)(pairs)))
+    assert [len(ids) for ids in found] == [5, 4, 4, 6]
+    assert all(
+        ids[-1] == pair['ids'][-1] and (ids[:-1] == pair['ids'][: len(ids) - 1]).all()
+        for ids, pair in zip(found, pairs, strict=True)
+    )
+    smallest = packing.Captions(4, 2)([{'images': pairs[0]['images'], 'ids': np.arange(n)} for n in (4, 3, 4, 2)])
+    assert [ids.tolist() for ids in read_back(smallest)] == [[0, 3], [0, 2], [0, 3], [0, 1]]
+
+
+def test_shuffled_captions_fill_most_of_their_rows_and_hardly_ever_need_more(make):
+    rows = make('clip', 0, 'data.batch_size=64', 'data.length=40')
+    rng = np.random.default_rng(1)
+    rows.index.lengths = np.clip(rng.normal(15, 6, 4000), 2, 39).astype(np.int32)
+    for shards, parts, least in ((1, 1, 0.8), (2, 2, 0.5), (64, 1, 0.3)):
+        captions = rows.pack(shards, parts)
+        size, share = 64 // (shards * parts), captions.rows // (shards * parts)
+        drawn = rng.choice(rows.index.lengths + 1, (1000, size))
+        beyond = sum(len(packing._longest_first(lengths, 40)) > share for lengths in drawn)
+        assert beyond <= 5 and drawn.mean() * 64 / (captions.rows * 40) > least
+    assert make('clip', 0, 'data.batch_size=64', shuffle=False).pack(2, 2).rows == 64  # sorted, they would need that
+
+
+def test_what_is_read_is_kept_where_all_of_it_has_room(make, monkeypatch):
+    for stage, *more in (('clip',), ('vision_instruct',), ('clip', 'data.augment=true')):
+        read = []
+        load = images.load
+        monkeypatch.setattr(images, 'load', lambda *args, load=load, read=read: read.append(0) or load(*args))
+        rows = make(stage, 0, *more)
+        n = rows.rows_per_epoch()
+        first = [rows[i] for i in range(n)]
+        pictures = len(read)
+        again = [rows[n + i] for i in range(n)]
+        assert pictures > 5 and len(read) == (2 * pictures if more else pictures)
+        monkeypatch.setattr(packing, 'MEMORY', 10_000)
+        plain = make(stage, 0, *more)
+        assert all(map(same, first + again, (plain[i] for i in range(2 * n))))
+        assert len(read) >= 4 * pictures - 2 * pictures * (not more)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
@@ -399,8 +475,8 @@ def test_augmented_pairs_change_with_the_epoch_only(make):
     n = plain.rows_per_epoch()
     assert same(changed[5], make('clip', 0, 'data.augment=true')[5])
     assert (changed[5]['images'] != plain[5]['images']).any()
-    captions = [changed[n + i]['tokens'].tobytes() for i in range(n)]
-    later = changed[n + captions.index(changed[5]['tokens'].tobytes())]
+    captions = [changed[n + i]['ids'].tobytes() for i in range(n)]
+    later = changed[n + captions.index(changed[5]['ids'].tobytes())]
     assert (changed[5]['images'] != later['images']).any()
     held_out = make('clip', 0, 'data.augment=true', shuffle=False)
     assert same(held_out[3], make('clip', shuffle=False)[3])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
+from nanovision_jax.data import packing
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.training import optim, step
@@ -140,7 +141,7 @@ def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
 
 
 @functools.cache
-def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax'):
+def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax', rows_of_captions=0):
     """(loss, gradients) of one batch on a mesh of `sizes`, as numpy arrays."""
     cfg = micro.config(stage)
     cfg.optim.accumulate, cfg.model.contrastive = accumulate, contrastive
@@ -149,10 +150,16 @@ def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax'):
         cfg.model.heads, cfg.model.head_dim = 8, 8
     graphdef, params = micro.params(cfg)
     mesh = parallel.make_mesh(configs.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
+    batch = micro.batch(cfg)
+    if rows_of_captions:
+        pairs = zip(batch['images'], batch['tokens'], batch['segments'], strict=True)
+        pairs = [{'images': images, 'ids': tokens[segments > 0]} for images, tokens, segments in pairs]
+        batch = packing.Captions(cfg.data.length, rows_of_captions, sizes[0] * sizes[1], accumulate)(pairs)
+        assert (batch['segments'].max(axis=1) > 1).any()
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parallel.shardings(params, mesh))
         gradients = jax.jit(step.make_gradients(cfg, graphdef))
-        return jax.device_get(gradients(*step.partition(cfg, placed), parallel.put_batch(micro.batch(cfg), mesh)))
+        return jax.device_get(gradients(*step.partition(cfg, placed), parallel.put_batch(batch, mesh)))
 
 
 def assert_equal(found, wanted):
@@ -192,6 +199,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(stage):
 @pytest.mark.parametrize('stage', ['clip', 'pretrain'])
 def test_accumulated_gradients_of_a_mesh_are_those_of_one_device(stage):
     assert_equal(gradients(stage, (1, 2, 1), accumulate=4), gradients(stage, (1, 1, 1)))
+
+
+@pytest.mark.parametrize('sizes, accumulate', [((1, 1, 1), 2), ((2, 1, 1), 1), ((1, 2, 2), 2)])
+def test_gradients_of_packed_captions_are_those_of_captions_that_have_a_row_each(sizes, accumulate):
+    assert_equal(gradients('clip', sizes, accumulate, rows_of_captions=4), gradients('clip', (1, 1, 1)))
 
 
 def test_siglips_loss_accumulates_over_the_whole_batch_too():

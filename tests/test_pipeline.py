@@ -11,7 +11,7 @@ import pytest
 from conftest import is_held_out, parse
 
 from nanovision_jax.data import batch as batches
-from nanovision_jax.data import features, pipeline, preparation, sources
+from nanovision_jax.data import features, packing, pipeline, preparation, sources
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import STAGES
@@ -41,7 +41,10 @@ def test_a_batch_is_its_rows(open_rows, stage):
     _, rows = open_rows(stage)
     for number, batch in enumerate(take(rows, 4, 3)):
         one = [rows[3 * number + i] for i in range(3)]
-        assert same(batch, {name: np.stack([row[name] for row in one]) for name in one[0]})
+        made = (
+            rows.captions(one) if stage == 'clip' else {name: np.stack([row[name] for row in one]) for name in one[0]}
+        )
+        assert same(batch, made)
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
@@ -161,7 +164,7 @@ def test_a_mixture_has_the_features_of_its_pictures(prepared, tokenizer, tmp_pat
             {'features': np.broadcast_to(np.arange(108, dtype=ml_dtypes.bfloat16)[:, None, None], (108, 9, 192))}
         )
     made.finish()
-    rows.features = features.Features(tmp_path / 'kept', 'bf16', rows.index.images)
+    rows.use_features(features.Features(tmp_path / 'kept', 'bf16', rows.index.images))
     for i, row in enumerate(plain):
         found = rows[i]
         assert found.keys() ^ row.keys() == {'features', 'images'} and found['features'].shape == (2, 9, 192)
@@ -259,6 +262,8 @@ def test_what_is_not_prepared_is_one_sentence(tmp_path, tokenizer):
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
     config, rows = open_rows(stage, 'data.batch_size=6')
+    if stage == 'clip':
+        rows.captions = packing.Captions(512, 6)
     (real,) = take(rows, 1, 6)
     fake = batches.fake_batch(config)
     assert {name: (a.shape, a.dtype) for name, a in fake.items()} == {

@@ -93,7 +93,7 @@ def test_the_loss_of_pairs_counts_pairs():
     class Towers:
         contrastive = 'softmax'
 
-        def embed(self, *_):
+        def embed(self, **_):
             return ()
 
         def logits(self):

@@ -1,7 +1,7 @@
 """The batch contract: what a training step gets, as a dict of numpy arrays. Takes numpy, ml_dtypes and jaxtyping.
 
 Axes: B rows, T tokens a row (data.length), M image slots a row (data.slots), S side of an image in pixels, P patches,
-E tower width.
+E tower width, R rows of packed captions.
 
 Text and vision stages:
     tokens     int32   [B, T]           inputs; image tokens in runs as long as an image has features
@@ -15,8 +15,10 @@ with data.cache_features, instead of images:
     scales     float32 [B, M, P]        what each patch's features are to be multiplied by
 Contrastive stages:
     images     uint8   [B, S, S, 3]
-    tokens     int32   [B, T]           one caption a row, then zeros
-    ends       int32   [B]              where each caption's last token is
+    tokens     int32   [R, T]           their captions, packed: see packing.Captions
+    segments   int32   [R, T]           as above
+    positions  int32   [R, T]           as above
+    ends       int32   [B]              where each caption's last token is, counted over all rows
 """
 
 import ml_dtypes
@@ -70,11 +72,15 @@ def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped
     rng = np.random.default_rng(seed)
     data, vision, stage = config.data, config.model.vision, stage_of(config)
     b, t, s = data.batch_size, data.length, vision.image_size
-    if stage.data == 'pairs':
+    if stage.data == 'pairs':  # one caption a row, of half of it at most
+        ends = rng.integers(1, max(2, t // 2), (b, 1), np.int32)
+        inside = np.arange(t, dtype=np.int32) <= ends
         return {
             'images': rng.integers(0, 256, (b, s, s, 3), np.uint8),
-            'tokens': rng.integers(0, vocab_size, (b, t), np.int32),
-            'ends': rng.integers(0, t, b, np.int32),
+            'tokens': rng.integers(0, vocab_size, (b, t), np.int32) * inside,
+            'segments': inside.astype(np.int32),
+            'positions': np.arange(t, dtype=np.int32) * inside,
+            'ends': ends[:, 0] + t * np.arange(b, dtype=np.int32),
         }
     slots = data.slots if stage.sees else 0
     rows = []

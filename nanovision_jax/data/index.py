@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation
 from nanovision_jax.data import images as image_files
-from nanovision_jax.data.workers import Workers, cores
+from nanovision_jax.data.workers import Workers, cores, ordered_map
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.folder import read_lines, whole
 from nanovision_jax.stages import stage_of
@@ -265,14 +264,3 @@ def _list_of_bad(file):
 
 def _count(bad):
     return collections.Counter(conversation.kind_of(row['reason']) for row in bad)
-
-
-def ordered_map(pool, function, items, ahead):
-    """map() over a pool, results in order, with at most `ahead` items taken before their results are wanted."""
-    items = iter(items)
-    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
-    while waiting:
-        done = waiting.popleft().result()
-        for item in itertools.islice(items, 1):
-            waiting.append(pool.submit(function, item))
-        yield done

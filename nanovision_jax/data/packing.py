@@ -1,14 +1,16 @@
-"""Rows of fixed shape: packed conversations, windows of text, images with captions.
+"""Rows of fixed shape: packed conversations, windows of text; and images with captions, which a batch packs.
 
 A rows object is an endless sequence: rows[i] is a dict of numpy arrays, a pure function of (seed, i). Epoch after epoch
 follows, each in an order of its own, so the position in the data is one integer. rows.identity() tells what row i
 depends on: rows of equal identities have the same row i.
 """
 
+import functools
 import hashlib
 import math
 import os
 import threading
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -23,6 +25,7 @@ from nanovision_jax.stages import stage_of
 
 CHUNK = 1 << 16  # examples whose numbers are Python's own at a time: those are quicker to ask, and take more memory
 DRAFT = ', large JPEGs at a part of their size'
+MEMORY, OVERHEAD = 1 << 30, 500  # bytes that examples may take once they are read; what an example takes in any case
 
 
 def plan(
@@ -135,24 +138,53 @@ def _data_identity(rows):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-class PackedRows:
-    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots images.
+class _Examples:
+    """Rows out of the examples of a source, which `_read` reads by their number in the index.
 
-    features: the features.Features of the pictures (see there), once they are there to be read instead.
+    What is read is kept where all of it takes no more than MEMORY, in all data workers together: the second epoch of a
+    small set costs nothing.
     """
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
-        self.slots = config.data.slots if stage_of(config).sees else 0
-        self.shuffled, self.draft = shuffled, config.data.draft and shuffled.shuffle
-        self.features = None
-        self._plans, self._starts, self._lock = {}, [0], threading.Lock()
+        self.shuffled = shuffled
+        self.draft = config.data.draft and shuffled.shuffle
+        self._start()
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != '_lock'} | {'_plans': {}}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith('_')}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self):
+        """Makes what a data worker has of its own: the names with a leading underscore."""
+        vision, workers = self.config.model.vision, max(1, self.config.data.workers)
+        pictures = int(self.index.images.sum()) * vision.image_size**2 * 3
+        size = OVERHEAD * len(self.index.rows) + 5 * int(self.index.lengths.sum()) + pictures
+        self._example = functools.cache(self._read) if size * workers <= MEMORY else self._read
+
+
+class PackedRows(_Examples):
+    """Conversations packed into rows of config.data.length tokens and, in the vision stages, data.slots images.
+
+    features: the features.Features (see there) that are read instead of pictures, if use_features() was called.
+    """
+
+    def __init__(self, source, index, config, tokenizer, shuffled):
+        self.slots = config.data.slots if stage_of(config).sees else 0
+        self.features = None
+        super().__init__(source, index, config, tokenizer, shuffled)
+
+    def _start(self):
+        super()._start()
+        self._plans, self._starts, self._lock = {}, [0], threading.Lock()
+
+    def use_features(self, features):
+        """From here on rows hold features.Features instead of pictures."""
+        self.features = features
+        self._start()  # what was read has pictures
 
     def epoch(self, epoch):
         """The plan of one epoch: a list of rows, each a list of examples."""
@@ -171,19 +203,19 @@ class PackedRows:
             epoch = int(np.searchsorted(self._starts, i, side='right')) - 1
             return self.epoch(epoch)[i - self._starts[epoch]]
 
+    def _read(self, k):
+        """(ids, learned, pictures) of an example, as batch.pack() takes them."""
+        example = self.source[self.index.rows[k]]
+        ids, learned, images = encode_example(example, self.config, self.tokenizer)
+        if self.features:
+            return ids, learned, self.features.of(k)
+        vision = self.config.model.vision
+        return ids, learned, [{'images': image_files.decode(data, vision, self.draft)} for data in images]
+
     def __getitem__(self, i):
-        vision, kept = self.config.model.vision, self.features.kept if self.features else ''
-        laid = []
-        for k in self.examples(int(i)):
-            example = self.source[self.index.rows[k]]
-            ids, learned, images = encode_example(example, self.config, self.tokenizer)
-            if kept:
-                pictures = self.features.of(k)
-            else:
-                pictures = [{'images': image_files.decode(data, vision, self.draft)} for data in images]
-            laid.append((ids, learned, pictures))
-        slots = batch.empty_slots(self.slots, vision, kept) if self.slots else None
-        return batch.pack(laid, self.config.data.length, slots)
+        kept = self.features.kept if self.features else ''
+        slots = batch.empty_slots(self.slots, self.config.model.vision, kept) if self.slots else None
+        return batch.pack(list(map(self._example, self.examples(int(i)))), self.config.data.length, slots)
 
     def rows_per_epoch(self):
         """Rows in the first epoch."""
@@ -275,29 +307,97 @@ class TextRows:
         }
 
 
-class PairRows:
-    """Images with captions, for clip: images [S, S, 3], tokens [T], ends (the caption's last token)."""
+class Captions(NamedTuple):
+    """Makes a batch of pairs, with their captions packed into `rows` rows of `length` tokens.
+
+    The batch is split over `shards` devices, and there into `parts` (optim.accumulate). A caption stays with its
+    image: every such share has as many rows, and fills them longest caption first. Should these not be enough, the
+    longest captions are halved.
+    """
+
+    length: int
+    rows: int
+    shards: int = 1
+    parts: int = 1
+
+    def __call__(self, pairs: list[dict]) -> dict[str, np.ndarray]:
+        """Pairs of {images, ids} as a batch. As step.py splits it, row j is of part j mod `parts`."""
+        each = self.rows // (self.shards * self.parts)
+        text = {name: np.zeros((self.rows, self.length), np.int32) for name in ('tokens', 'segments', 'positions')}
+        ends = np.zeros(len(pairs), np.int32)
+        for group in range(self.shards * self.parts):
+            shard, part = divmod(group, self.parts)
+            share = len(pairs) // self.shards
+            members = range(shard * share + part, (shard + 1) * share, self.parts)
+            captions = [pairs[i]['ids'] for i in members]
+            while len(laid := _longest_first([len(ids) for ids in captions], self.length)) > each:
+                longest = max(range(len(captions)), key=lambda i: len(captions[i]))
+                ids = captions[longest]
+                captions[longest] = np.append(ids[: len(ids) // 2], ids[-1])
+            for number, row in enumerate(laid):
+                place, start = (shard * each + number) * self.parts + part, 0
+                for segment, k in enumerate(row, 1):
+                    stop = start + len(captions[k])
+                    text['tokens'][place, start:stop] = captions[k]
+                    text['segments'][place, start:stop] = segment
+                    text['positions'][place, start:stop] = np.arange(stop - start)
+                    ends[members[k]] = place * self.length + stop - 1
+                    start = stop
+        return {'images': np.stack([pair['images'] for pair in pairs]), **text, 'ends': ends}
+
+
+def _longest_first(lengths, room):
+    """Rows of at most `room` tokens, each a list of places in `lengths`: first fit, the longest first."""
+    lengths = np.asarray(lengths)
+    return plan(np.argsort(-lengths, kind='stable'), lengths, np.zeros_like(lengths), room, 0, open_rows=len(lengths))
+
+
+class PairRows(_Examples):
+    """Images with captions, for clip: images [S, S, 3], ids [n].
+
+    captions: what makes batches of them; it is to be replaced by pack() for a mesh, or for batches in parts.
+    """
 
     def __init__(self, source, index, config, tokenizer, shuffled):
-        self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
-        self.shuffled = shuffled
         self.augment = config.data.augment and shuffled.shuffle
-        self.draft = config.data.draft and shuffled.shuffle
+        super().__init__(source, index, config, tokenizer, shuffled)
+        self.captions = self.pack()
 
-    def __getitem__(self, i):
-        epoch, k = self.shuffled.at(i)
+    def _load(self, k):
+        """(ids, image as it lies) of an example."""
         example, vision = self.source[self.index.rows[k]], self.config.model.vision
         ids, _, images = encode_example(example, self.config, self.tokenizer)
         # What augment() leaves of a side is at least its 0.77th part.
         least = math.ceil(vision.image_size * (1.3 if self.augment else 1)) if self.draft else None
-        image = image_files.load(images[0], least)
-        if self.augment:
-            image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
-        return {
-            'images': image_files.prepare(image, vision),
-            'tokens': np.pad(ids, (0, self.config.data.length - len(ids))),
-            'ends': np.int32(len(ids) - 1),
-        }
+        return ids, image_files.load(images[0], least)
+
+    def _read(self, k):
+        ids, image = self._load(k)
+        return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
+
+    def __getitem__(self, i):
+        epoch, k = self.shuffled.at(i)
+        if not self.augment:
+            return self._example(k)
+        ids, image = self._load(k)
+        image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
+        return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
+
+    def pack(self, shards: int = 1, parts: int = 1) -> Captions:
+        """The Captions of batches that are split over `shards` devices, into `parts` each.
+
+        Its rows are what the largest of sixteen random shares takes, and two standard deviations more. Held-out pairs,
+        whose order may say how long they are, get a row each.
+        """
+        length, batch_size = self.config.data.length, self.config.data.batch_size
+        size = batch_size // (shards * parts)
+        if not self.shuffled.shuffle:
+            return Captions(length, batch_size, shards, parts)
+        lengths = self.index.lengths + 1
+        drawn = np.random.default_rng(0).choice(lengths, (16, size))
+        most = max(len(_longest_first(share, length)) for share in drawn)
+        most += math.ceil(2 * lengths.std() * size**0.5 / length)
+        return Captions(length, shards * parts * min(size, most), shards, parts)
 
     def rows_per_epoch(self):
         """Pairs in all."""
@@ -305,8 +405,8 @@ class PairRows:
 
     def efficiency(self):
         """Which share of the captions' tokens is not padding."""
-        lengths = self.index.lengths[self.shuffled.order(0)] + 1
-        return {'tokens': float(lengths.mean() / self.config.data.length)}
+        tokens = (self.index.lengths[self.shuffled.order(0)] + 1).mean() * self.config.data.batch_size
+        return {'tokens': float(tokens / (self.captions.rows * self.captions.length))}
 
     def identity(self):
         """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""

@@ -171,7 +171,8 @@ def batches(rows, batch_size: int, start: int = 0, workers: int = 0) -> Iterator
     nothing is learned.
     """
     stop = np.iinfo(np.int32).max
-    dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size)
+    made = getattr(rows, 'captions', None)  # of pairs; rows of other stages are stacked
+    dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size, batch_fn=made)
     if workers:
         _parse_absl_flags()
         dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

@@ -4,8 +4,10 @@ multiprocessing is not for this: a forked process hangs where jax or tokenizers 
 caller's main program again, which a script without `if __name__ == '__main__'` does not survive.
 """
 
+import collections
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import pickle
 import queue
@@ -73,6 +75,17 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
         if error:
             raise error
         return result
+
+
+def ordered_map(pool, function, items, ahead):
+    """map() over a pool, results in order, with at most `ahead` items taken before their results are wanted."""
+    items = iter(items)
+    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
+    while waiting:
+        done = waiting.popleft().result()
+        for item in itertools.islice(items, 1):
+            waiting.append(pool.submit(function, item))
+        yield done
 
 
 def work():

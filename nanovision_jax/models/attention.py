@@ -5,6 +5,7 @@ H head dim.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,12 @@ def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh at hand over which the partitioner splits rows; none without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return tuple(axis for axis in _open_axes() if axis in ('data', 'fsdp') and sizes[axis] > 1)
+
+
+def batch_shards() -> int:
+    """Into how many parts the mesh at hand splits rows; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in batch_axes())
 
 
 def _open_axes():

@@ -1,6 +1,6 @@
 """Vision towers as CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343) have them, and CLIP's text tower.
 
-Axes: B batch, T text length, N heads, H head dim, D width, P patches, E embedding, L layers.
+Axes: B batch, R rows of packed captions, T text length, N heads, H head dim, D width, P patches, E embedding, L layers.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from nanovision_jax.models.attention import Structure, attend, over_batch
+from nanovision_jax.models.attention import Structure, attend, batch_shards, over_batch
 from nanovision_jax.models.layers import Linear, LinearGeneral, matrix_init, rematerialized
 
 
@@ -123,12 +123,26 @@ class TextTower(nnx.Module):
         self.norm = nnx.LayerNorm(d, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
         self.layers, self.remat = cfg.layers, remat
 
-    def pooled(self, tokens: Int[Array, 'B T'], ends: Int[Array, ' B']) -> Float[Array, 'B D']:
-        """The state at each caption's end token, which has seen the whole caption."""
+    def pooled(
+        self,
+        tokens: Int[Array, 'R T'],
+        positions: Int[Array, 'R T'],
+        segments: Int[Array, 'R T'],
+        ends: Int[Array, ' B'],
+    ) -> Float[Array, 'B D']:
+        """The state at each caption's end token, which has seen the whole caption: `ends` counts tokens over all rows.
+
+        On a mesh a caption is on the device that has its place in the batch.
+        """
         with jax.named_scope('text_tower'):
-            x = over_batch(self.embedding(tokens) + self.position[...][: tokens.shape[1]])
-            x = self.norm(run_blocks(self.blocks, x, Structure(causal=True), self.layers, self.remat))
-            return x[jnp.arange(x.shape[0]), ends]
+            x = over_batch(self.embedding(tokens) + self.position[...][positions])
+            x = self.norm(
+                run_blocks(self.blocks, x, Structure(causal=True, segments=segments), self.layers, self.remat)
+            )
+            shards = batch_shards()
+            x, ends = x.reshape(shards, -1, x.shape[-1]), ends.reshape(shards, -1)
+            here = ends - x.shape[1] * jnp.arange(shards)[:, None]
+            return over_batch(jnp.take_along_axis(x, here[:, :, None], axis=1)).reshape(-1, x.shape[-1])
 
 
 class CLIP(nnx.Module):
@@ -147,17 +161,27 @@ class CLIP(nnx.Module):
         self.logit_bias = nnx.Param(jnp.array(-10.0, jnp.float32)) if sigmoid else None
 
     def __call__(
-        self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
+        self,
+        images: UInt8[Array, 'B height width 3'],
+        tokens: Int[Array, 'R T'],
+        positions: Int[Array, 'R T'],
+        segments: Int[Array, 'R T'],
+        ends: Int[Array, ' B'],
     ) -> Float[Array, 'B B']:
         """float32 similarity of each image (rows) with each caption (columns), scaled by the learned temperature."""
-        return self.logits(*self.embed(images, tokens, ends))
+        return self.logits(*self.embed(images, tokens, positions, segments, ends))
 
     def embed(
-        self, images: UInt8[Array, 'B height width 3'], tokens: Int[Array, 'B T'], ends: Int[Array, ' B']
+        self,
+        images: UInt8[Array, 'B height width 3'],
+        tokens: Int[Array, 'R T'],
+        positions: Int[Array, 'R T'],
+        segments: Int[Array, 'R T'],
+        ends: Int[Array, ' B'],
     ) -> tuple[Float[Array, 'B E'], Float[Array, 'B E']]:
         """Images and captions as float32 unit vectors of the space in which they are compared."""
         image = self.vision_projection(self.vision.pooled(self.vision.normalize(images))).astype(jnp.float32)
-        caption = self.text_projection(self.text.pooled(tokens, ends)).astype(jnp.float32)
+        caption = self.text_projection(self.text.pooled(tokens, positions, segments, ends)).astype(jnp.float32)
         return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, caption))
 
     def logits(self, image: Float[Array, 'B E'], caption: Float[Array, 'B E']) -> Float[Array, 'B B']:

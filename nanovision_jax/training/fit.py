@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import meter, objectives
 from nanovision_jax.training.step import abstract_state, make_train_step, partition, shardings_of
+
+PACKED = ('tokens', 'segments', 'positions')  # what a batch has of captions
 
 
 class Program(NamedTuple):
@@ -41,22 +44,30 @@ class Program(NamedTuple):
         return peak if peak >= temporaries else memory.argument_size_in_bytes + temporaries  # so on CPU
 
 
-def abstract_batch(config, mesh, vocab_size: int = 512) -> dict:
-    """A batch of a config as shapes with shardings."""
+def abstract_batch(config, mesh, vocab_size: int = 512, caption_rows: int | None = None) -> dict:
+    """A batch of a config as shapes with shardings.
+
+    caption_rows: into how many rows the captions of pairs are packed; without it, each has its own.
+    """
     one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
-    rows, sharding = config.data.batch_size, NamedSharding(mesh, parallel.BATCH)
+    sharding, rows = NamedSharding(mesh, parallel.BATCH), config.data.batch_size
     return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct(
+            (caption_rows if caption_rows and name in PACKED else rows, *x.shape[1:]), x.dtype, sharding=sharding
+        )
         for name, x in fake_batch(one, vocab_size).items()
     }
 
 
-def compile_step(config, vocabulary, optimizer, mesh) -> Program:
-    """The step of a config, compiled for a mesh of devices that need not be there; allocates nothing."""
+def compile_step(config, vocabulary, optimizer, mesh, caption_rows: int | None = None) -> Program:
+    """The step of a config, compiled for a mesh of devices that need not be there; allocates nothing.
+
+    caption_rows: as abstract_batch() takes them.
+    """
     began = time.perf_counter()
     graphdef, shapes = abstract_state(config, vocabulary, optimizer, mesh)
     step = make_train_step(config, graphdef, optimizer, shardings_of(shapes))
-    compiled = step.lower(shapes, abstract_batch(config, mesh, vocabulary.size)).compile()
+    compiled = step.lower(shapes, abstract_batch(config, mesh, vocabulary.size, caption_rows)).compile()
     return Program(graphdef, shapes, compiled, time.perf_counter() - began)
 
 
@@ -68,12 +79,14 @@ FLOPS_A_BYTE = 1500  # that a device does while one is sent: 1,000 of an A100 or
 REMAT = {'none': 1.0, 'dots': 1.05, 'full': 1.3}  # model.remat, and about how long a step takes with each
 
 
-def settle(config, vocabulary, optimizer, mesh, memory: int | None = None) -> Program:
+def settle(config, vocabulary, optimizer, mesh, memory: int | None = None, pack: Callable | None = None) -> Program:
     """The compiled step of a config, whose model.attention, model.remat and optim.accumulate may be open.
 
     What is open is settled in `config` and printed: attention by hardware and shape; of the others the fastest that is
     estimated to fit into `memory` bytes a device, then compiled, and followed by the next one if the compiler finds it
     too large. If none of AT_MOST fits, the last stands: what is wrong is the device's to say.
+
+    pack: PairRows.pack of what is learned from, if that is pairs.
     """
     kernel, why = models.attention_kernel(config)
     print(f'attention: {kernel} ({why})')
@@ -87,7 +100,8 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None) -> Pr
         fitting = [c for c in found if c.bytes * scale <= room]
         chosen = fitting[0] if fitting else min(found, key=lambda c: c.bytes)
         config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
-        program = _compiled(config, vocabulary, optimizer, mesh)
+        rows = pack(mesh.shape['data'] * mesh.shape['fsdp'], chosen.parts).rows if pack else None
+        program = _compiled(config, vocabulary, optimizer, mesh, rows)
         peak = program.peak if program else None
         found = [c for c in found if c.bytes < chosen.bytes]
         if not found or (peak and peak <= room) or not last:
@@ -133,10 +147,10 @@ def _candidates(config, vocabulary, mesh):
     return sorted(found, key=lambda candidate: candidate.time)
 
 
-def _compiled(config, vocabulary, optimizer, mesh):
+def _compiled(config, vocabulary, optimizer, mesh, caption_rows):
     """The Program of a config; None where the compiler itself says that a device has not so much memory."""
     try:
-        return compile_step(config, vocabulary, optimizer, mesh)
+        return compile_step(config, vocabulary, optimizer, mesh, caption_rows)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise

@@ -99,16 +99,13 @@ class RunData(NamedTuple):
 
 
 def open_data(config, mesh, sources: list, start: int) -> RunData:
-    """Opens tokenizer and rows, and prints how well packing uses them."""
+    """Opens tokenizer and rows."""
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
     tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
     parallel.check_divides(config, mesh, tokenizer.size)
     rows, bad = pipeline.open_rows(config, tokenizer)
     validation, _ = pipeline.open_rows(config, tokenizer, 'validation')
     steps = config.steps or max(1, round(config.epochs * rows.rows_per_epoch() / config.data.batch_size))
-    if start < steps:
-        used = ', '.join(f'{share:.1%} of {what}' for what, share in rows.efficiency().items())
-        print(f'{config.stage}: {steps} steps of {config.data.batch_size} rows; packing uses {used}')
     return RunData(tokenizer, rows, validation, bad, steps)
 
 
@@ -130,7 +127,14 @@ def begin(config, data: RunData, sources: list, mesh, start: int, startup: Start
     """Makes or reads the state, writes the run folder, and compiles the step."""
     optimizer = optim.make_optimizer(config.optim, data.steps)
     # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
-    program = fit.settle(config, data.tokenizer, optimizer, mesh)
+    pairs = stage_of(config).data == 'pairs'
+    program = fit.settle(config, data.tokenizer, optimizer, mesh, pack=data.rows.pack if pairs else None)
+    if pairs:
+        shards = mesh.shape['data'] * mesh.shape['fsdp']
+        data.rows.captions = data.rows.pack(shards, config.optim.parts)
+        data.validation.captions = data.validation.pack(shards)
+    used = ', '.join(f'{share:.1%} of {what}' for what, share in data.rows.efficiency().items())
+    print(f'{config.stage}: {data.steps} steps of {config.data.batch_size} rows; packing uses {used}')
     startup.reached('compiling')
     shapes = program.shapes
     if start:
@@ -140,7 +144,7 @@ def begin(config, data: RunData, sources: list, mesh, start: int, startup: Start
         state = init_state(config, data.tokenizer, optimizer, shapes, params)
     startup.reached('parameters')
     if config.data.cache_features:  # of what is learned from: held-out rows are read as pictures
-        data.rows.features = features.keep(config, data.rows, program.graphdef, state['params'], mesh)
+        data.rows.use_features(features.keep(config, data.rows, program.graphdef, state['params'], mesh))
         startup.reached('features')
     frozen = partition(config, state['params'])[1]
     dtype = models.compute_dtype(config.dtype).name
@@ -163,14 +167,12 @@ def prefetch(batches, mesh, ahead: int = 2):
 
     def put():
         for batch in batches:
-            if 'segments' in batch:
-                learned = int((batch['weights'] > 0).sum())
-                work = {'tokens': int((batch['segments'] > 0).sum()), 'learned': learned, 'images': 0}
-                if 'images' in batch:
-                    work['images'] = int(batch['images'].any(axis=(2, 3, 4)).sum())
-            else:
-                captions = int((batch['ends'] + 1).sum())
-                work = {'tokens': captions, 'learned': captions, 'images': len(batch['ends'])}
+            tokens = int((batch['segments'] > 0).sum())
+            work = {'tokens': tokens, 'learned': tokens, 'images': 0}
+            if 'weights' in batch:
+                work['learned'] = int((batch['weights'] > 0).sum())
+            if 'images' in batch:
+                work['images'] = int(batch['images'].any(axis=(-3, -2, -1)).sum())
             yield parallel.put_batch(batch, mesh), work
 
     queue, source = collections.deque(), put()

@@ -165,7 +165,7 @@ def _next_token(model, batch) -> Total:
 
 
 def _embed_pairs(model, batch):
-    return model.embed(batch['images'], batch['tokens'], batch['ends'])
+    return model.embed(**batch)
 
 
 def _compare_pairs(model, embedded) -> Float[Array, '']:

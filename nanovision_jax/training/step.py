@@ -187,6 +187,9 @@ def _reduced_once(sums, dtype):
 def _split(batch, parts):
     """Arrays [B, …] as [parts, B / parts, …]. Row i goes to part i mod parts, so every part is sharded over
     the devices as the whole batch is."""
+    if 'ends' in batch:  # counted over all rows: row i is row i // parts of its part
+        row, column = jnp.divmod(batch['ends'], batch['tokens'].shape[1])
+        batch = batch | {'ends': row // parts * batch['tokens'].shape[1] + column}
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 

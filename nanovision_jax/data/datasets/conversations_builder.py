@@ -23,8 +23,8 @@ from nanovision_jax.data import conversation
 from nanovision_jax.data import images as image_files
 from nanovision_jax.data.catalog import PREPARED_VERSION
 from nanovision_jax.data.datasets import files
-from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.templates import OWN
+from nanovision_jax.data.workers import ordered_map
 from nanovision_jax.errors import UserError
 
 # No ids at all: conversation.encode refuses here, before any tokenizer is known, what it would refuse in training.

@@ -21,9 +21,9 @@ from nanovision_jax.data.conversation import hashes_low
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.formats import open_parquet
-from nanovision_jax.data.index import ordered_map
 from nanovision_jax.data.text import open_shard, shard_files
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
+from nanovision_jax.data.workers import ordered_map
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.folder import whole
 

@@ -14,7 +14,9 @@ picture or in words. See `TinyWorld`.
 
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import pathlib
 from typing import ClassVar
@@ -25,12 +27,14 @@ from PIL import Image
 
 from nanovision_jax.data.datasets import tiny_world_words as words
 from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
+from nanovision_jax.data.workers import Workers, cores, ordered_map
 
 EXAMPLES = {
     'scenes': {'train': 40_000, 'validation': 1_000, 'heldout': 1_000},
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
 }
+BLOCK, WORTH_PROCESSES = 64, 5_000  # examples a process draws at once, and from how many on there are processes
 # The id of a stream is part of the random seed, so the order of the streams must not change.
 _STREAMS = tuple((content, split) for content, splits in EXAMPLES.items() for split in splits)
 
@@ -120,17 +124,32 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split, n):
         content, seed = self.builder_config.content, self.builder_config.seed
+        if content == 'scenes':
+            for row in _examples(split, n, seed):
+                picture = {'image': io.BytesIO(row['image']), 'conversation': json.dumps(row['conversation'])}
+                yield row['id'], row | picture
+            return
         for index in range(n):
             row = {'id': f'{split}-{index:05d}'}
-            if content == 'scenes':
-                row = example(split, index, seed)
-                row['image'] = io.BytesIO(row['image'])
-                row['conversation'] = json.dumps(row['conversation'])
-            elif content == 'text':
+            if content == 'text':
                 row['text'] = _text(split, index, seed)
             else:
                 row['conversation'] = json.dumps(_chat(split, index, seed))
             yield row['id'], row
+
+
+def _examples(split, n, seed):
+    """Yields the first n examples of the scenes: drawn in processes where they are worth starting."""
+    draw, starts = functools.partial(_block, split, n, seed), range(0, n, BLOCK)
+    if n < WORTH_PROCESSES or cores() == 1:
+        yield from itertools.chain.from_iterable(map(draw, starts))
+        return
+    with Workers(draw, cores()) as pool:
+        yield from itertools.chain.from_iterable(ordered_map(pool, pool.call, starts, 2 * cores()))
+
+
+def _block(split, n, seed, start):
+    return [example(split, index, seed) for index in range(start, min(start + BLOCK, n))]
 
 
 def open_rows(folder, content: str, split: str):
