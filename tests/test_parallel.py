@@ -14,6 +14,7 @@ from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import packing
 from nanovision_jax.errors import UserError
+from nanovision_jax.models import vlm
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.training import optim, step
 
@@ -177,6 +178,12 @@ def test_gradients_are_those_of_one_device(stage, mesh):
     found = gradients(stage, sizes)
     assert_equal(found, gradients(stage, (1, 1, 1)))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[1]))
+
+
+@pytest.mark.parametrize('sizes', [(1, 4, 1), (2, 2, 1)])
+def test_gradients_are_the_same_where_the_tower_takes_a_few_slots_at_once(monkeypatch, sizes):
+    monkeypatch.setattr(vlm, 'LEAST', 9)
+    assert_equal(gradients.__wrapped__('vision_instruct', sizes), gradients('vision_instruct', (1, 1, 1)))
 
 
 @pytest.mark.parametrize('mesh', ['fsdp8', 'data2-fsdp2-tensor2', 'fsdp2-tensor4'])

@@ -9,6 +9,7 @@ import reference
 
 from nanovision_jax import models
 from nanovision_jax.data import batch as batches
+from nanovision_jax.models import vlm
 from nanovision_jax.models.vlm import splice
 
 T, P = 61, 9
@@ -85,6 +86,26 @@ def test_empty_slots_change_nothing(plain):
     filled = images.copy()
     filled[0, 1:], filled[1], filled[2, 2:] = 201, 31, 101
     assert (forward(PARAMS, tokens, positions, segments, filled) == expected).all()
+
+
+def test_the_tower_takes_filled_slots_alone(monkeypatch, plain):
+    tokens, positions, segments, images = pack([A, B, C], [C], [C, B, A])
+    seen = []
+
+    def counted(model, pixels):
+        jax.debug.callback(lambda count: seen.append(int(count)), jnp.int32(len(pixels)))
+        return tower_features(model, pixels)
+
+    tower_features = vlm.VLM.tower_features
+    monkeypatch.setattr(vlm.VLM, 'tower_features', counted)
+    for least, turns in ((P, [1] * 6), (4 * P, [4, 4]), (5 * P, [5, 5]), (9 * P, [9])):  # two, none and two of three
+        monkeypatch.setattr(vlm, 'LEAST', least)
+        jax.clear_caches()
+        found = forward(PARAMS, tokens, positions, segments, images)
+        jax.effects_barrier()
+        assert seen == turns
+        seen.clear()
+        np.testing.assert_allclose(found[..., : micro.ODD.size], plain, atol=1e-5)
 
 
 def test_decoding_with_the_cache_gives_the_full_forward_pass(plain):

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-from nanovision_jax.models.attention import over_batch
+from nanovision_jax.models.attention import batch_shards, over_batch
 from nanovision_jax.models.clip import VisionTower
 from nanovision_jax.models.decoder import Decoder
 from nanovision_jax.models.layers import Linear, matrix_init
+
+LEAST, PARTS = 1024, 16  # patches, at least, that a tower takes at once; else a share of a device's: it skips the rest
 
 
 class Projector(nnx.Module):
@@ -43,7 +45,7 @@ class VLM(nnx.Module):
     """Tower, projector and decoder. `cfg` is a config.Model; `image_token` is the id whose runs stand for images."""
 
     def __init__(self, cfg, vocab_size: int, image_token: int, dtype, rngs: nnx.Rngs):
-        self.image_token = image_token
+        self.image_token, self.dtype = image_token, dtype
         self.vision = VisionTower(cfg.vision, dtype, rngs, cfg.attention)
         self.projector = Projector(cfg.projector, cfg.vision.width, cfg.width, dtype, rngs)
         self.decoder = Decoder(cfg, vocab_size, dtype, rngs)
@@ -57,6 +59,33 @@ class VLM(nnx.Module):
     def tower_features(self, images: UInt8[Array, 'N height width 3']) -> Float[Array, 'N P E']:
         """What the frozen tower makes of images."""
         return jax.lax.stop_gradient(self.vision.features(self.vision.normalize(over_batch(images))))
+
+    def filled_features(
+        self, images: UInt8[Array, 'B M height width 3'], filled: Int[Array, ' B']
+    ) -> Float[Array, 'B M P E']:
+        """tower_features() of each row's first `filled` slots; the others cost nothing, and may be zeros.
+
+        On each device the filled slots come first, and go chunk by chunk through the tower.
+        """
+        shards, (b, m, *size) = batch_shards(), images.shape
+        slots, patches = b * m // shards, self.vision.cfg.patches
+        chunk = min(slots, max(-(-LEAST // patches), -(-slots // PARTS)))
+        there = (jnp.arange(m) < filled[:, None]).reshape(shards, slots)
+        order = jnp.argsort(~there, axis=1)  # a stable sort
+        places = jnp.pad(order, ((0, 0), (0, -slots % chunk)))
+        images = images.reshape(shards, slots, *size)
+
+        def body(i, found):
+            here = jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk, axis=1)
+            part = jnp.take_along_axis(images, here[:, :, None, None, None], axis=1)
+            features = self.tower_features(part.reshape(-1, *size)).reshape(shards, chunk, patches, -1)
+            return jax.lax.dynamic_update_slice_in_dim(found, features, i * chunk, axis=1)
+
+        turns = -(-there.sum(axis=1).max() // chunk)
+        found = jnp.zeros((*places.shape, patches, self.vision.cfg.width), self.dtype)
+        found = jax.lax.fori_loop(0, turns, body, found)
+        back = jnp.argsort(order, axis=1)
+        return jnp.take_along_axis(found, back[:, :, None, None], axis=1).reshape(b, m, patches, -1)
 
     def project(self, features: Float[Array, 'B M P E']) -> Float[Array, 'B F D']:
         """Every slot's tower features through the projector, in token order."""
@@ -81,9 +110,9 @@ class VLM(nnx.Module):
         features: tower_features() of the images, which are not given then; scales: what int8 ones are multiplied by.
         """
         if images is not None:
-            seen = self.image_features(images)
-        else:
-            seen = self.project(features if scales is None else features * scales[..., None])
+            filled = jnp.sum(tokens == self.image_token, axis=1) // self.vision.cfg.patches
+            features = self.filled_features(images, filled)
+        seen = self.project(features if scales is None else features * scales[..., None])
         return self.decoder.over_rows(self.embed(tokens, seen), positions, segments)
 
     def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T V']:

@@ -85,7 +85,7 @@ def measure(config, steps):
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
-    second, tokens = statistics.median(seconds), host['tokens'].size
+    second, tokens = statistics.median(seconds), int((host['segments'] > 0).sum())
     images = host['images'].reshape(-1, *host['images'].shape[-3:]).shape[0] if 'images' in host else 0
     learned = int(host['weights'].sum()) if 'weights' in host else tokens
     peak, source = hardware.peak_flops()
