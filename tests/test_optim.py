@@ -1,16 +1,19 @@
 """Schedules and optimizers, against numbers worked out by hand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.training import optim
+from nanovision_jax.training import muon, optim
 
 
 def test_cosine_rises_linearly_and_falls_to_its_end():
@@ -127,6 +130,48 @@ def test_muon_steps_by_orthogonal_matrices():
         # Five Newton-Schulz steps with these coefficients end between 0.68 and 1.13, from all but the smallest values.
         assert values.min() > 0.6, (name, values)
         assert values.max() < 1.25, (name, values)
+
+
+def test_muon_is_optaxs_and_its_state_has_the_same_names():
+    cfg = configs.Optim(name='muon', learning_rate=0.1, warmup=0, weight_decay=0.5, clip_norm=1e9)
+    shapes = {'qkv': (2, 6, 3, 2, 5), 'out': (2, 2, 5, 6), 'ffn_in': (2, 6, 7), 'ffn_out': (2, 7, 6)}
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {'blocks': {name: {'kernel': rng.standard_normal(shape, np.float32)} for name, shape in shapes.items()}}
+        for _ in range(2)
+    )
+    ours = optim.make_optimizer(cfg, 10)
+
+    def axes(params):
+        numbers = {'qkv': (-4, (-2, -1)), 'out': ((-3, -2), -1), 'ffn_in': (-2, -1), 'ffn_out': (-2, -1)}
+        found = {name: {'kernel': contrib.MuonDimensionNumbers(*numbers[name])} for name in params['blocks']}
+        return {'blocks': found}
+
+    rate = optim.schedule(cfg, 10)
+    peer = contrib.muon(rate, weight_decay=0.5, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+    states = [optimizer.init(params) for optimizer in (ours, peer)]
+    for _ in range(3):
+        found, states[0] = jax.jit(ours.update)(grads, states[0], params)
+        wanted, states[1] = jax.jit(peer.update)(grads, states[1], params)
+    for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-6)
+    names = [{parallel.path_name(path) for path, _ in jax.tree.leaves_with_path(state)} for state in states]
+    muons = {f'1/inner_states/muon/inner_state/{name}' for name in names[1] if '/adam/' not in name}
+    assert len(muons) > 4 and muons <= names[0]
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
+def test_each_device_turns_its_share_of_muons_matrices(sizes):
+    stack = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(np.float32)
+    stack /= np.linalg.norm(stack, axis=(1, 2), keepdims=True)
+    wanted = muon.newton_schulz(jnp.asarray(stack))
+    assert np.linalg.svd(wanted, compute_uv=False).min() > 0.3
+    with jax.set_mesh(parallel.make_mesh(configs.Mesh(*sizes))):
+        spread = jax.jit(lambda stack: muon.newton_schulz(stack, parallel.AXES))
+        compiled = spread.lower(stack).compile()
+        np.testing.assert_allclose(compiled(stack), wanted, atol=1e-5)
+    products = re.findall(r'= f32\[(\d+),4,(?:4|6)\]\S* dot\(', compiled.as_text())
+    assert products and set(products) == {'3'}  # of 24, four of which are padding
 
 
 def test_muon_leaves_the_rest_to_adamw_and_decays_alike():

@@ -85,7 +85,7 @@ def write_manifest(folder, content):
 def restore(run_dir, step: int, item: str, target):
     """Reads `item` ('params' or 'optimizer') of a checkpoint into the shapes, dtypes and shardings of `target`.
 
-    target: a tree of jax.ShapeDtypeStruct; for params it may be a part of what was saved. Raises UserError where a
+    target: a tree of jax.ShapeDtypeStruct, of all that was saved or a part of it. Raises UserError where a
     leaf is missing or has another shape or dtype.
     """
     folder = Paths(pathlib.Path(run_dir).absolute()).checkpoint(step, item)
@@ -104,9 +104,8 @@ def restore(run_dir, step: int, item: str, target):
                     f'{name} in {folder} is {was.dtype} {list(was.shape)}, and {now.dtype} {list(now.shape)} is wanted.'
                 )
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        return reader.restore(
-            folder, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=item == 'params')
-        )
+        wanted = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+        return reader.restore(folder, args=wanted)
 
 
 def like(tree):

@@ -1,22 +1,10 @@
 """Schedules and optimizers."""
 
-import re
-
 import jax
 import optax
-from optax import contrib
 
 from nanovision_jax.parallel.mesh import path_name
-
-# What Muon takes as matrices: (end of the parameter's path, axes in, axes out). The other axes (layers; queries, keys
-# and values) count matrices of their own. The layers next to pixels, words and logits stay with AdamW.
-MATRICES = (
-    (r'blocks/(qkv|kv)/kernel', -4, (-2, -1)),
-    (r'blocks/q/kernel', -3, (-2, -1)),
-    (r'blocks/out/kernel', (-3, -2), -1),
-    (r'blocks/ffn_(in|gate|out)/kernel', -2, -1),
-    (r'projector/(first|second)/kernel', -2, -1),
-)
+from nanovision_jax.training import muon
 
 
 def schedule(cfg, steps: int) -> optax.Schedule:
@@ -35,18 +23,6 @@ def decayed(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith('kernel'), params)
 
 
-def matrix_axes(params) -> dict:
-    """Each leaf's axes as Muon takes them (optax.contrib.MuonDimensionNumbers), None where AdamW stays in charge."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path_name(path)), params)
-
-
-def _axes(name):
-    for pattern, axes_in, axes_out in MATRICES:
-        if re.search(pattern + '$', name):
-            return contrib.MuonDimensionNumbers(axes_in, axes_out)
-    return None
-
-
 def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW (arXiv:1711.05101), Muon or plain SGD, with the schedule. cfg: config.Optim.
 
@@ -58,12 +34,9 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     if cfg.name == 'sgd':
         update = optax.sgd(rate)
     elif cfg.name == 'muon':
-        muon = contrib.muon(
-            rate, weight_decay=cfg.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=matrix_axes
-        )
-        update = optax.partition({'muon': muon, 'adamw': update}, _labels)
+        update = optax.partition({'muon': muon.muon(rate, cfg.weight_decay), 'adamw': update}, _labels)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
 
 
 def _labels(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if _axes(path_name(path)) else 'adamw', params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if muon.is_matrix(path) else 'adamw', params)
