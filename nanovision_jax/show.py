@@ -53,13 +53,15 @@ def main(argv):
     if bad:
         print(f'{len(bad)} bad examples left out, the first: {bad[0]}')
     for i in range(min(options['rows'], config.data.batch_size)):
+        if stage_of(config).data == 'pairs':
+            row, end = divmod(int(batch['ends'][i]), config.data.length)
+            caption = batch['tokens'][row, end - batch['positions'][row, end] : end + 1]
+            print(f'\npair {i}, whose caption is in row {row}\n[picture] {tokenizer.decode(caption, special=True)}')
+            continue
         row = {name: value[i] for name, value in batch.items()}
         print(f'\nrow {i}')
-        if stage_of(config).data == 'pairs':
-            print(f'[picture] {tokenizer.decode(row["tokens"][: row["ends"] + 1], special=True)}')
-        else:
-            print(render(row, tokenizer, colour=sys.stdout.isatty()), end='')
-            print(f'learned: {row["weights"].mean():.1%} of the row; padding: {(row["segments"] == 0).mean():.1%}')
+        print(render(row, tokenizer, colour=sys.stdout.isatty()), end='')
+        print(f'learned: {row["weights"].mean():.1%} of the row; padding: {(row["segments"] == 0).mean():.1%}')
 
 
 if __name__ == '__main__':

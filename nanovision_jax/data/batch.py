@@ -72,16 +72,12 @@ def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped
     rng = np.random.default_rng(seed)
     data, vision, stage = config.data, config.model.vision, stage_of(config)
     b, t, s = data.batch_size, data.length, vision.image_size
-    if stage.data == 'pairs':  # one caption a row, of half of it at most
-        ends = rng.integers(1, max(2, t // 2), (b, 1), np.int32)
-        inside = np.arange(t, dtype=np.int32) <= ends
-        return {
-            'images': rng.integers(0, 256, (b, s, s, 3), np.uint8),
-            'tokens': rng.integers(0, vocab_size, (b, t), np.int32) * inside,
-            'segments': inside.astype(np.int32),
-            'positions': np.arange(t, dtype=np.int32) * inside,
-            'ends': ends[:, 0] + t * np.arange(b, dtype=np.int32),
-        }
+    if stage.data == 'pairs':  # one caption a row
+        images, places = rng.integers(0, 256, (b, s, s, 3), np.uint8), np.arange(t, dtype=np.int32)
+        tokens, ends = rng.integers(0, vocab_size, (b, t), np.int32), rng.integers(0, t, b, np.int32)
+        inside = places <= ends[:, None]
+        text = {'tokens': tokens * inside, 'segments': inside.astype(np.int32), 'positions': places * inside}
+        return {'images': images, **text, 'ends': ends + t * np.arange(b, dtype=np.int32)}
     slots = data.slots if stage.sees else 0
     rows = []
     for _ in range(b):
