@@ -236,6 +236,17 @@ def test_gradients_are_reduced_once_over_copies_of_the_model(accumulate):
     assert sent['all-reduce', 'f32'].bytes == 4 * parameters + 2 * 4  # and the loss and its count
 
 
+def test_gradients_of_pairs_in_parts_are_reduced_once_and_embeddings_gathered():
+    cfg, mesh = micro.config('clip'), mesh_of(2, 1, 1)
+    cfg.optim.accumulate = 4
+    with jax.set_mesh(mesh):
+        program = fit.compile_step(cfg, VOCABULARY, optim.make_optimizer(cfg.optim, 10), mesh)
+    parameters = sum(x.size for x in jax.tree.leaves(program.shapes['params']))
+    sent = fit.collectives(program.step.as_text())
+    assert sent['all-reduce', 'f32'].bytes == 4 * parameters + 4  # and the loss; its count is known
+    assert sent['all-gather', 'f32'].bytes == 2 * 4 * cfg.data.batch_size * cfg.model.text.embed
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(dtype, monkeypatch):
     """As traced: a CPU's programs know no sum in bfloat16."""

@@ -446,6 +446,15 @@ def test_scenes_build_and_read_without_tensorflow(tmp_path):
     assert 'tensorflow' not in sys.modules
 
 
+def test_what_processes_draw_is_what_is_drawn_here(monkeypatch):
+    monkeypatch.setattr(tw, 'WORTH_PROCESSES', 100)
+    monkeypatch.setattr(tw, 'cores', lambda: 2)
+    started, plain = [], tw.Workers
+    monkeypatch.setattr(tw, 'Workers', lambda *arguments: started.append(arguments[1]) or plain(*arguments))
+    few, many = (list(tw._examples('train', n, seed=5)) for n in (99, 150))
+    assert started == [2] and many == [tw.example('train', i, seed=5) for i in range(150)] and few == many[:99]
+
+
 def test_text_and_chats_build(tmp_path):
     sizes = {'train': 5, 'validation': 2}
     for content, make, read in (('text', tw.text, bytes.decode), ('chat', tw.chats, json.loads)):

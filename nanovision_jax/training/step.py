@@ -118,7 +118,10 @@ def make_gradients(config, graphdef):
         return jax.lax.scan(add, zeros, _split(batch, parts))[0]
 
     def across_parts(learned, frozen, batch):
-        """(loss, gradients) where every example is compared with those of all parts (GradCache, arXiv:2101.06983)."""
+        """The same where every example is compared with those of all parts (GradCache, arXiv:2101.06983).
+
+        The number is 1, as the loss is a mean already; of the rows that are not this device's, embeddings alone.
+        """
 
         def embed(learned, part):
             return objective.embed(model_of(learned, frozen), part)
@@ -132,17 +135,25 @@ def make_gradients(config, graphdef):
             _, pull = jax.vjp(lambda learned: embed(learned, part), learned)
             return jax.tree.map(jnp.add, so_far, _in_float32(pull(slope)[0])), None
 
-        batch = _split(batch, parts)
+        alone = 'data' not in jax.sharding.get_abstract_mesh().manual_axes
+        here = 0 if alone else jax.lax.axis_index('data')
+        rows = batch['tokens'].size
+        batch = _split(batch | {'ends': batch['ends'] - here * rows}, parts)
         embedded = jax.lax.map(lambda part: embed(learned, part), batch)
-        loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(learned, embedded)
-        return loss, jax.lax.scan(add, _in_float32(direct), (batch, slopes))[0]
+        every = jax.tree.map(lambda x: x[None] if alone else jax.lax.all_gather(x, 'data'), embedded)
+        loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(learned, every)
+        # What the comparison itself learns is the same on every device, and counts once.
+        shares = every[0].shape[0]
+        direct, loss = jax.tree.map(lambda x: x / shares, (_in_float32(direct), loss))
+        grads = jax.lax.scan(add, direct, (batch, jax.tree.map(lambda x: x[here], slopes)))[0]
+        return loss, 1 / shares, grads
 
     def gradients(learned, frozen, batch):
         learned, frozen = _in_compute_dtype(learned, dtype), _in_compute_dtype(frozen, dtype)
-        if objective.compare and parts > 1:
-            return across_parts(learned, frozen, batch)
-        # What a loss compares with the whole batch is left to the partitioner.
-        sums = in_parts if objective.compare else _reduced_once(in_parts, reduce_dtype)
+        if objective.compare and parts == 1:  # compared by the partitioner, which reduces once too
+            sums = in_parts
+        else:
+            sums = _reduced_once(across_parts if objective.compare else in_parts, reduce_dtype)
         loss, count, grads = sums(learned, frozen, batch)
         return loss / count, jax.tree.map(lambda g: g / count, grads)
 
