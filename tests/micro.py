@@ -72,20 +72,19 @@ def model(cfg, tokenizer=TOKENIZER, seed=0):
 def greedy(graphdef, params, ids, pictures, n, never):
     """The n likeliest tokens after a prompt, but for `never`, by our cached decoding. pictures: [M, …] or None."""
     graphdef, params = models.unstack(graphdef, params)
-    starts = jax.numpy.zeros(1, int)
 
     @jax.jit
     def start(params, ids, pictures):
         model = models.merge(graphdef, params)
         decoder = models.decoder_of(model)
         x = decoder.embed(ids) if pictures is None else model.embed(ids, model.image_features(pictures))
-        x, cache = decoder.prefill(x, starts, ids.shape[1] + n)
+        x, cache = decoder.extend(x, jax.numpy.zeros(1, int), decoder.empty_cache(1, ids.shape[1] + n))
         return decoder.logits(x[:, -1:])[0, 0], cache
 
     @jax.jit
     def extend(params, token, column, cache):
         decoder = models.decoder_of(models.merge(graphdef, params))
-        x, cache = decoder.extend(decoder.embed(token), starts, column, cache)
+        x, cache = decoder.extend(decoder.embed(token), column[None], cache)
         return decoder.logits(x)[0, 0], cache
 
     scores, cache = start(params, np.asarray(ids)[None], None if pictures is None else np.asarray(pictures)[None])

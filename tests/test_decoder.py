@@ -139,29 +139,25 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass():
 
     graphdef, params = models.unstack(GRAPHDEF, PARAMS)
 
-    @jax.jit
-    def start(tokens, starts):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(cache, tokens, starts):
         decoder = models.merge(graphdef, params)
-        x, cache = decoder.prefill(decoder.embed(tokens), starts, T + 8)
+        x, cache = decoder.extend(decoder.embed(tokens), starts, cache)
         return decoder.logits(x)[..., : micro.ODD.size], cache
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(cache, token, starts, column):
-        decoder = models.merge(graphdef, params)
-        x, cache = decoder.extend(decoder.embed(token), starts, column, cache)
-        return decoder.logits(x)[:, 0, : micro.ODD.size], cache
-
-    starts = np.array([0, 3, 5], np.int32)  # columns of padding, in which anything may stand
-    prompt = np.full((3, 12), 7, np.int32)
-    for row, begin, whole in zip(prompt, starts, tokens, strict=True):
-        row[begin:] = whole[: 12 - begin]
-    wanted = logits(*rows)
-    prefilled, cache = start(prompt, starts)
-    for begin, found, whole in zip(starts, np.asarray(prefilled), wanted, strict=True):
-        np.testing.assert_allclose(found[begin:], whole[: 12 - begin], atol=1e-4)
-    for column in range(12, T):
-        scores, cache = step(cache, tokens[np.arange(3), column - starts][:, None], starts, np.int32(column))
-        np.testing.assert_allclose(scores, wanted[np.arange(3), column - starts], atol=1e-4)
+    wanted, places = logits(*rows), np.arange(3)
+    cache = models.merge(graphdef, params).empty_cache(3, T + 8)
+    lengths = np.array([12, 9, 7], np.int32)  # behind them stands what is never seen
+    prompt = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 7)
+    first, cache = step(cache, prompt[:, :5], np.zeros(3, np.int32))  # in two pieces
+    second, cache = step(cache, prompt[:, 5:], np.full(3, 5, np.int32))
+    prefilled = np.concatenate([first, second], axis=1)
+    for length, found, whole in zip(lengths, prefilled, wanted, strict=True):
+        np.testing.assert_allclose(found[:length], whole[:length], atol=1e-4)
+    for _ in range(T - 12):
+        scores, cache = step(cache, tokens[places, lengths][:, None], lengths)
+        np.testing.assert_allclose(scores[:, 0], wanted[places, lengths], atol=1e-4)
+        lengths += 1
 
 
 def test_a_wrong_shape_is_caught_by_the_annotations():

@@ -136,6 +136,15 @@ def test_any_whole_number_is_a_seed_and_any_top_k_is_taken(text):
         assert answers(runner, prompts, seed=3, top_k=top_k, **options) == plain
 
 
+def test_a_repetition_penalty_is_about_prompt_and_answer(text):
+    runner, prompts = text
+    for prompt, answer in zip(
+        prompts, answers(runner, prompts, max_new_tokens=29, repetition_penalty=100), strict=True
+    ):
+        assert len(set(answer)) == len(answer) and not set(answer) & set(prompt.ids.tolist())
+    assert any(len(set(answer)) < 29 for answer in answers(runner, prompts, max_new_tokens=29))
+
+
 def test_temperatures_at_the_end_of_float32_are_the_likeliest_token_or_refused(text):
     runner, prompts = text
     greedy = answers(runner, prompts, max_new_tokens=20)
@@ -152,6 +161,8 @@ def test_temperatures_at_the_end_of_float32_are_the_likeliest_token_or_refused(t
         *(('max_new_tokens', value) for value in (0, -1, 7.0, None, 'many')),
         *(('temperature', value) for value in (-1, float('nan'), float('inf'), 1e300, 10**400, 'hot', None, [1])),
         *(('top_p', value) for value in (0, -0.1, 1.1, float('nan'), 'x', None)),
+        *(('min_p', value) for value in (-0.1, 1.1, float('nan'), 'x', None)),
+        *(('repetition_penalty', value) for value in (0, -1, 101, float('nan'), 'x', None)),
     ],
 )
 def test_options_that_make_no_sense_are_one_sentence(text, option, value):
@@ -242,10 +253,10 @@ def test_sampling_follows_the_distribution():
     probability = np.array([0.06, 0.4, 0, 0.15, 0.04, 0.25, 0.1])
     logits = jnp.log(jnp.float32(probability))
     keys = jax.vmap(jax.random.key)(jnp.arange(20_000))
-    draw = jax.jit(lambda *options: jax.vmap(sampling.sample, in_axes=(0, *[None] * 4))(keys, logits, *options))
+    draw = jax.jit(lambda *options: jax.vmap(sampling.sample, in_axes=(0, *[None] * 5))(keys, logits, *options))
 
-    def check(expected, temperature=1.0, top_k=0, top_p=1.0):
-        found = draw(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    def check(expected, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+        found = draw(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
         expected = np.array(expected) / np.sum(expected)
         share = np.bincount(found, minlength=7) / len(found)
         assert (share[expected == 0] == 0).all()
@@ -262,6 +273,8 @@ def test_sampling_follows_the_distribution():
     check(only[1], top_k=4, top_p=0.7)  # the narrower of both
     check(only[0], top_k=2, top_p=0.7)
     check(probability, top_k=100)
+    check(only[1], min_p=0.3)  # of 0.4
+    check(only[0], min_p=0.3, top_k=2)
 
 
 def test_of_equals_the_first_is_the_likeliest():

@@ -278,12 +278,12 @@ def test_a_decoder_gives_the_logits_of_its_home(name, tmp_path):
     ours = models.merge(graphdef, params)
     found = np.asarray(ours(tokens, positions, jnp.ones_like(positions)))
     np.testing.assert_allclose(found[..., :VOCAB], wanted, atol=1e-4)
-    # and so does its cache, behind three columns of padding
-    ours, starts = models.merge(*models.unstack(graphdef, params)), jnp.array([3, 3])
-    x, cache = ours.prefill(ours.embed(jnp.pad(tokens[:, :36], ((0, 0), (3, 0)))), starts, 43)
-    parts = [ours.logits(x)[:, 3:]]
-    for column in range(39, 43):
-        x, cache = ours.extend(ours.embed(tokens[:, column - 3 : column - 2]), starts, jnp.int32(column), cache)
+    # and so does its cache
+    ours = models.merge(*models.unstack(graphdef, params))
+    x, cache = ours.extend(ours.embed(tokens[:, :36]), jnp.zeros(2, jnp.int32), ours.empty_cache(2, 40))
+    parts = [ours.logits(x)]
+    for column in range(36, 40):
+        x, cache = ours.extend(ours.embed(tokens[:, column : column + 1]), jnp.full(2, column), cache)
         parts.append(ours.logits(x))
     np.testing.assert_allclose(np.concatenate(parts, 1)[..., :VOCAB], wanted, atol=1e-4)
 

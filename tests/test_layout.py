@@ -14,10 +14,11 @@ from nanovision_jax import prepare
 from nanovision_jax.data import catalog
 
 PACKAGE = ROOT / 'nanovision_jax'
-VERBS = {'train', 'chat', 'evaluate', 'show', 'report', 'prepare', 'convert'}
+VERBS = {'train', 'chat', 'serve', 'evaluate', 'show', 'report', 'prepare', 'convert'}
 # Packages that most runs do without; transformers takes long to load, and only who imports a tokenizer needs it.
 # jax's kernels are for one hardware each.
 OPTIONAL = {'torch', 'apache_beam', 'tensorboardX', 'readline', 'transformers', 'jax.experimental.pallas.ops'}
+OPTIONAL |= {'llguidance', 'nanovision_jax.serving.guide'}  # answers in JSON are not everybody's
 # The library's doors, which load what is behind them when they are used; and a program of its own, with limits to set.
 DOORS = {'nanovision_jax', 'nanovision_jax.hf', 'nanovision_jax.data.sandbox'}
 
@@ -94,7 +95,8 @@ def test_data_needs_no_jax():
 @pytest.mark.parametrize(
     ('below', 'above'),
     [
-        ('inference', ('training', 'evals')),
+        ('inference', ('training', 'evals', 'serving')),
+        ('serving', ('training', 'evals', 'hf')),
         ('training', ('evals',)),
         ('models', ('training', 'inference', 'data', 'runs', 'parallel', 'hf', 'evals')),
         ('parallel', ('training', 'inference', 'runs', 'hf', 'evals')),

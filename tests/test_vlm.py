@@ -112,19 +112,19 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass(plain):
     tokens, _, _, images = pack([A], [B], [C])
 
     graphdef, params = models.unstack(GRAPHDEF, PARAMS)
-    starts = jnp.zeros(3, jnp.int32)
 
     @jax.jit
     def first(params, tokens, images):
         model = models.merge(graphdef, params)
         embedded = model.embed(tokens, model.image_features(images))
-        x, cache = model.decoder.prefill(embedded[:, :5], starts, 37)  # which ends amid a picture
+        cache = model.decoder.empty_cache(3, 37)
+        x, cache = model.decoder.extend(embedded[:, :5], jnp.zeros(3, jnp.int32), cache)  # which ends amid a picture
         return embedded, model.decoder.logits(x)[:, :, : micro.ODD.size], cache
 
     @jax.jit
     def step(params, cache, x, column):
         decoder = models.merge(graphdef, params).decoder
-        x, cache = decoder.extend(x, starts, column, cache)
+        x, cache = decoder.extend(x, jnp.full(3, column), cache)
         return decoder.logits(x)[:, 0, : micro.ODD.size], cache
 
     embedded, scores, cache = first(params, tokens, images)

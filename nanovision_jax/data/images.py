@@ -165,8 +165,10 @@ def decode(data: bytes, vision, draft: bool = False) -> UInt8[np.ndarray, 'S S 3
     return prepare(load(data, vision.image_size if draft else None), vision)
 
 
-def load(data: bytes, least: int | None = None) -> Image.Image:
+def load(data: bytes, least: int | None = None, most: int | None = None) -> Image.Image:
     """Encoded bytes to an upright RGB image; the first frame of an animation, transparency over white.
+
+    most: pixels, if fewer than MAX_PIXELS; a larger image is refused before it is decoded.
 
     least: a JPEG is decoded at a half, a quarter or an eighth of its size, as long as its short side keeps as many
     pixels. Damage is found as it is without.
@@ -175,11 +177,11 @@ def load(data: bytes, least: int | None = None) -> Image.Image:
     """
     try:
         try:
-            return _load(data, least)
+            return _load(data, least, most)
         except ValueError:  # too much text beside the pixels, say, which is of no use here
             if not data.startswith(_PNG):
                 raise
-            return _load(_without_text(data), least)
+            return _load(_without_text(data), least, most)
     except (BadExample, MemoryError):
         raise
     except Exception as error:  # Pillow has no one error for hostile files: struct.error, KeyError, TypeError, …
@@ -188,10 +190,10 @@ def load(data: bytes, least: int | None = None) -> Image.Image:
         raise BadExample('image does not decode') from error
 
 
-def _load(data, least):
+def _load(data, least, most):
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     short, long = sorted(image.size)
-    if short * long > MAX_PIXELS or long > min(MAX_SIDE, short * MAX_ASPECT):
+    if short * long > min(most or MAX_PIXELS, MAX_PIXELS) or long > min(MAX_SIDE, short * MAX_ASPECT):
         raise BadExample(f'image of {image.width} × {image.height} pixels')
     if least:
         image.draft(None, (least, least))  # of formats that cannot, nothing is asked

@@ -1,8 +1,8 @@
 """The engine: prefill and cached decoding of batches of unequal prompts. It knows ids and images, and no tokenizer.
 
-Prompts are padded on the left, so that they end in one column of the cache, and all rows write their next token to one
-and the same column: an update in place, which a column for each row would not be. Padding is never seen. The decoding
-loop runs inside one jit, a chunk of tokens a call, and the cache grows between chunks: each token reads all of it.
+Prompts are padded on the right; a row's tokens stand in the cache's columns from the first on, and those behind its
+last are never seen. The decoding loop runs inside one jit, a chunk of tokens a call, and the cache grows between
+chunks: each token reads all of it.
 
 Axes: B batch, T prompt (padded), V vocabulary, M image slots, F features, D width.
 """
@@ -43,10 +43,10 @@ class State(NamedTuple):
 
     logits: Float[Array, 'B V']  # of the next token
     cache: list  # of the layers' keys and values
-    column: Int[Array, '']  # where the next token goes
-    starts: Int[Array, ' B']  # the column of each row's first token
+    lengths: Int[Array, ' B']  # how many tokens of each row are in the cache: the column of the next
     done: Bool[Array, ' B']  # rows that have stopped
     sampler: Sampler
+    met: Bool[Array, 'B V'] | None  # tokens of prompt and answer, where a repetition penalty is about them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,18 +75,20 @@ def prefill(
     definition,
     params,
     tokens: Int[Array, 'B T'],
-    starts: Int[Array, ' B'],
+    lengths: Int[Array, ' B'],
     features: Float[Array, 'B F D'] | None,
     sampler: Sampler,
+    met: Bool[Array, 'B V'] | None,
     columns: int,
 ) -> State:
-    """Prompts, padded up to `starts`, and features of their images (None: a text model), in a cache of `columns`."""
+    """Prompts of `lengths` tokens and features of their images (None: a text model), in a cache of `columns`."""
     model = models.merge(definition.graphdef, params)
     decoder = models.decoder_of(model)
     x = decoder.embed(tokens) if features is None else model.embed(tokens, features)
-    hidden, cache = decoder.prefill(x, starts, columns)
-    logits, done = decoder.logits(hidden[:, -1:])[:, 0], jnp.zeros(len(tokens), bool)
-    return State(logits, cache, jnp.int32(tokens.shape[1]), starts, done, sampler)
+    cache = decoder.empty_cache(len(tokens), columns)
+    hidden, cache = decoder.extend(x, jnp.zeros_like(lengths), cache)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+    return State(decoder.logits(last)[:, 0], cache, lengths, jnp.zeros(len(tokens), bool), sampler, met)
 
 
 @functools.partial(jax.jit, static_argnames=('definition', 'greedy'), donate_argnames='state')
@@ -102,14 +104,16 @@ def decode(definition, params, state: State, stops: Int[Array, ' stops'], most: 
         return (count < most) & ~jnp.all(state.done)
 
     def step(carry):
-        count, tokens, (logits, cache, column, starts, done, sampler) = carry
-        decoder = models.decoder_of(models.merge(definition.graphdef, kept_quantized(params, column)))
-        token, sampler = draw(sampler, logits, greedy)
+        count, tokens, (logits, cache, lengths, done, sampler, met) = carry
+        decoder = models.decoder_of(models.merge(definition.graphdef, kept_quantized(params, count)))
+        token, sampler = draw(sampler, logits, greedy, met)
         token = jnp.where(done, stops[0], token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], count, axis=1)
-        done |= jnp.any(token[:, None] == stops, axis=1) | (column - starts + 1 >= decoder.cfg.positions)
-        hidden, cache = decoder.extend(decoder.embed(token[:, None]), starts, column, cache)
-        return count + 1, tokens, State(decoder.logits(hidden)[:, 0], cache, column + 1, starts, done, sampler)
+        done |= jnp.any(token[:, None] == stops, axis=1) | (lengths + 1 >= decoder.cfg.positions)
+        hidden, cache = decoder.extend(decoder.embed(token[:, None]), lengths, cache)
+        if met is not None:
+            met |= jnp.arange(met.shape[1]) == token[:, None]
+        return count + 1, tokens, State(decoder.logits(hidden)[:, 0], cache, lengths + 1, done, sampler, met)
 
     tokens = jnp.full((state.logits.shape[0], LARGEST), stops[0], jnp.int32)
     count, tokens, state = jax.lax.while_loop(going_on, step, (0, tokens, state))
@@ -133,6 +137,7 @@ class Engine:
             raise UserError(f'a {config.stage} run compares pictures with captions: it has no decoder to chat with.')
         self.graphdef, self.params = stored(config, graphdef, params)
         self.config, self.definition, self.stops = config, define(self.graphdef), tuple(stops)
+        self.vocabulary = len(jax.tree.leaves(self.params.get('decoder', self.params)['embedding'])[0])
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens=256, sampling=None):
         """Yields, chunk by chunk, a list with each prompt's new token ids; stop tokens are left out.
@@ -173,19 +178,24 @@ class Engine:
             yield chunk
 
     def _start(self, params, prompts, sampling) -> tuple[State, int]:
-        """(the State after the prompts, the column it stands at)."""
+        """(the State after the prompts, the length of the longest)."""
         positions = self.config.model.positions
         lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
         longest = int(lengths.max())
         if longest >= positions:
             raise UserError(f'the prompt is {longest} tokens long, and the context holds {positions}.')
-        column = min(bucket(longest), positions)
-        tokens, starts = np.zeros((len(prompts), column), np.int32), column - lengths
-        for row, start, prompt in zip(tokens, starts, prompts, strict=True):
-            row[start:] = prompt.ids
-        columns = bucket(column + 1, least=COLUMNS)
+        width = min(bucket(longest), positions)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt.ids)] = prompt.ids
+        columns = bucket(longest + 1, least=COLUMNS)
+        met = None
+        if any(one.repetition_penalty != 1 for one in sampling):
+            met = np.zeros((len(prompts), self.vocabulary), bool)
+            for row, prompt in zip(met, prompts, strict=True):
+                row[prompt.ids] = True
         features, sampler = self.features(prompts), make_sampler(sampling)
-        return prefill(self.definition, params, tokens, starts, features, sampler, columns), column
+        return prefill(self.definition, params, tokens, lengths, features, sampler, met, columns), longest
 
     def features(self, prompts: Sequence[Prompt]) -> Float[Array, 'B F D'] | None:
         """The features of every prompt's images; None for a model without a tower.

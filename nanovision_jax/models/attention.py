@@ -5,6 +5,7 @@ H head dim.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,15 +22,11 @@ MASKED = -1e30  # added to the scores of keys that are not seen: their weight is
 class Structure:
     """Which keys a query sees: all of them, less what each field rules out.
 
-    causal: none behind itself; segments: none of another segment of its row. With a cache, this call's keys are put
-    into its columns from `column` on; starts: each row's first column, for calls with one query a row, which sees the
-    columns from there to its own (without: the call is a whole prompt, which sees itself alone).
+    causal: none behind itself; segments: none of another segment of its row.
     """
 
     causal: bool = False
     segments: Int[Array, 'B T'] | None = None
-    column: Int[Array, ''] | int | None = None
-    starts: Int[Array, ' B'] | None = None
 
 
 def attend(
@@ -93,34 +90,39 @@ def _bias(structure: Structure, queries: int, keys: int) -> Float[Array, '#B T S
 
 
 # Heads stand before columns, as the products of decoding want them: another order is copied into this one each time.
-KeysValues = tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']]
+KeysValues = tuple[Float[Array, 'rows K S H'], Float[Array, 'rows K S H']]
 
 
 def attend_cached(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
     v: Float[Array, 'B T K H'],
-    structure: Structure,
-    cache: KeysValues | None,
-    kernel: str = 'xla',
-) -> tuple[Float[Array, 'B T N H'], KeysValues | None]:
-    """(attention, the cache with this call's keys and values in it). Without a cache it is attend()."""
-    if cache is None:
-        return attend(q, k, v, structure, kernel), None
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, 2), structure.column, axis=2)
-        for old, new in zip(cache, (k, v), strict=True)
-    )
-    if structure.starts is None:
-        return attend(q, k, v, structure), (keys, values)
+    starts: Int[Array, ' B'],
+    cache: KeysValues,
+    row: Int[Array, ''] | None = None,
+) -> tuple[Float[Array, 'B T N H'], KeysValues]:
+    """(attention, the cache with this call's keys and values in it, in each row from its column `starts` on).
+
+    A query sees the columns up to its own. The cache has room for T columns from every start. row: the row of a cache
+    of more rows that a call with one row is about.
+    """
     with jax.named_scope('attention'):
-        columns = jnp.arange(keys.shape[2])
-        seen = (columns >= structure.starts[:, None]) & (columns <= structure.column)
-        grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])  # heads that share keys and values
-        scores = jnp.einsum('bkgh,bksh->bkgs', grouped, keys, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
+        new = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+        if row is None:
+            put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+            cache = keys, values = tuple(put(old, x, starts) for old, x in zip(cache, new, strict=True))
+        else:
+            cache = tuple(
+                jax.lax.dynamic_update_slice(old, x, (row, 0, starts[0], 0)) for old, x in zip(cache, new, strict=True)
+            )
+            keys, values = (jax.lax.dynamic_slice_in_dim(leaf, row, 1) for leaf in cache)
+        own = starts[:, None] + jnp.arange(q.shape[1])
+        seen = jnp.arange(keys.shape[2]) <= own[:, :, None]
+        grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])  # heads that share keys and values
+        scores = jnp.einsum('btkgh,bksh->bkgts', grouped, keys, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
         shares = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-        found = jnp.einsum('bkgs,bksh->bkgh', shares.astype(values.dtype), values)
-    return found.reshape(q.shape), (keys, values)
+        found = jnp.einsum('bkgts,bksh->btkgh', shares.astype(values.dtype), values)
+    return found.reshape(q.shape), cache
 
 
 def batch_axes() -> tuple[str, ...]:

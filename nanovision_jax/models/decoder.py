@@ -6,13 +6,14 @@ Axes: B batch, T query, S key (in a cache: its length), N heads, K key-value hea
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nanovision_jax.models.attention import KeysValues, Structure, attend_cached, over_batch, whole
+from nanovision_jax.models.attention import KeysValues, Structure, attend, attend_cached, over_batch, whole
 from nanovision_jax.models.layers import Linear, LinearGeneral, contract, matrix_init, padded, rematerialized
 
 Rotary = tuple[Float[Array, 'B T 1 half'], Float[Array, 'B T 1 half']]  # cosines and sines of every position's angles
@@ -49,7 +50,7 @@ class GPTBlock(nnx.Module):
 
     def __init__(self, cfg, dtype, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.heads
-        self.kernel, self.kept_in_halves = cfg.attention, False
+        self.kept_in_halves = False
         norm = dict(epsilon=cfg.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
@@ -74,13 +75,13 @@ class GPTBlock(nnx.Module):
         """Keeps the kernel as in_halves() gives it, for decoding, which would put it there for each token."""
         self.qkv.kernel[...], self.kept_in_halves = self.in_halves(), True
 
-    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
-        """x → (x, cache). A cache gets this call's keys and values."""
+    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, attention: Callable):
+        """x → (x, cache). attention: (queries, keys, values) → (attended, the layer's cache, if there is one)."""
         normed = self.attention_norm(x)
         qkv = self.qkv(normed) if self.kept_in_halves else contract(normed, self.in_halves().astype(normed.dtype))
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        attended, cache = attend_cached(q, k, v, structure, cache, self.kernel)
+        attended, cache = attention(q, k, v)
         x = x + self.out(attended)
         with jax.named_scope('ffn'):
             return x + self.ffn_out(jax.nn.relu(self.ffn_in(self.ffn_norm(x)))), cache
@@ -98,7 +99,6 @@ class LlamaBlock(nnx.Module):
         bias = dict(use_bias=cfg.qkv_bias, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         into = dict(use_bias=False, kernel_init=matrix_init(), dtype=dtype, rngs=rngs)
         out = dict(use_bias=False, kernel_init=matrix_init(cfg.layers), dtype=dtype, rngs=rngs)
-        self.kernel = cfg.attention
         self.attention_norm, self.ffn_norm = nnx.RMSNorm(d, **norm), nnx.RMSNorm(d, **norm)
         self.q, self.kv = LinearGeneral(d, (n, h), **bias), LinearGeneral(d, (2, k, h), **bias)
         self.q_norm = nnx.RMSNorm(h, **norm) if cfg.qk_norm else None
@@ -107,14 +107,14 @@ class LlamaBlock(nnx.Module):
         self.ffn_gate, self.ffn_in = Linear(d, cfg.ffn, **into), Linear(d, cfg.ffn, **into)
         self.ffn_out = Linear(cfg.ffn, d, **out)
 
-    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, structure: Structure, cache=None):
-        """x → (x, cache). A cache gets this call's keys and values."""
+    def __call__(self, x: Float[Array, 'B T D'], rotary: Rotary, attention: Callable):
+        """x → (x, cache). attention: (queries, keys, values) → (attended, the layer's cache, if there is one)."""
         normed = self.attention_norm(x)
         q, (k, v) = self.q(normed), jnp.moveaxis(self.kv(normed), 2, 0)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        attended, cache = attend_cached(q, k, v, structure, cache, self.kernel)
+        attended, cache = attention(q, k, v)
         x = x + self.out(attended)
         with jax.named_scope('ffn'):
             normed = self.ffn_norm(x)
@@ -159,14 +159,18 @@ class Decoder(nnx.Module):
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure
     ) -> Float[Array, 'B T D']:
         """All blocks over embedded tokens."""
-        if isinstance(self.blocks, nnx.List):
-            return self._cached(x, positions, structure, [None] * len(self.blocks))[0]
-
         rotary = rotary_angles(self.cfg, positions)
 
-        def body(x, block):
-            return block(over_batch(x), rotary, structure)
+        def attention(q, k, v):
+            return attend(q, k, v, structure, self.cfg.attention), None
 
+        def body(x, block):
+            return block(over_batch(x), rotary, attention)
+
+        if isinstance(self.blocks, nnx.List):
+            for block in self.blocks:
+                x, _ = body(x, block)
+            return x
         return jax.lax.scan(rematerialized(body, self.cfg.remat), x, self.blocks, unroll=self.cfg.unroll)[0]
 
     def over_rows(
@@ -207,29 +211,25 @@ class Decoder(nnx.Module):
                 if isinstance(block, GPTBlock):
                     block.put_in_halves()
 
-    def prefill(
-        self, x: Float[Array, 'B T D'], starts: Int[Array, ' B'], length: int
-    ) -> tuple[Float[Array, 'B T D'], list[KeysValues]]:
-        """Embedded prompts, row b from column starts[b] on, to hidden states and a cache of `length` columns.
-
-        The decoder is unstacked, here and in extend().
-        """
-        cfg, columns = self.cfg, jnp.arange(x.shape[1])
-        positions = columns - starts[:, None]
-        structure = Structure(causal=True, segments=(positions >= 0).astype(jnp.int32), column=0)
-        empty = jnp.zeros((len(x), cfg.kv_heads or cfg.heads, length, cfg.head_size), self.dtype)
-        return self._cached(x, jnp.maximum(positions, 0), structure, [(empty, empty)] * cfg.layers)
+    def empty_cache(self, rows: int, columns: int) -> list[KeysValues]:
+        """Keys and values of nothing, a pair a layer."""
+        cfg = self.cfg
+        shape = rows, cfg.kv_heads or cfg.heads, columns, cfg.head_size
+        return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(cfg.layers)]
 
     def extend(
-        self, x: Float[Array, 'B 1 D'], starts: Int[Array, ' B'], column: Int[Array, ''], cache: list[KeysValues]
-    ) -> tuple[Float[Array, 'B 1 D'], list[KeysValues]]:
-        """One further embedded token a row, at `column` of the cache, to its hidden state and the cache with it."""
-        return self._cached(x, (column - starts)[:, None], Structure(column=column, starts=starts), cache)
-
-    def _cached(self, x, positions, structure, cache):
-        rotary, after = rotary_angles(self.cfg, positions), []
+        self,
+        x: Float[Array, 'B T D'],
+        starts: Int[Array, ' B'],
+        cache: list[KeysValues],
+        row: Int[Array, ''] | None = None,
+    ) -> tuple[Float[Array, 'B T D'], list[KeysValues]]:
+        """Further embedded tokens, of row b from column starts[b] of the cache on, to hidden states and the cache with
+        them. The decoder is unstacked. row: as attend_cached() takes it."""
+        rotary, after = rotary_angles(self.cfg, starts[:, None] + jnp.arange(x.shape[1])), []
         for block, layer in zip(self.blocks, cache, strict=True):
-            x, layer = block(over_batch(x), rotary, structure, layer)
+            attention = functools.partial(attend_cached, starts=starts, cache=layer, row=row)
+            x, layer = block(over_batch(x), rotary, attention)
             after.append(layer)
         return x, after
 

@@ -1,0 +1,451 @@
+"""The scheduler: which request has which slot (slots.py), and what is done next.
+
+One thread works through turns: requests that wait get slots, a few pieces of prompts are read, and every slot that
+speaks says a chunk of tokens. A slot keeps what it read until another request needs it, so a prompt that begins as one
+before it, images included, is read from there on.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanovision_jax import models
+from nanovision_jax.errors import UserError
+from nanovision_jax.inference import slots as on_device
+from nanovision_jax.inference.engine import Engine, Prompt, bucket
+from nanovision_jax.inference.sampling import COLD, Sampling, make_sampler
+from nanovision_jax.inference.weights import readable
+from nanovision_jax.stages import stage_of
+
+CHUNK, SECONDS = 16, 0.05  # tokens that are said in a turn: at most, and about so long
+UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
+LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
+DEAD, ALL = 'the model failed', np.uint32(0xFFFFFFFF)
+
+
+class Heard(NamedTuple):
+    """What a request is told: further tokens, and in the end why there are no more.
+
+    scores: of each token (log-probability, [(alternative, its log-probability) …]) where they were asked for.
+    finish: '' while it goes on; 'stop', 'length', 'deadline', 'cancelled', or 'error: …'.
+    """
+
+    tokens: list[int]
+    scores: list[tuple] | None = None
+    finish: str = ''
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt that is to be continued. hear: called with what Heard is, in the scheduler's thread.
+
+    scored: whether tokens come with their log-probabilities; echo: the prompt's too, first. deadline: by
+    time.monotonic(). guide: what allows tokens (see guide.py), if not all are.
+    """
+
+    prompt: Prompt
+    hear: Callable[[Heard], None]
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    most: int = 256
+    scored: bool = False
+    echo: bool = False
+    deadline: float = float('inf')
+    guide: object = None
+    cancelled: bool = False
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    heard: int = 0
+    keys: np.ndarray | None = None  # what tells the tokens of its prompt apart
+
+    def cancel(self):
+        """Ends it within a turn."""
+        self.cancelled = True
+
+
+class Full(Exception):
+    """The queue has no room for a request."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """What the host knows of a slot: the keys of the tokens that it holds, of which `read` were read as pieces."""
+
+    number: np.int32
+    keys: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    read: int = 0
+    request: Request | None = None
+    wanted: np.ndarray | None = None  # the keys of all of the request's prompt
+    speaks: bool = False
+    used: float = 0.0
+    scores: list = dataclasses.field(default_factory=list)  # of an echoed prompt
+
+
+class Scheduler:
+    """Answers requests with a run's model. Nothing is compiled after warm_up()."""
+
+    def __init__(self, run, slots: int = 16, images: int = 64, waiting: int = 256):
+        self.config, engine = run.config, Engine(run.config, run.graphdef, run.params, run.tokenizer.stops)
+        self.definition, self.stops = engine.definition, np.array(engine.stops, np.int32)
+        self.params, self.image = readable(run.config, engine.params), run.tokenizer.image
+        positions, vision = self.config.model.positions, self.config.model.vision
+        self.piece = min(LONGEST_PIECE, max(SHORTEST, bucket(positions // 4)))
+        self.columns = columns = -(-positions // self.piece) * self.piece
+        self.sees, self.patches = stage_of(self.config).sees, vision.patches
+        self.waiting, self.room = collections.deque(), waiting
+        self._slots = [_Slot(np.int32(number)) for number in range(slots)]
+        self._wake, self._stopping = threading.Condition(), False
+        self._decoder = models.decoder_of(models.merge(self.definition.graphdef, self.params))
+        self._empty = lambda: on_device.empty(self._decoder, slots, columns, [Sampling()] * slots)
+        self._kept = images if self.sees else 0
+        self._pins = collections.Counter()  # how many requests need an image
+        self._begin()
+        self._pace = SECONDS / CHUNK  # seconds a token
+        self.counts = collections.Counter()
+        self.words = -(-self.state.logits.shape[1] // 32)
+
+    def _begin(self):
+        """Makes the slots, and a store of images' features, with nothing in them."""
+        rows = self._kept * self.patches or 1
+        store = jnp.zeros((rows, self.config.model.width), self._decoder.dtype)
+        # Put where the parameters are: what is left to jax to place is compiled for twice.
+        self.state, self._store = jax.device_put((self._empty(), store), jax.tree.leaves(self.params)[0].sharding)
+        self._images = collections.OrderedDict()  # digest → its place in the store, the longest unused first
+        self._free = list(range(self._kept))
+
+    # From other threads -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request):
+        """Queues a request. Raises Full where the queue is, and UserError for a prompt that leaves no room."""
+        length, positions = len(request.prompt.ids), self.config.model.positions
+        if length >= positions:
+            raise UserError(f'the prompt is {length} tokens long, and the context holds {positions}.')
+        places = int((np.asarray(request.prompt.ids) == self.image).sum())
+        if places != self.patches * len(request.prompt.images):
+            raise UserError(f'the prompt has {places} tokens for {len(request.prompt.images)} images.')
+        if len(request.prompt.images) > self._kept:
+            raise UserError(f'{len(request.prompt.images)} images at once: this server keeps {self._kept}.')
+        request.keys = self._keys(request.prompt)
+        with self._wake:
+            if self._stopping or len(self.waiting) >= self.room:
+                raise Full
+            self.waiting.append(request)
+            self._wake.notify()
+
+    def stop(self):
+        """Lets run() end once nothing is left to do; new requests are refused."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def busy(self) -> int:
+        """How many slots have a request."""
+        return sum(slot.request is not None for slot in self._slots)
+
+    def cache_used(self) -> float:
+        """Which share of the cache holds tokens."""
+        return sum(len(slot.keys) for slot in self._slots) / (len(self._slots) * self.config.model.positions)
+
+    def plan(self) -> str:
+        """What memory it takes, as text."""
+        cache, store = (sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (self.state, self._store))
+        kept = f', {store / 2**20:,.0f} MiB for {self._kept} images' if self.sees else ''
+        return (
+            f'{len(self._slots)} slots of {self.config.model.positions:,} tokens in {cache / 2**20:,.0f} MiB{kept}; '
+            f'{self.room} requests may wait'
+        )
+
+    # The scheduler's thread -------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Works until stop() is called and nothing is left to do."""
+        while True:
+            with self._wake:
+                while not (self.waiting or self.busy() or self._stopping):
+                    self._wake.wait()
+                if self._stopping and not self.waiting and not self.busy():
+                    return
+            self.turn()
+
+    def turn(self):
+        """Does a little of everything that there is to do."""
+        try:
+            self._end_some()
+            self._admit()
+            self._read()
+            self._say()
+        except Exception as error:
+            self._failed(error)
+
+    def _end_some(self):
+        now = time.monotonic()
+        with self._wake:
+            gone = [r for r in self.waiting if r.cancelled or r.deadline < now]
+            for request in gone:
+                self.waiting.remove(request)
+        for request in gone:
+            self._tell(request, Heard([], finish='cancelled' if request.cancelled else 'deadline'))
+        for slot in self._slots:
+            if (request := slot.request) and (request.cancelled or request.deadline < now):
+                self.state = on_device.silence(self.state, slot.number)
+                self._finish(slot, 'cancelled' if request.cancelled else 'deadline')
+
+    def _tell(self, request, heard):
+        seconds = time.monotonic() - request.asked
+        if heard.tokens and not request.heard:
+            self.counts['wait seconds'] += seconds
+        if heard.finish:
+            self.counts['request seconds'] += seconds
+        request.heard += len(heard.tokens)
+        self.counts['tokens'] += len(heard.tokens)
+        if heard.finish:
+            self.counts[f'finished {heard.finish.partition(":")[0]}'] += 1
+        request.hear(heard)
+
+    def _finish(self, slot, why, tokens=(), scores=None):
+        request, slot.request, slot.speaks, slot.used = slot.request, None, False, time.monotonic()
+        slot.read = min(slot.read, len(slot.keys))
+        self._unpin(slot, request)
+        self._tell(request, Heard(list(tokens), scores, why))
+
+    def _unpin(self, slot, request):
+        """Lets the store forget a request's images, whose tokens are in the cache or no longer wanted."""
+        if slot.wanted is not None:
+            self._pins.subtract(_digests(request.prompt))
+            slot.wanted = None
+
+    def _failed(self, error):
+        """Tells every request whose slot is lost, and begins anew."""
+        for slot in self._slots:
+            if slot.request:
+                self._finish(slot, f'error: {error}')
+            slot.keys, slot.read = np.zeros(0, np.int64), 0
+        self._begin()
+
+    def _admit(self):
+        """Gives slots to requests that wait."""
+        while True:
+            idle = [slot for slot in self._slots if slot.request is None]
+            with self._wake:
+                if not idle or not self.waiting:
+                    return
+                needed = {digest for digest, count in self._pins.items() if count} | set(
+                    _digests(self.waiting[0].prompt)
+                )
+                if len(needed) > self._kept:  # it waits until the images of others are read
+                    return
+                request = self.waiting.popleft()
+            wanted = request.keys
+            # At least the last token is read, as its scores are wanted; and of an echoed prompt all are.
+            most = 0 if request.echo else (len(wanted) - 1) // self.piece * self.piece
+            shared = {
+                id(slot): min(most, _common(slot.keys[: slot.read], wanted) // self.piece * self.piece)
+                for slot in self._slots
+            }
+            slot = max(idle, key=lambda slot: (shared[id(slot)], -slot.used))
+            source = max(self._slots, key=lambda slot: shared[id(slot)])
+            if shared[id(source)] > shared[id(slot)]:
+                slot = min(idle, key=lambda slot: slot.used)
+                self.state = on_device.copy(self.state, source.number, slot.number)
+            slot.read = shared[id(source)]
+            slot.keys, slot.wanted, slot.request, slot.scores = wanted[: slot.read], wanted, request, []
+            self._pins.update(_digests(request.prompt))
+            self.counts['prompt tokens'] += len(wanted)
+            self.counts['prompt tokens shared'] += slot.read
+
+    def _keys(self, prompt):
+        """What tells the tokens of a prompt apart: their ids, and for an image's tokens what it is."""
+        keys = np.asarray(prompt.ids, np.int64).copy()
+        if prompt.images:
+            codes = [int.from_bytes(digest[:7]) for digest in _digests(prompt)]
+            keys[keys == self.image] = -1 - np.repeat(codes, self.patches)
+        return keys
+
+    def _read(self):
+        """Reads images and pieces of prompts, the oldest request first."""
+        reading = sorted((s for s in self._slots if s.request and not s.speaks), key=lambda s: s.request.asked)
+        units = UNITS
+        for slot in reading:
+            while units and slot.request and not slot.speaks:
+                units -= 1
+                try:
+                    if not self._see_one(slot.request.prompt):
+                        self._read_piece(slot)
+                except Exception as error:
+                    if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.state, self._store))):
+                        raise
+                    self._finish(slot, f'error: {error}')
+
+    def _see_one(self, prompt) -> bool:
+        """Puts an image of a prompt into the store, if one is not there."""
+        for digest, image in zip(_digests(prompt), prompt.images, strict=True):
+            if digest in self._images:
+                self._images.move_to_end(digest)
+                continue
+            if not self._free:
+                unused = next(known for known in self._images if not self._pins[known])
+                self._free.append(self._images.pop(unused))
+            place = self._free.pop()
+            at = np.array([place * self.patches], np.int32)
+            self._store = on_device.see(self.definition, self.params, self._store, np.asarray(image)[None], at)
+            self._images[digest] = place
+            self.counts['images'] += 1
+            return True
+        return False
+
+    def _read_piece(self, slot):
+        request, start = slot.request, len(slot.keys)
+        stop = min(start + self.piece, len(slot.wanted))
+        length = min(self.piece, bucket(stop - start, SHORTEST))
+        tokens, following, places = (
+            np.zeros(length, np.int32),
+            np.zeros(length, np.int32),
+            np.full(length, -1, np.int32),
+        )
+        tokens[: stop - start] = request.prompt.ids[start:stop]
+        after = request.prompt.ids[start + 1 : stop + 1]
+        following[: len(after)] = after
+        if request.prompt.images:
+            at = np.concatenate(
+                [self._images[d] * self.patches + np.arange(self.patches) for d in _digests(request.prompt)]
+            )
+            whole = np.full(len(slot.wanted), -1, np.int32)
+            whole[request.prompt.ids == self.image] = at
+            places[: stop - start] = whole[start:stop]
+        self.state, told = on_device.read(
+            self.definition, self.params, self.state, self._store, slot.number, tokens, places, following,
+            np.int32(start), np.int32(stop - start), scored=request.echo,
+        )  # fmt: skip
+        if request.echo:
+            slot.scores += _scores(*jax.device_get(told), stop - start)
+        slot.keys = slot.wanted[:stop]
+        slot.read = stop
+        if stop == len(slot.wanted):
+            self._speak(slot)
+
+    def _speak(self, slot):
+        request = slot.request
+        met = np.zeros(self.state.logits.shape[1], bool)
+        met[request.prompt.ids] = True
+        most = min(request.most, self.config.model.positions - len(slot.keys))
+        self._unpin(slot, request)
+        sampler = make_sampler([request.sampling])
+        self.state = on_device.admit(self.state, slot.number, np.int32(most), met, sampler)
+        slot.speaks = True
+        if request.echo:
+            # A token's scores come with the one before it, and the first has none.
+            self._tell(request, Heard([], [(None, []), *slot.scores[:-1]]))
+
+    def _say(self):
+        """Every slot that speaks says some tokens."""
+        speaking = [slot for slot in self._slots if slot.speaks]
+        if not speaking:
+            return
+        requests = [slot.request for slot in speaking]
+        guided = [slot for slot in speaking if slot.request.guide]
+        allowed = np.full((len(self._slots), self.words), ALL)
+        for slot in guided:
+            bits = slot.request.guide.allowed()
+            allowed[slot.number] = 0
+            allowed[slot.number, : len(bits)] = bits
+        turns = 1 if guided else max(1, min(CHUNK, round(SECONDS / self._pace)))
+        scored = any(request.scored for request in requests)
+        began = time.monotonic()
+        said, self.state = on_device.say(
+            self.definition,
+            self.params,
+            self.state,
+            self.stops,
+            allowed,
+            np.int32(turns),
+            columns=self._columns(speaking, turns),
+            most=CHUNK,
+            greedy=all(request.sampling.temperature < COLD for request in requests),
+            scored=scored,
+        )
+        wanted = said if scored else said._replace(probabilities=None, alternatives=None, theirs=None)
+        said, left = jax.device_get((wanted, self.state.left))
+        self._pace = 0.7 * self._pace + 0.3 * (time.monotonic() - began) / max(1, int(said.counts.max()))
+        for slot in speaking:
+            self._heard(slot, said, int(left[slot.number]))
+
+    def _columns(self, speaking, turns):
+        """How many columns of the cache are to be read: the next of a few numbers, for each of which it is compiled."""
+        needed = max(len(slot.keys) for slot in speaking) + turns
+        return min(self.columns, bucket(needed, self.piece))
+
+    def _heard(self, slot, said, left):
+        number, request = slot.number, slot.request
+        count = int(said.counts[number])
+        tokens = said.tokens[number, :count].tolist()
+        slot.keys = np.append(slot.keys, tokens)
+        scores = None
+        if request.scored:
+            scores = _scores(said.probabilities[number], said.alternatives[number], said.theirs[number], count)
+        stopped = bool(tokens) and tokens[-1] in self.stops
+        if request.guide and not stopped:
+            left = 0 if request.guide.ended(tokens) else left
+            stopped = not left
+        if left:
+            self._tell(request, Heard(tokens, scores))
+            return
+        if request.guide:
+            self.state = on_device.silence(self.state, number)
+        self._finish(slot, 'stop' if stopped else 'length', tokens, scores)
+
+    # Before the first request -----------------------------------------------------------------------------------------
+
+    def warm_up(self):
+        """Compiles everything, and yields what is compiled next. Nothing may have been asked yet."""
+        zero, model = np.int32(0), (self.definition, self.params)
+        length = SHORTEST
+        while length <= self.piece:
+            yield f'reading {length} tokens'
+            none = np.zeros(length, np.int32)
+            for scored in (False, True):
+                self.state, _ = on_device.read(
+                    *model, self.state, self._store, zero, none, none - 1, none, zero, np.int32(1), scored=scored
+                )
+            length *= 2
+        every = np.full((len(self._slots), self.words), ALL)
+        for columns in sorted({min(self.columns, self.piece << doubled) for doubled in range(3)}):
+            yield f'saying tokens behind up to {columns}'
+            for kind in range(4):
+                _, self.state = on_device.say(
+                    *model, self.state, self.stops, every, zero, columns=columns, most=CHUNK,
+                    greedy=kind % 2 == 0, scored=kind >= 2,
+                )  # fmt: skip
+        yield 'the rest'
+        met = np.zeros(self.state.logits.shape[1], bool)
+        self.state = on_device.admit(self.state, zero, zero, met, make_sampler([Sampling()]))
+        self.state = on_device.silence(on_device.copy(self.state, zero, zero), zero)
+        if self.sees:
+            size, nowhere = self.config.model.vision.image_size, np.array([len(self._store)], np.int32)
+            self._store = on_device.see(*model, self._store, np.zeros((1, size, size, 3), np.uint8), nowhere)
+
+
+def _digests(prompt):
+    """A digest of the pixels of each image."""
+    if not hasattr(prompt, 'digests'):
+        prompt.digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in prompt.images]
+    return prompt.digests
+
+
+def _common(a, b):
+    """How many keys both begin with."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def _scores(probabilities, alternatives, theirs, count):
+    return [
+        (float(p), list(zip(which.tolist(), values.tolist(), strict=True)))
+        for p, which, values in zip(probabilities[:count], alternatives[:count], theirs[:count], strict=True)
+    ]

@@ -1,0 +1,70 @@
+"""Serves runs to OpenAI's clients.
+
+    python -m nanovision_jax.serve --run=runs/tiny/vision_instruct
+    python -m nanovision_jax.serve --run=A --run=B --host=0.0.0.0 --api-key=KEY --allow-host=example.org
+
+The address is http://127.0.0.1:8000/v1 unless said otherwise. Any address but this machine's own takes a key, which
+NANOVISION_API_KEY gives as well, or --public: a demo for everyone, with lower limits.
+"""
+
+import os
+
+from nanovision_jax.cli import Parser, run
+from nanovision_jax.errors import UserError
+
+
+def main(argv):
+    """The command: see the module's docstring."""
+    parser = Parser(prog='python -m nanovision_jax.serve', description=__doc__)
+    parser.add_argument('--run', action='append', required=True, help='a run folder; may be given again')
+    parser.add_argument('--host', default='127.0.0.1', help='the address to listen on (default: %(default)s)')
+    parser.add_argument('--port', type=int, default=8000, help='(default: %(default)s)')
+    parser.add_argument('--api-key', default='', help='what clients have to send; default: NANOVISION_API_KEY')
+    parser.add_argument('--allow-host', action='append', default=[], help='a name by which it is called, or *')
+    parser.add_argument('--public', action='store_true', help='no key is needed, and limits are lower')
+    parser.add_argument('--slots', type=int, default=16, help='requests answered at once (default: %(default)s)')
+    parser.add_argument('--images', type=int, default=64, help='images whose features are kept (default: %(default)s)')
+    parser.add_argument('--queue', type=int, default=256, help='requests that may wait (default: %(default)s)')
+    parser.add_argument('--weights', default='', help='keep them as bfloat16 or int8: less memory, and faster on a GPU')
+    args = parser.parse(argv)
+    for name in ('slots', 'images', 'queue'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name} takes a number above 0, not {getattr(args, name)}.')
+    try:
+        import uvicorn
+
+        from nanovision_jax.serving.api import Served, build_app
+    except ImportError as error:
+        raise UserError(
+            f"serving takes the extra: pip install 'nanovision_jax[serve]' ({error.name} is missing)."
+        ) from error
+    from nanovision_jax.inference.run import load
+    from nanovision_jax.inference.scheduler import Scheduler
+    from nanovision_jax.serving.guard import LOOPBACK, Settings
+    from nanovision_jax.serving.protocol import PUBLIC, Limits
+
+    key = args.api_key or os.environ.get('NANOVISION_API_KEY', '')
+    if args.host not in LOOPBACK and not key and not args.public:
+        raise UserError(f'--host={args.host} is open to others: give --api-key (or NANOVISION_API_KEY), or --public.')
+    hosts = None if '*' in args.allow_host or args.public else (*LOOPBACK, args.host, *args.allow_host)
+    settings = Settings(key, hosts, PUBLIC if args.public else Limits())
+    served = []
+    for folder in args.run:
+        opened = load(folder, args.weights)
+        name = f'{opened.config.name}/{opened.config.stage}'
+        if name in {one.name for one in served}:
+            raise UserError(f'two runs are called {name}: serve them apart.')
+        scheduler = Scheduler(opened, args.slots, args.images, args.queue)
+        print(f'{name}: {scheduler.plan()}')
+        for what in scheduler.warm_up():
+            print(f'{name}: compiling {what}', flush=True)
+        served.append(Served(opened, name, scheduler))
+    print(f'serving {", ".join(one.name for one in served)} at http://{args.host}:{args.port}/v1', flush=True)
+    uvicorn.run(
+        build_app(served, settings), host=args.host, port=args.port, log_level='warning', server_header=False,
+        timeout_keep_alive=15, timeout_graceful_shutdown=int(settings.leave_in), h11_max_incomplete_event_size=1 << 16,
+    )  # fmt: skip
+
+
+if __name__ == '__main__':
+    run(main)
