@@ -17,6 +17,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from nanovision_jax import serve
+from nanovision_jax.errors import UserError
 from nanovision_jax.inference.prompt import text_prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.inference.scheduler import Scheduler
@@ -437,6 +439,21 @@ def test_a_client_that_leaves_frees_its_slot(client, address):
             return
         time.sleep(0.02)
     raise AssertionError('still running')
+
+
+def test_the_command_is_closed_unless_told(monkeypatch):
+    monkeypatch.delenv('NANOVISION_API_KEY', raising=False)
+    for argv, said in (
+        (['--host=0.0.0.0'], 'is open to others'),
+        (['--slots=0'], '--slots takes a number above 0'),
+        (['--port=x'], 'port'),
+        (['--queues=3'], "Did you mean '--queue'"),
+        ([], 'no run folder'),
+        (['--host=0.0.0.0', '--api-key=k'], 'no run folder'),  # it would be opened then
+        (['--host=0.0.0.0', '--public'], 'no run folder'),
+    ):
+        with pytest.raises(UserError, match=said):
+            serve.main(['--run=/nowhere/at/all', *argv])
 
 
 def test_streamed_text_is_whole_characters_and_never_a_stop(tokenizer):
