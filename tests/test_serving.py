@@ -189,6 +189,11 @@ def test_completions_echo_with_probabilities_as_harnesses_read_them(client, runs
     texts = client.completions.create(model='text', prompt=['the cat', 'a dog'], max_tokens=5)
     for choice, text in zip(texts.choices, ('the cat', 'a dog'), strict=True):
         assert choice.text == ''.join(runs['text'].continue_text(text, max_new_tokens=5))
+    none = client.completions.create(model='text', prompt='the cat', max_tokens=0, logprobs=2, echo=True)
+    assert none.choices[0].text == 'the cat' and none.usage.completion_tokens == 0
+    assert len(none.choices[0].logprobs.tokens) == none.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match='echo is not supported in a stream'):
+        client.completions.create(model='text', prompt='the cat', echo=True, stream=True)
     streamed = client.completions.create(model='text', prompt='the cat', max_tokens=5, stream=True)
     assert ''.join(chunk.choices[0].text for chunk in streamed) == texts.choices[0].text
 

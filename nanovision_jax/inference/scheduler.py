@@ -28,7 +28,7 @@ from nanovision_jax.stages import stage_of
 CHUNK, SECONDS = 16, 0.05  # tokens that are said in a turn: at most, and about so long
 UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
 LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
-DEAD, ALL = 'the model failed', np.uint32(0xFFFFFFFF)
+ALL = np.uint32(0xFFFFFFFF)  # every token may come next
 
 
 class Heard(NamedTuple):
@@ -210,7 +210,6 @@ class Scheduler:
 
     def _finish(self, slot, why, tokens=(), scores=None):
         request, slot.request, slot.speaks, slot.used = slot.request, None, False, time.monotonic()
-        slot.read = min(slot.read, len(slot.keys))
         self._unpin(slot, request)
         self._tell(request, Heard(list(tokens), scores, why))
 
@@ -244,16 +243,15 @@ class Scheduler:
             wanted = request.keys
             # At least the last token is read, as its scores are wanted; and of an echoed prompt all are.
             most = 0 if request.echo else (len(wanted) - 1) // self.piece * self.piece
-            shared = {
-                id(slot): min(most, _common(slot.keys[: slot.read], wanted) // self.piece * self.piece)
-                for slot in self._slots
-            }
-            slot = max(idle, key=lambda slot: (shared[id(slot)], -slot.used))
-            source = max(self._slots, key=lambda slot: shared[id(slot)])
-            if shared[id(source)] > shared[id(slot)]:
+            shared = [
+                min(most, _common(slot.keys[: slot.read], wanted) // self.piece * self.piece) for slot in self._slots
+            ]
+            slot = max(idle, key=lambda slot: (shared[slot.number], -slot.used))
+            source = max(self._slots, key=lambda slot: shared[slot.number])
+            if shared[source.number] > shared[slot.number]:
                 slot = min(idle, key=lambda slot: slot.used)
                 self.state = on_device.copy(self.state, source.number, slot.number)
-            slot.read = shared[id(source)]
+            slot.read = shared[source.number]
             slot.keys, slot.wanted, slot.request, slot.scores = wanted[: slot.read], wanted, request, []
             self._pins.update(_digests(request.prompt))
             self.counts['prompt tokens'] += len(wanted)
@@ -303,11 +301,8 @@ class Scheduler:
         request, start = slot.request, len(slot.keys)
         stop = min(start + self.piece, len(slot.wanted))
         length = min(self.piece, bucket(stop - start, SHORTEST))
-        tokens, following, places = (
-            np.zeros(length, np.int32),
-            np.zeros(length, np.int32),
-            np.full(length, -1, np.int32),
-        )
+        tokens, following = np.zeros((2, length), np.int32)
+        places = np.full(length, -1, np.int32)
         tokens[: stop - start] = request.prompt.ids[start:stop]
         after = request.prompt.ids[start + 1 : stop + 1]
         following[: len(after)] = after

@@ -26,7 +26,7 @@ class Served:
     """A run, its scheduler, and the thread in which that works."""
 
     def __init__(self, run, name: str, scheduler: Scheduler):
-        self.run, self.name, self.scheduler = run, name, scheduler
+        self.name, self.scheduler = name, scheduler
         self.config, self.tokenizer, self.created = run.config, run.tokenizer, int(time.time())
         self.sees, self.answers = stage_of(run.config).sees, stage_of(run.config).answers
         self.thread = threading.Thread(target=scheduler.run, daemon=True, name=f'scheduler of {name}')
@@ -100,6 +100,10 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
         options = protocol.wanted(fields, limits, 16)
         alternatives, echo = protocol.alternatives(fields, 'logprobs'), fields.take('echo', bool, False)
         scored = alternatives is not None
+        if echo and options.stream:
+            raise Refusal(
+                400, 'echo is not supported in a stream: leave one of them out.', 'echo', 'unsupported_parameter'
+            )
         prompts = await asyncio.to_thread(protocol.completion_prompts, fields, one, limits)
         jobs = [Job(one, prompt, options, limits, scored, echo and scored) for prompt in prompts]
         form = Completion(one, alternatives, echo, options.most)
@@ -115,8 +119,8 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
                 stack.callback(job.request.cancel)
                 job.start()
             if options.stream:
-                first = stack.pop_all()
-                return StreamingResponse(_events(form, jobs, options, first), 200, headers, 'text/event-stream')
+                events = _events(form, jobs, options, stack.pop_all())
+                return StreamingResponse(events, 200, headers, 'text/event-stream')
             gone = asyncio.ensure_future(_gone(request))
             try:
                 whole = asyncio.ensure_future(asyncio.gather(*(job.whole() for job in jobs)))
@@ -143,7 +147,7 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
     async def detokenize(request: fastapi.Request):
         fields = Fields(await request.body())
         one, ids = chosen(fields), fields.take('tokens', list, [])
-        if not all(protocol._is_id(i) and i < one.tokenizer.size for i in ids):
+        if not all(protocol.is_id(i) and i < one.tokenizer.size for i in ids):
             raise Refusal(400, f'tokens takes a list of ids below {one.tokenizer.size}.', 'tokens')
         return {'prompt': one.tokenizer.decode(ids, special=True)}
 
@@ -176,8 +180,8 @@ def _guide(fields, one):
     """What an answer is held to, or None."""
     wanted = fields.take('response_format', dict, {})
     kind = wanted.get('type', 'text')
-    choice = fields.take('guided_choice', list) or fields.take('choice', list)
-    if kind == 'text' and not choice:
+    choice = fields.take('choice', list)
+    if kind == 'text' and choice is None:
         return None
     from nanovision_jax.serving.guide import make_guide
 
@@ -207,7 +211,7 @@ class Job:
             time.monotonic() + limits.seconds, guide,
         )  # fmt: skip
         self.text = TextStream(one.tokenizer, options.stops)
-        self.tokens, self.scores, self.finish, self.first = [], [], '', None
+        self.tokens, self.scores, self.finish = [], [], ''
 
     def start(self):
         """Queues it. Raises Refusal where there is no room."""
@@ -363,18 +367,19 @@ class Completion(Form):
         """All answers at once."""
         choices = []
         for number, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            tokens, scores, prompt = job.tokens, job.scores, job.request.prompt.ids.tolist()
-            if not self.most:
-                text, tokens, scores = '', [], scores[: len(prompt)]
+            prompt = job.request.prompt.ids.tolist()
+            if not self.most:  # the engine says one token at least
+                text, job.tokens, job.scores = '', [], job.scores[: len(prompt)]
+            tokens = job.tokens
             if self.echo:
                 text, tokens = self.one.tokenizer.decode(prompt) + text, prompt + tokens
-            logprobs = self._logprobs(tokens, scores) if self.alternatives is not None else None
+            logprobs = self._logprobs(tokens, job.scores) if self.alternatives is not None else None
             choices.append({'index': number, 'text': text, 'finish_reason': job.finish, 'logprobs': logprobs})
         return self.frame(whole=True) | {'choices': choices, 'usage': _usage(jobs)}
 
     def chunk(self, number, text, tokens, scores, finish):
         """A piece of a stream."""
-        logprobs = self._logprobs(tokens, scores) if scores and len(tokens) == len(scores) else None
+        logprobs = self._logprobs(tokens, scores) if scores else None
         return self.frame() | {
             'choices': [{'index': number, 'text': text, 'finish_reason': finish, 'logprobs': logprobs}]
         }

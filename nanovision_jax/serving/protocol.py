@@ -216,7 +216,7 @@ def completion_prompts(fields: Fields, run, limits: Limits) -> list[Prompt]:
     """The prompts of a completion request: a text, texts, token ids, or lists of these."""
     fields.unread.discard('prompt')
     given = fields.data.get('prompt')
-    if isinstance(given, str) or (isinstance(given, list) and given and all(map(_is_id, given))):
+    if isinstance(given, str) or (isinstance(given, list) and given and all(map(is_id, given))):
         given = [given]
     if not isinstance(given, list) or not given or len(given) > limits.prompts:
         raise Refusal(400, f'prompt takes a text, a list of token ids, or up to {limits.prompts} of them.', 'prompt')
@@ -229,7 +229,7 @@ def _prompt(given, run):
             return text_prompt(run.tokenizer, given)
         except UserError as error:
             raise Refusal(400, str(error), 'prompt') from None
-    if not isinstance(given, list) or not given or not all(map(_is_id, given)):
+    if not isinstance(given, list) or not given or not all(map(is_id, given)):
         raise Refusal(400, 'prompt takes a text, a list of token ids, or a list of these.', 'prompt')
     if max(given) >= run.tokenizer.size or run.tokenizer.image in given:
         raise Refusal(
@@ -240,7 +240,8 @@ def _prompt(given, run):
     return Prompt(np.array(given, np.int32), [])
 
 
-def _is_id(value):
+def is_id(value) -> bool:
+    """Whether a value can be a token's id."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
