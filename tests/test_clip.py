@@ -11,7 +11,7 @@ import reference
 from flax import nnx
 
 from nanovision_jax import models
-from nanovision_jax.data import packing
+from nanovision_jax.data.pairs import Captions
 from nanovision_jax.models.clip import quick_gelu
 from nanovision_jax.training.objectives import sigmoid_contrastive, softmax_contrastive
 
@@ -78,7 +78,7 @@ def test_packed_captions_are_read_as_those_of_a_row_each(found):
     pairs = [
         {'images': picture, 'ids': ids[: end + 1]} for picture, ids, end in zip(PICTURES, TOKENS, ENDS, strict=True)
     ]
-    batch = packing.Captions(T, 3)(pairs)
+    batch = Captions(T, 3)(pairs)
     assert batch['tokens'].shape == (3, T) and (batch['segments'].max(axis=1) > 1).any()
     packed = jax.jit(lambda params, batch: models.merge(GRAPHDEF, params)(**batch))(PARAMS, batch)
     np.testing.assert_allclose(packed, found['logits'], atol=1e-5)

@@ -13,6 +13,7 @@ from conftest import parse
 from PIL import Image
 
 from nanovision_jax.data import catalog, images, index, packing, sources
+from nanovision_jax.data.pairs import Captions, PairRows, longest_first
 from nanovision_jax.errors import UserError
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def make(llava_folder, tokenizer, tmp_path_factory):
         place = [f'run_dir={folder}/{stage}', 'data.source=conversations', f'data.path={llava_folder}/{name}.json']
         config = parse(stage, 'data.length=128', 'data.slots=3', *place, *overrides)
         source = sources.open_source(config, split)
-        kind = packing.PairRows if stage == 'clip' else packing.PackedRows
+        kind = PairRows if stage == 'clip' else packing.PackedRows
         found = index.build_index(source, config, tokenizer, split)
         return kind(source, found, config, tokenizer, packing.Shuffled(len(found.rows), seed, **options))
 
@@ -390,7 +391,7 @@ def read_back(batch):
 def test_packed_captions_are_those_of_their_pictures_on_the_same_device_and_in_the_same_part(shards, parts):
     rng = np.random.default_rng(0)
     pairs, rows = drawn_pairs(rng, 48, 10), 24
-    batch = packing.Captions(20, rows, shards, parts)(pairs)
+    batch = Captions(20, rows, shards, parts)(pairs)
     assert all((batch['images'] == np.stack([pair['images'] for pair in pairs])).ravel())
     for pair, ids in zip(pairs, read_back(batch), strict=True):
         assert (ids == pair['ids']).all()
@@ -402,13 +403,13 @@ def test_packed_captions_are_those_of_their_pictures_on_the_same_device_and_in_t
 
 def test_captions_that_find_no_row_are_halved_the_longest_first_and_keep_their_end():
     pairs = [{'images': np.zeros((2, 2, 3), np.uint8), 'ids': np.arange(n)} for n in (9, 4, 7, 10)]
-    found = list(read_back(packing.Captions(10, 2)(pairs)))
+    found = list(read_back(Captions(10, 2)(pairs)))
     assert [len(ids) for ids in found] == [5, 4, 4, 6]
     assert all(
         ids[-1] == pair['ids'][-1] and (ids[:-1] == pair['ids'][: len(ids) - 1]).all()
         for ids, pair in zip(found, pairs, strict=True)
     )
-    smallest = packing.Captions(4, 2)([{'images': pairs[0]['images'], 'ids': np.arange(n)} for n in (4, 3, 4, 2)])
+    smallest = Captions(4, 2)([{'images': pairs[0]['images'], 'ids': np.arange(n)} for n in (4, 3, 4, 2)])
     assert [ids.tolist() for ids in read_back(smallest)] == [[0, 3], [0, 2], [0, 3], [0, 1]]
 
 
@@ -420,7 +421,7 @@ def test_shuffled_captions_fill_most_of_their_rows_and_hardly_ever_need_more(mak
         captions = rows.pack(shards, parts)
         size, share = 64 // (shards * parts), captions.rows // (shards * parts)
         drawn = rng.choice(rows.index.lengths + 1, (1000, size))
-        beyond = sum(len(packing._longest_first(lengths, 40)) > share for lengths in drawn)
+        beyond = sum(len(longest_first(lengths, 40)) > share for lengths in drawn)
         assert beyond <= 5 and drawn.mean() * 64 / (captions.rows * 40) > least
     assert make('clip', 0, 'data.batch_size=64', shuffle=False).pack(2, 2).rows == 64  # sorted, they would need that
 

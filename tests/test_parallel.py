@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import packing
+from nanovision_jax.data.pairs import Captions
 from nanovision_jax.errors import UserError
 from nanovision_jax.models import vlm
 from nanovision_jax.parallel import mesh as parallel
@@ -156,7 +156,7 @@ def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax', 
         pairs = zip(batch['images'], batch['tokens'], batch['segments'], strict=True)
         half = cfg.data.length // 2  # so that two find room in any row
         pairs = [{'images': images, 'ids': tokens[segments > 0][:half]} for images, tokens, segments in pairs]
-        batch = packing.Captions(cfg.data.length, rows_of_captions, sizes[0] * sizes[1], accumulate)(pairs)
+        batch = Captions(cfg.data.length, rows_of_captions, sizes[0] * sizes[1], accumulate)(pairs)
         assert (batch['segments'].max(axis=1) > 1).any()
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parallel.shardings(params, mesh))

@@ -11,7 +11,8 @@ import pytest
 from conftest import is_held_out, parse
 
 from nanovision_jax.data import batch as batches
-from nanovision_jax.data import features, packing, pipeline, preparation, sources
+from nanovision_jax.data import features, pipeline, preparation, sources
+from nanovision_jax.data.pairs import Captions
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.stages import STAGES
@@ -263,7 +264,7 @@ def test_what_is_not_prepared_is_one_sentence(tmp_path, tokenizer):
 def test_a_fake_batch_looks_like_a_real_one(open_rows, stage):
     config, rows = open_rows(stage, 'data.batch_size=6')
     if stage == 'clip':
-        rows.captions = packing.Captions(512, 6)
+        rows.captions = Captions(512, 6)
     (real,) = take(rows, 1, 6)
     fake = batches.fake_batch(config)
     assert {name: (a.shape, a.dtype) for name, a in fake.items()} == {

@@ -15,7 +15,7 @@ with data.cache_features, instead of images:
     scales     float32 [B, M, P]        what each patch's features are to be multiplied by
 Contrastive stages:
     images     uint8   [B, S, S, 3]
-    tokens     int32   [R, T]           their captions, packed: see packing.Captions
+    tokens     int32   [R, T]           their captions, packed: see pairs.Captions
     segments   int32   [R, T]           as above
     positions  int32   [R, T]           as above
     ends       int32   [B]              where each caption's last token is, counted over all rows

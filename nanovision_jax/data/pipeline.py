@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from nanovision_jax.data import conversation, formats, packing, sources, text
+from nanovision_jax.data import conversation, formats, packing, pairs, sources, text
 from nanovision_jax.data.catalog import TOKENS
 from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.download import tokenizer_folder
@@ -160,7 +160,7 @@ def open_rows(config, tokenizer, split: str = 'train') -> tuple:
         shuffled = packing.Shuffled(len(index.rows), config.seed, shuffle)
     if shuffle:
         print(''.join(f'{line}\n' for line in index.told(config.data.length)), end='')
-    rows = packing.PairRows if kind == 'pairs' else packing.PackedRows
+    rows = pairs.PairRows if kind == 'pairs' else packing.PackedRows
     return rows(source, index, config, tokenizer, shuffled), index.bad
 
 

@@ -1,0 +1,117 @@
+"""Images with captions, for clip: a batch packs its captions into rows."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovision_jax.data import images as image_files
+from nanovision_jax.data.index import encode_example
+from nanovision_jax.data.packing import DRAFT, Examples, data_identity, plan
+
+
+class Captions(NamedTuple):
+    """Makes a batch of pairs, with their captions packed into `rows` rows of `length` tokens.
+
+    The batch is split over `shards` devices, and there into `parts` (optim.accumulate). A caption stays with its
+    image: every such share has as many rows, and fills them longest caption first. Should these not be enough, the
+    longest captions are halved.
+    """
+
+    length: int
+    rows: int
+    shards: int = 1
+    parts: int = 1
+
+    def __call__(self, pairs: list[dict]) -> dict[str, np.ndarray]:
+        """Pairs of {images, ids} as a batch. As step.py splits it, row j is of part j mod `parts`."""
+        each = self.rows // (self.shards * self.parts)
+        text = {name: np.zeros((self.rows, self.length), np.int32) for name in ('tokens', 'segments', 'positions')}
+        ends = np.zeros(len(pairs), np.int32)
+        for group in range(self.shards * self.parts):
+            shard, part = divmod(group, self.parts)
+            share = len(pairs) // self.shards
+            members = range(shard * share + part, (shard + 1) * share, self.parts)
+            captions = [pairs[i]['ids'] for i in members]
+            while len(laid := longest_first([len(ids) for ids in captions], self.length)) > each:
+                longest = max(range(len(captions)), key=lambda i: len(captions[i]))
+                ids = captions[longest]
+                captions[longest] = np.append(ids[: len(ids) // 2], ids[-1])
+            for number, row in enumerate(laid):
+                place, start = (shard * each + number) * self.parts + part, 0
+                for segment, k in enumerate(row, 1):
+                    stop = start + len(captions[k])
+                    text['tokens'][place, start:stop] = captions[k]
+                    text['segments'][place, start:stop] = segment
+                    text['positions'][place, start:stop] = np.arange(stop - start)
+                    ends[members[k]] = place * self.length + stop - 1
+                    start = stop
+        return {'images': np.stack([pair['images'] for pair in pairs]), **text, 'ends': ends}
+
+
+def longest_first(lengths, room):
+    """Rows of at most `room` tokens, each a list of places in `lengths`: first fit, the longest first."""
+    lengths = np.asarray(lengths)
+    return plan(np.argsort(-lengths, kind='stable'), lengths, np.zeros_like(lengths), room, 0, open_rows=len(lengths))
+
+
+class PairRows(Examples):
+    """Images with captions, for clip: images [S, S, 3], ids [n].
+
+    captions: what makes batches of them; it is to be replaced by pack() for a mesh, or for batches in parts.
+    """
+
+    def __init__(self, source, index, config, tokenizer, shuffled):
+        self.augment = config.data.augment and shuffled.shuffle
+        super().__init__(source, index, config, tokenizer, shuffled)
+        self.captions = self.pack()
+
+    def _load(self, k):
+        """(ids, image as it lies) of an example."""
+        example, vision = self.source[self.index.rows[k]], self.config.model.vision
+        ids, _, images = encode_example(example, self.config, self.tokenizer)
+        # What augment() leaves of a side is at least its 0.77th part.
+        least = math.ceil(vision.image_size * (1.3 if self.augment else 1)) if self.draft else None
+        return ids, image_files.load(images[0], least)
+
+    def _read(self, k):
+        ids, image = self._load(k)
+        return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
+
+    def __getitem__(self, i):
+        epoch, k = self.shuffled.at(i)
+        if not self.augment:
+            return self._example(k)
+        ids, image = self._load(k)
+        image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
+        return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
+
+    def pack(self, shards: int = 1, parts: int = 1) -> Captions:
+        """The Captions of batches that are split over `shards` devices, into `parts` each.
+
+        Its rows are what the largest of sixteen random shares takes, and two standard deviations more. Held-out pairs,
+        whose order may say how long they are, get a row each.
+        """
+        length, batch_size = self.config.data.length, self.config.data.batch_size
+        size = batch_size // (shards * parts)
+        if not self.shuffled.shuffle:
+            return Captions(length, batch_size, shards, parts)
+        lengths = self.index.lengths + 1
+        drawn = np.random.default_rng(0).choice(lengths, (16, size))
+        most = max(len(longest_first(share, length)) for share in drawn)
+        most += math.ceil(2 * lengths.std() * size**0.5 / length)
+        return Captions(length, shards * parts * min(size, most), shards, parts)
+
+    def rows_per_epoch(self):
+        """Pairs in all."""
+        return self.shuffled.n
+
+    def efficiency(self):
+        """Which share of the captions' tokens is not padding."""
+        tokens = (self.index.lengths[self.shuffled.order(0)] + 1).mean() * self.config.data.batch_size
+        return {'tokens': float(tokens / (self.captions.rows * self.captions.length))}
+
+    def identity(self):
+        """{'data', 'order', 'packing'}: short texts, all equal only where row i is."""
+        packing = f'captions of {self.config.data.length} tokens' + ', augmented' * self.augment + DRAFT * self.draft
+        return {'data': data_identity(self), 'order': self.shuffled.identity(), 'packing': packing}
