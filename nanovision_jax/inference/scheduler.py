@@ -7,20 +7,19 @@ before it, images included, is read from there on.
 
 import collections
 import dataclasses
-import hashlib
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import slots as on_device
 from nanovision_jax.inference.engine import Engine, Prompt, bucket
+from nanovision_jax.inference.feature_store import FeatureStore, digest
 from nanovision_jax.inference.sampling import COLD, Sampling, make_sampler
 from nanovision_jax.inference.weights import readable
 from nanovision_jax.stages import stage_of
@@ -62,6 +61,7 @@ class Request:
     cancelled: bool = False
     asked: float = dataclasses.field(default_factory=time.monotonic)
     heard: int = 0
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # of its images
     keys: np.ndarray | None = None  # what tells the tokens of its prompt apart
 
     def cancel(self):
@@ -99,12 +99,11 @@ class Scheduler:
         self.columns = columns = -(-positions // self.piece) * self.piece
         self.sees, self.patches = stage_of(self.config).sees, vision.patches
         self.waiting, self.room = collections.deque(), waiting
-        self._slots = [_Slot(np.int32(number)) for number in range(slots)]
+        self.count, self._slots = slots, [_Slot(np.int32(number)) for number in range(slots)]
         self._wake, self._stopping = threading.Condition(), False
         self._decoder = models.decoder_of(models.merge(self.definition.graphdef, self.params))
         self._empty = lambda: on_device.empty(self._decoder, slots, columns, [Sampling()] * slots)
         self._kept = images if self.sees else 0
-        self._pins = collections.Counter()  # how many requests need an image
         self._begin()
         self._pace = SECONDS / CHUNK  # seconds a token
         self.counts = collections.Counter()
@@ -112,12 +111,10 @@ class Scheduler:
 
     def _begin(self):
         """Makes the slots, and a store of images' features, with nothing in them."""
-        rows = self._kept * self.patches or 1
-        store = jnp.zeros((rows, self.config.model.width), self._decoder.dtype)
+        device = jax.tree.leaves(self.params)[0].sharding
         # Put where the parameters are: what is left to jax to place is compiled for twice.
-        self.state, self._store = jax.device_put((self._empty(), store), jax.tree.leaves(self.params)[0].sharding)
-        self._images = collections.OrderedDict()  # digest → its place in the store, the longest unused first
-        self._free = list(range(self._kept))
+        self.state = jax.device_put(self._empty(), device)
+        self.store = FeatureStore(self._kept, self.patches, self.config.model.width, self._decoder.dtype, device)
 
     # From other threads -----------------------------------------------------------------------------------------------
 
@@ -131,7 +128,8 @@ class Scheduler:
             raise UserError(f'the prompt has {places} tokens for {len(request.prompt.images)} images.')
         if len(request.prompt.images) > self._kept:
             raise UserError(f'{len(request.prompt.images)} images at once: this server keeps {self._kept}.')
-        request.keys = self._keys(request.prompt)
+        request.digests = [digest(image) for image in request.prompt.images]
+        request.keys = self._keys(request)
         with self._wake:
             if self._stopping or len(self.waiting) >= self.room:
                 raise Full
@@ -154,7 +152,7 @@ class Scheduler:
 
     def plan(self) -> str:
         """What memory it takes, as text."""
-        cache, store = (sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (self.state, self._store))
+        cache, store = (sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (self.state, self.store.rows))
         kept = f', {store / 2**20:,.0f} MiB for {self._kept} images' if self.sees else ''
         return (
             f'{len(self._slots)} slots of {self.config.model.positions:,} tokens in {cache / 2**20:,.0f} MiB{kept}; '
@@ -210,13 +208,13 @@ class Scheduler:
 
     def _finish(self, slot, why, tokens=(), scores=None):
         request, slot.request, slot.speaks, slot.used = slot.request, None, False, time.monotonic()
-        self._unpin(slot, request)
+        self._release(slot, request)
         self._tell(request, Heard(list(tokens), scores, why))
 
-    def _unpin(self, slot, request):
+    def _release(self, slot, request):
         """Lets the store forget a request's images, whose tokens are in the cache or no longer wanted."""
         if slot.wanted is not None:
-            self._pins.subtract(_digests(request.prompt))
+            self.store.release(request.digests)
             slot.wanted = None
 
     def _failed(self, error):
@@ -234,10 +232,7 @@ class Scheduler:
             with self._wake:
                 if not idle or not self.waiting:
                     return
-                needed = {digest for digest, count in self._pins.items() if count} | set(
-                    _digests(self.waiting[0].prompt)
-                )
-                if len(needed) > self._kept:  # it waits until the images of others are read
+                if not self.store.has_room(self.waiting[0].digests):  # it waits until the images of others are read
                     return
                 request = self.waiting.popleft()
             wanted = request.keys
@@ -253,15 +248,15 @@ class Scheduler:
                 self.state = on_device.copy(self.state, source.number, slot.number)
             slot.read = shared[source.number]
             slot.keys, slot.wanted, slot.request, slot.scores = wanted[: slot.read], wanted, request, []
-            self._pins.update(_digests(request.prompt))
+            self.store.need(request.digests)
             self.counts['prompt tokens'] += len(wanted)
             self.counts['prompt tokens shared'] += slot.read
 
-    def _keys(self, prompt):
+    def _keys(self, request):
         """What tells the tokens of a prompt apart: their ids, and for an image's tokens what it is."""
-        keys = np.asarray(prompt.ids, np.int64).copy()
-        if prompt.images:
-            codes = [int.from_bytes(digest[:7]) for digest in _digests(prompt)]
+        keys = np.array(request.prompt.ids, np.int64)
+        if request.digests:
+            codes = [int.from_bytes(known[:7]) for known in request.digests]
             keys[keys == self.image] = -1 - np.repeat(codes, self.patches)
         return keys
 
@@ -273,29 +268,15 @@ class Scheduler:
             while units and slot.request and not slot.speaks:
                 units -= 1
                 try:
-                    if not self._see_one(slot.request.prompt):
+                    digests, images = slot.request.digests, slot.request.prompt.images
+                    if self.store.see_one(self.definition, self.params, digests, images):
+                        self.counts['images'] += 1
+                    else:
                         self._read_piece(slot)
                 except Exception as error:
-                    if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.state, self._store))):
+                    if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.state, self.store.rows))):
                         raise
                     self._finish(slot, f'error: {error}')
-
-    def _see_one(self, prompt) -> bool:
-        """Puts an image of a prompt into the store, if one is not there."""
-        for digest, image in zip(_digests(prompt), prompt.images, strict=True):
-            if digest in self._images:
-                self._images.move_to_end(digest)
-                continue
-            if not self._free:
-                unused = next(known for known in self._images if not self._pins[known])
-                self._free.append(self._images.pop(unused))
-            place = self._free.pop()
-            at = np.array([place * self.patches], np.int32)
-            self._store = on_device.see(self.definition, self.params, self._store, np.asarray(image)[None], at)
-            self._images[digest] = place
-            self.counts['images'] += 1
-            return True
-        return False
 
     def _read_piece(self, slot):
         request, start = slot.request, len(slot.keys)
@@ -306,15 +287,12 @@ class Scheduler:
         tokens[: stop - start] = request.prompt.ids[start:stop]
         after = request.prompt.ids[start + 1 : stop + 1]
         following[: len(after)] = after
-        if request.prompt.images:
-            at = np.concatenate(
-                [self._images[d] * self.patches + np.arange(self.patches) for d in _digests(request.prompt)]
-            )
+        if request.digests:
             whole = np.full(len(slot.wanted), -1, np.int32)
-            whole[request.prompt.ids == self.image] = at
+            whole[request.prompt.ids == self.image] = self.store.tokens(request.digests)
             places[: stop - start] = whole[start:stop]
         self.state, told = on_device.read(
-            self.definition, self.params, self.state, self._store, slot.number, tokens, places, following,
+            self.definition, self.params, self.state, self.store.rows, slot.number, tokens, places, following,
             np.int32(start), np.int32(stop - start), scored=request.echo,
         )  # fmt: skip
         if request.echo:
@@ -329,7 +307,7 @@ class Scheduler:
         met = np.zeros(self.state.logits.shape[1], bool)
         met[request.prompt.ids] = True
         most = min(request.most, self.config.model.positions - len(slot.keys))
-        self._unpin(slot, request)
+        self._release(slot, request)
         sampler = make_sampler([request.sampling])
         self.state = on_device.admit(self.state, slot.number, np.int32(most), met, sampler)
         slot.speaks = True
@@ -405,7 +383,7 @@ class Scheduler:
             none = np.zeros(length, np.int32)
             for scored in (False, True):
                 self.state, _ = on_device.read(
-                    *model, self.state, self._store, zero, none, none - 1, none, zero, np.int32(1), scored=scored
+                    *model, self.state, self.store.rows, zero, none, none - 1, none, zero, np.int32(1), scored=scored
                 )
             length *= 2
         every = np.full((len(self._slots), self.words), ALL)
@@ -421,15 +399,9 @@ class Scheduler:
         self.state = on_device.admit(self.state, zero, zero, met, make_sampler([Sampling()]))
         self.state = on_device.silence(on_device.copy(self.state, zero, zero), zero)
         if self.sees:
-            size, nowhere = self.config.model.vision.image_size, np.array([len(self._store)], np.int32)
-            self._store = on_device.see(*model, self._store, np.zeros((1, size, size, 3), np.uint8), nowhere)
-
-
-def _digests(prompt):
-    """A digest of the pixels of each image."""
-    if not hasattr(prompt, 'digests'):
-        prompt.digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in prompt.images]
-    return prompt.digests
+            size, rows = self.config.model.vision.image_size, self.store.rows
+            image, nowhere = np.zeros((1, size, size, 3), np.uint8), np.array([len(rows)], np.int32)
+            self.store.rows = on_device.see(*model, rows, image, nowhere)
 
 
 def _common(a, b):

@@ -18,9 +18,9 @@ class Metrics:
         gauges = {
             'waiting': ('Requests that wait for a slot', lambda s: len(s.waiting)),
             'running': ('Requests that have a slot', lambda s: s.busy()),
-            'slots': ('Slots', lambda s: len(s._slots)),
+            'slots': ('Slots', lambda s: s.count),
             'cache_used_ratio': ('Share of the cache that holds tokens', lambda s: s.cache_used()),
-            'images_kept': ('Images whose features are kept', lambda s: len(s._images)),
+            'images_kept': ('Images whose features are kept', lambda s: len(s.store)),
         }
         for name, (text, value) in gauges.items():
             yield self._family(GaugeMetricFamily, name, text, value)
