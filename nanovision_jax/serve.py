@@ -25,15 +25,18 @@ def main(argv):
     parser.add_argument('--slots', type=int, default=16, help='requests answered at once (default: %(default)s)')
     parser.add_argument('--images', type=int, default=64, help='images whose features are kept (default: %(default)s)')
     parser.add_argument('--queue', type=int, default=256, help='requests that may wait (default: %(default)s)')
+    parser.add_argument('--context', type=int, default=0, help='tokens of prompt and answer; default: what it learned')
+    parser.add_argument('--devices', type=int, default=1, help='split the model over so many (default: %(default)s)')
     parser.add_argument('--weights', default='', help='keep them as bfloat16 or int8: less memory, and faster on a GPU')
     args = parser.parse(argv)
-    for name in ('slots', 'images', 'queue'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name} takes a number above 0, not {getattr(args, name)}.')
+    for name in ('slots', 'images', 'queue', 'context', 'devices'):
+        if (value := getattr(args, name)) < 1 and (name, value) != ('context', 0):
+            raise UserError(f'--{name} takes a number above 0, not {value}.')
     try:
         import uvicorn
 
         from nanovision_jax.serving.api import Served, build_app
+        from nanovision_jax.serving.connection import Connection
     except ImportError as error:
         raise UserError(
             f"serving takes the extra: pip install 'nanovision_jax[serve]' ({error.name} is missing)."
@@ -50,20 +53,27 @@ def main(argv):
     settings = Settings(key, hosts, PUBLIC if args.public else Limits())
     served = []
     for folder in args.run:
-        opened = load(folder, args.weights)
+        opened = load(folder, args.weights, args.devices)
         name = f'{opened.config.name}/{opened.config.stage}'
         if name in {one.name for one in served}:
             raise UserError(f'two runs are called {name}: serve them apart.')
-        scheduler = Scheduler(opened, args.slots, args.images, args.queue)
+        scheduler = Scheduler(opened, args.slots, args.images, args.queue, args.context)
         print(f'{name}: {scheduler.plan()}')
         for what in scheduler.warm_up():
             print(f'{name}: compiling {what}', flush=True)
         served.append(Served(opened, name, scheduler))
     print(f'serving {", ".join(one.name for one in served)} at http://{args.host}:{args.port}/v1', flush=True)
     uvicorn.run(
-        build_app(served, settings), host=args.host, port=args.port, log_level='warning', server_header=False,
-        timeout_keep_alive=15, timeout_graceful_shutdown=int(settings.leave_in), h11_max_incomplete_event_size=1 << 16,
-    )  # fmt: skip
+        build_app(served, settings),
+        host=args.host,
+        port=args.port,
+        http=Connection,
+        log_level='warning',
+        server_header=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(settings.leave_in),
+        h11_max_incomplete_event_size=1 << 16,
+    )
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ from nanovision_jax.inference.prompt import text_prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.inference.scheduler import Scheduler
 from nanovision_jax.serving.api import Served, build_app
+from nanovision_jax.serving.connection import Connection
 from nanovision_jax.serving.guard import Settings
 from nanovision_jax.serving.protocol import Limits
 from nanovision_jax.serving.text import TextStream
@@ -34,7 +35,8 @@ KEY = 'a secret'
 @contextlib.contextmanager
 def serving(served, settings):
     """The address of a server in a thread."""
-    config = uvicorn.Config(build_app(served, settings), host='127.0.0.1', port=0, log_level='warning')
+    quick = type('Quick', (Connection,), {'seconds': 1.0})
+    config = uvicorn.Config(build_app(served, settings), host='127.0.0.1', port=0, log_level='warning', http=quick)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -163,6 +165,14 @@ def test_a_stop_string_ends_an_answer_before_it(client):
         stop = plain[start : start + length]
         text, why = said(stop=[stop, 'never said'])
         assert text == plain[: plain.index(stop)] and why == 'stop'
+        asked = dict(model='see', messages=TALKS[0], max_tokens=60, stop=stop, logprobs=True)
+        whole = client.chat.completions.create(**asked)
+        tokens = whole.choices[0].logprobs.content
+        assert len(tokens) == whole.usage.completion_tokens  # and none behind the one with which the stop was whole
+        if '\ufffd' not in stop:  # a part of a character, which waits for the rest of it
+            assert stop in ''.join(t.token for t in tokens) and stop not in ''.join(t.token for t in tokens[:-1])
+        parts = [c.choices[0].logprobs for c in client.chat.completions.create(**asked, stream=True)]
+        assert [t for part in parts if part for t in part.content] == tokens
 
 
 def test_completions_echo_with_probabilities_as_harnesses_read_them(client, runs, tokenizer):
@@ -196,6 +206,10 @@ def test_completions_echo_with_probabilities_as_harnesses_read_them(client, runs
         client.completions.create(model='text', prompt='the cat', echo=True, stream=True)
     streamed = client.completions.create(model='text', prompt='the cat', max_tokens=5, stream=True)
     assert ''.join(chunk.choices[0].text for chunk in streamed) == texts.choices[0].text
+    asked = dict(model='text', prompt='the cat', max_tokens=40, logprobs=1)
+    offsets = client.completions.create(**asked).choices[0].logprobs.text_offset
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [at for part in parts if part for at in part.text_offset] == offsets and len(offsets) == 40
 
 
 def test_tokens_there_and_back(address, tokenizer):
@@ -363,6 +377,33 @@ def test_bodies_have_limits(address):
     web.close()
 
 
+def test_heads_that_take_long_are_cut_off(address):
+    port = int(address.rpartition(':')[2])
+    head = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+
+    def heard(*parts):
+        """All that comes back until the server closes, or None if it stays open for three seconds."""
+        with socket.create_connection(('127.0.0.1', port)) as line:
+            line.settimeout(3)
+            found = b''
+            for part in parts:
+                line.sendall(part)
+                if part.endswith(b'\r\n\r\n'):
+                    found += line.recv(1000)
+            try:
+                while more := line.recv(1000):
+                    found += more
+            except TimeoutError:
+                return None
+            return found
+
+    assert heard().startswith(b'HTTP/1.1 408')  # a connection that says nothing
+    assert heard(head[:30]).startswith(b'HTTP/1.1 408')
+    again = heard(head + b'\r\n', head[:30])  # and one whose second request does not come
+    assert again.startswith(b'HTTP/1.1 200') and b'HTTP/1.1 408' in again
+    assert httpx.get(f'{address}/health').status_code == 200
+
+
 def test_random_bodies_are_mistakes_and_no_failures(address):
     rng = np.random.default_rng(0)
     atoms = [None, True, 0, -1, 1e308, 'x', '', [], {}, [[]], [1, 'a'], {'type': 'x'}, 'a' * 1000, -(2**70), [None]]
@@ -384,12 +425,12 @@ def test_random_bodies_are_mistakes_and_no_failures(address):
     ]
     good = {'model': 'see', 'messages': TALKS[0], 'prompt': 'a', 'max_tokens': 1}
     with httpx.Client(base_url=address, headers={'authorization': f'Bearer {KEY}'}, timeout=60) as web:
-        for number in range(300):
+        for number in range(500):
             body = dict(good) | {str(n): atoms[rng.integers(len(atoms))] for n in rng.choice(names, rng.integers(1, 4))}
             path = ('/v1/chat/completions', '/v1/completions', '/tokenize', '/detokenize')[number % 4]
             assert web.post(path, json=body).status_code in (200, 400, 404), body
         data = base64.b64decode(uri(picture(1), 'JPEG').partition(',')[2])
-        for _ in range(100):
+        for _ in range(200):
             damaged = bytearray(data)
             for place in rng.integers(0, len(data), rng.integers(1, 20)):
                 damaged[place] = rng.integers(256)

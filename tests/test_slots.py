@@ -10,12 +10,14 @@ import micro
 import numpy as np
 import pytest
 
+from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import slots
 from nanovision_jax.inference.engine import Engine, Prompt
 from nanovision_jax.inference.sampling import Sampling
 from nanovision_jax.inference.scheduler import Full, Request, Scheduler
+from nanovision_jax.parallel import mesh as parallel
 
 CONTEXT, P = 250, 9  # positions of the tiny models, tokens of a picture
 ENDLESS = (-1, -2)
@@ -267,6 +269,81 @@ def test_nothing_is_compiled_after_the_warm_up(run):
         asked.append(Asked(prompts[5], most=3))
         asked.append(Asked(prompts[5], most=3))
         answered(scheduler, *asked)
+
+
+@pytest.mark.parametrize('flavour', ['gpt', 'llama'])
+def test_a_model_split_over_devices_answers_the_same(tokenizer, flavour):
+    """Heads, feed-forward layer and vocabulary on two devices, by training's rules, and the cache's heads with them."""
+    cfg = micro.config('vision_instruct')
+    cfg.model.flavour, cfg.model.kv_heads, cfg.dtype = flavour, 2 if flavour == 'llama' else 0, 'float32'
+    graphdef, params = micro.model(cfg, tokenizer)
+    known = types.SimpleNamespace(stops=ENDLESS, image=tokenizer.image, size=tokenizer.size)
+    mesh = parallel.make_mesh(configs.Mesh(1, 1, 2), jax.devices()[:2])
+    split = jax.device_put(params, parallel.shardings(params, mesh))
+    rng, pictures = np.random.default_rng(12), lambda: list(rng.integers(0, 256, (1, 16, 16, 3), np.uint8))
+    prompts = []
+    for length in (20, 40, 70, 33, 100):
+        ids = rng.integers(5, 250, length, np.int32)
+        ids[3 : 3 + cfg.model.vision.patches] = tokenizer.image
+        prompts.append(Prompt(ids, pictures()))
+    found = []
+    for weights in (params, split):
+        run = types.SimpleNamespace(config=cfg, graphdef=graphdef, params=weights, tokenizer=known)
+        scheduler = Scheduler(run, slots=2, images=2)
+        list(scheduler.warm_up())
+        asked = [Asked(prompt, sampling=Sampling(0.7 * (i % 2), seed=i)) for i, prompt in enumerate(prompts)]
+        with compiled_at_most(0):
+            answered(scheduler, *asked)
+        found.append([one.tokens for one in asked])
+        kept = scheduler.state.cache[0][0]
+        shard = kept.sharding.shard_shape(kept.shape)
+        assert kept.shape[1] // shard[1] == (1 if weights is params else 2)
+    assert found[0] == found[1]
+
+
+def test_a_slot_may_be_shorter_than_the_model_reads(run):
+    scheduler = Scheduler(run, slots=2, context=100)
+    (prompt, long) = prompts_of(run, (80, 100), np.random.default_rng(13))
+    asked = Asked(prompt, most=1000)
+    answered(scheduler, asked)
+    assert len(asked.tokens) == 20 and asked.finish == 'length'
+    with pytest.raises(UserError, match='the context holds 100'):
+        scheduler.submit(Asked(long).request)
+    assert scheduler.state.cache[0][0].shape[2] == 128
+
+
+def test_slots_that_memory_does_not_hold_are_refused_before_they_are_made(run):
+    with pytest.raises(UserError, match=r'300000 slots of 250 tokens, .* lower --slots, --context or --images'):
+        Scheduler(run, slots=300_000)
+
+
+class Failing:
+    """A guide that fails in its second turn."""
+
+    def __init__(self, at):
+        self.at, self.turns = at, 0
+
+    def allowed(self):
+        self.turns += 1
+        if self.at == 'allowed' and self.turns == 2:
+            raise ValueError('no mask')
+        return np.full(4, 0xFFFFFFFF, np.uint32)
+
+    def ended(self, tokens):
+        if self.at == 'ended':
+            raise ValueError('no token')
+
+
+def test_a_guide_that_fails_fails_alone(run, scheduler, caplog):
+    prompts = prompts_of(run, (30, 40, 20), np.random.default_rng(14))
+    alone = Asked(prompts[0])
+    answered(Scheduler(run, slots=4, images=4), alone)
+    asked = Asked(prompts[0])
+    failing = [Asked(prompts[1], guide=Failing('allowed')), Asked(prompts[2], guide=Failing('ended'))]
+    answered(scheduler, asked, *failing)
+    assert asked.tokens == alone.tokens
+    assert [one.finish for one in failing] == ['error: no mask', 'error: no token']
+    assert 'a request failed' in caplog.text and not scheduler.busy()
 
 
 def test_the_thread_ends_when_all_is_answered(run):

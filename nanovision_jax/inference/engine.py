@@ -51,12 +51,16 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """A graphdef whose hash is its identity: a graphdef's own takes longer than decoding some tokens."""
+    """A graphdef whose hash is its identity: a graphdef's own takes longer than decoding some tokens.
+
+    mesh: over whose axis `tensor` the model is split; None: it lies on one device.
+    """
 
     graphdef: nnx.GraphDef
+    mesh: jax.sharding.Mesh | None = None
 
 
-define = functools.lru_cache(maxsize=None)(Definition)  # equal graphdefs have one Definition, so one compilation
+define = functools.lru_cache(maxsize=None)(Definition)  # equal ones are one Definition, so one compilation
 
 
 def bucket(n: int, least: int = 32) -> int:
@@ -136,8 +140,12 @@ class Engine:
         if not stage_of(config).decodes:
             raise UserError(f'a {config.stage} run compares pictures with captions: it has no decoder to chat with.')
         self.graphdef, self.params = stored(config, graphdef, params)
-        self.config, self.definition, self.stops = config, define(self.graphdef), tuple(stops)
+        self.config, self.definition, self.stops = config, define(self.graphdef, self._mesh()), tuple(stops)
         self.vocabulary = len(jax.tree.leaves(self.params.get('decoder', self.params)['embedding'])[0])
+
+    def _mesh(self):
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens=256, sampling=None):
         """Yields, chunk by chunk, a list with each prompt's new token ids; stop tokens are left out.

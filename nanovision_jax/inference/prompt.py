@@ -23,14 +23,18 @@ def chat_prompt(config, tokenizer, messages: list, images=()) -> Prompt:
     Images for which no message has a part go before the first question. Raises UserError for a conversation that makes
     no sense.
     """
-    vision = config.model.vision
+    ids = chat_ids(config, tokenizer, messages, len(images))
+    return Prompt(ids, [prepare(to_rgb(image), config.model.vision) for image in images])
+
+
+def chat_ids(config, tokenizer, messages: list, images: int) -> np.ndarray:
+    """The token ids of a conversation about so many images: see chat_prompt()."""
     try:
         conversation.check(messages)
-        messages = with_image_parts(messages, len(images))
-        ids = conversation.encode(messages, tokenizer, [vision.patches] * len(images), question=True).ids
+        messages = with_image_parts(messages, images)
+        return conversation.encode(messages, tokenizer, [config.model.vision.patches] * images, question=True).ids
     except conversation.BadExample as error:
         raise UserError(f'this conversation cannot be answered: {error}.') from error
-    return Prompt(ids, [prepare(to_rgb(image), vision) for image in images])
 
 
 def with_image_parts(messages: list[dict], count: int) -> list[dict]:

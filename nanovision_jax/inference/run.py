@@ -9,6 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from nanovision_jax import models
+from nanovision_jax.config import Mesh
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Engine
@@ -16,6 +17,7 @@ from nanovision_jax.inference.prompt import chat_prompt, text_prompt
 from nanovision_jax.inference.sampling import Sampling
 from nanovision_jax.inference.weights import check_weights, stored
 from nanovision_jax.parallel import compile_cache, hosts
+from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -117,10 +119,11 @@ class Run:
         return self.engine.generate(prompts, max_new_tokens, Sampling(**sampling))
 
 
-def load(run_dir, weights: str = '') -> Run:
-    """Opens a run folder: the newest intact checkpoint, on one device. Raises UserError if there is none.
+def load(run_dir, weights: str = '', devices: int = 1) -> Run:
+    """Opens a run folder: the newest intact checkpoint. Raises UserError if there is none.
 
-    weights: how they are kept in memory, as trained or 'bfloat16' or 'int8': see weights.py.
+    weights: how they are kept in memory, as trained or 'bfloat16' or 'int8': see weights.py. devices: over how many of
+    this process's devices the model is split, as by the axis `tensor` of a mesh.
     """
     check_weights(weights)
     folder, paths = pathlib.Path(run_dir), runfolder.Paths(run_dir)
@@ -136,9 +139,22 @@ def load(run_dir, weights: str = '') -> Run:
         raise UserError(f'{folder} has no whole checkpoint yet.')
     tokenizer = Tokenizer(paths.tokenizer)
     graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
-    device = jax.sharding.SingleDeviceSharding(hosts.first_device())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    target = _placed(shapes, config, tokenizer, devices)
     params = checkpoint.restore(folder, step, 'params', target)
     if weights and stage_of(config).decodes:
         graphdef, params = stored(config, graphdef, params, weights)
     return Run(config, step, graphdef, params, tokenizer)
+
+
+def _placed(shapes, config, tokenizer, devices):
+    """The shapes of parameters with the place of each."""
+    if devices == 1:
+        device = jax.sharding.SingleDeviceSharding(hosts.first_device())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    here = jax.local_devices()
+    if not 1 <= devices <= len(here):
+        raise UserError(f'a model is split over 1 to {len(here)} devices here, not {devices}.')
+    mesh = parallel.make_mesh(Mesh(1, 1, devices), here[:devices])
+    parallel.check_divides(config, mesh, tokenizer.size)
+    placed = parallel.shardings(shapes, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed)

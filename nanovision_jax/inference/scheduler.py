@@ -6,7 +6,9 @@ before it, images included, is read from there on.
 """
 
 import collections
+import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
@@ -22,8 +25,10 @@ from nanovision_jax.inference.engine import Engine, Prompt, bucket
 from nanovision_jax.inference.feature_store import FeatureStore, digest
 from nanovision_jax.inference.sampling import COLD, Sampling, make_sampler
 from nanovision_jax.inference.weights import readable
+from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.stages import stage_of
 
+log = logging.getLogger(__name__)
 CHUNK, SECONDS = 16, 0.05  # tokens that are said in a turn: at most, and about so long
 UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
 LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
@@ -88,22 +93,26 @@ class _Slot:
 
 
 class Scheduler:
-    """Answers requests with a run's model. Nothing is compiled after warm_up()."""
+    """Answers requests with a run's model. Nothing is compiled after warm_up().
 
-    def __init__(self, run, slots: int = 16, images: int = 64, waiting: int = 256):
+    slots: requests that are answered at once; images: those whose features are kept; waiting: requests that may wait;
+    context: tokens of a slot, prompt and answer, if fewer than the model's positions.
+    Raises UserError where the memory of the device does not hold all that.
+    """
+
+    def __init__(self, run, slots: int = 16, images: int = 64, waiting: int = 256, context: int = 0):
         self.config, engine = run.config, Engine(run.config, run.graphdef, run.params, run.tokenizer.stops)
         self.definition, self.stops = engine.definition, np.array(engine.stops, np.int32)
         self.params, self.image = readable(run.config, engine.params), run.tokenizer.image
-        positions, vision = self.config.model.positions, self.config.model.vision
-        self.piece = min(LONGEST_PIECE, max(SHORTEST, bucket(positions // 4)))
-        self.columns = columns = -(-positions // self.piece) * self.piece
-        self.sees, self.patches = stage_of(self.config).sees, vision.patches
+        self.context = min(context or self.config.model.positions, self.config.model.positions)
+        self.piece = min(LONGEST_PIECE, max(SHORTEST, bucket(self.context // 4)))
+        self.columns = -(-self.context // self.piece) * self.piece
+        self.sees, self.patches = stage_of(self.config).sees, self.config.model.vision.patches
         self.waiting, self.room = collections.deque(), waiting
-        self.count, self._slots = slots, [_Slot(np.int32(number)) for number in range(slots)]
         self._wake, self._stopping = threading.Condition(), False
-        self._decoder = models.decoder_of(models.merge(self.definition.graphdef, self.params))
-        self._empty = lambda: on_device.empty(self._decoder, slots, columns, [Sampling()] * slots)
-        self._kept = images if self.sees else 0
+        self.count, self._kept = slots, images if self.sees else 0
+        self._check_memory()
+        self._slots = [_Slot(np.int32(number)) for number in range(slots)]
         self._begin()
         self._pace = SECONDS / CHUNK  # seconds a token
         self.counts = collections.Counter()
@@ -111,18 +120,36 @@ class Scheduler:
 
     def _begin(self):
         """Makes the slots, and a store of images' features, with nothing in them."""
-        device = jax.tree.leaves(self.params)[0].sharding
-        # Put where the parameters are: what is left to jax to place is compiled for twice.
-        self.state = jax.device_put(self._empty(), device)
-        self.store = FeatureStore(self._kept, self.patches, self.config.model.width, self._decoder.dtype, device)
+        sampler = make_sampler([Sampling()] * self.count)
+        state = on_device.empty(self.definition, self.params, sampler, self.columns)
+        # Put where they are: arrays that jax is free to move are compiled for apart.
+        self.state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+        dtype, mesh = models.compute_dtype(self.config.dtype), self.definition.mesh
+        place = NamedSharding(mesh, PartitionSpec()) if mesh else jax.tree.leaves(self.params)[0].sharding
+        self.store = FeatureStore(self._kept, self.patches, self.config.model.width, dtype, place)
+
+    def _check_memory(self):
+        sampler, split = make_sampler([Sampling()] * self.count), self.definition.mesh
+        planned = jax.eval_shape(on_device.empty, self.definition, self.params, sampler, self.columns)
+        store = self._kept * self.patches * self.config.model.width * 4
+        device = hosts.first_device()
+        shares = split.shape['tensor'] if split else 1
+        # Saying tokens takes the columns that are read a second time.
+        needed = _size(self.params) / shares + 2 * _size(planned.cache) / shares + 2 * _size(planned.logits) + store
+        if (there := hardware.memory(device)) and needed > there:
+            raise UserError(
+                f'{self.count} slots of {self.context:,} tokens, {self._kept} images and the model take '
+                f'{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB: lower --slots, --context or '
+                '--images.'
+            )
 
     # From other threads -----------------------------------------------------------------------------------------------
 
     def submit(self, request: Request):
         """Queues a request. Raises Full where the queue is, and UserError for a prompt that leaves no room."""
-        length, positions = len(request.prompt.ids), self.config.model.positions
-        if length >= positions:
-            raise UserError(f'the prompt is {length} tokens long, and the context holds {positions}.')
+        length = len(request.prompt.ids)
+        if length >= self.context:
+            raise UserError(f'the prompt is {length} tokens long, and the context holds {self.context}.')
         places = int((np.asarray(request.prompt.ids) == self.image).sum())
         if places != self.patches * len(request.prompt.images):
             raise UserError(f'the prompt has {places} tokens for {len(request.prompt.images)} images.')
@@ -148,14 +175,14 @@ class Scheduler:
 
     def cache_used(self) -> float:
         """Which share of the cache holds tokens."""
-        return sum(len(slot.keys) for slot in self._slots) / (len(self._slots) * self.config.model.positions)
+        return sum(len(slot.keys) for slot in self._slots) / (len(self._slots) * self.context)
 
     def plan(self) -> str:
         """What memory it takes, as text."""
-        cache, store = (sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (self.state, self.store.rows))
+        cache, store = _size(self.state), _size(self.store.rows)
         kept = f', {store / 2**20:,.0f} MiB for {self._kept} images' if self.sees else ''
         return (
-            f'{len(self._slots)} slots of {self.config.model.positions:,} tokens in {cache / 2**20:,.0f} MiB{kept}; '
+            f'{len(self._slots)} slots of {self.context:,} tokens in {cache / 2**20:,.0f} MiB{kept}; '
             f'{self.room} requests may wait'
         )
 
@@ -191,8 +218,11 @@ class Scheduler:
             self._tell(request, Heard([], finish='cancelled' if request.cancelled else 'deadline'))
         for slot in self._slots:
             if (request := slot.request) and (request.cancelled or request.deadline < now):
-                self.state = on_device.silence(self.state, slot.number)
+                self._silence(slot)
                 self._finish(slot, 'cancelled' if request.cancelled else 'deadline')
+
+    def _silence(self, slot):
+        self.state = on_device.silence(self.definition.mesh, self.state, slot.number)
 
     def _tell(self, request, heard):
         seconds = time.monotonic() - request.asked
@@ -219,6 +249,7 @@ class Scheduler:
 
     def _failed(self, error):
         """Tells every request whose slot is lost, and begins anew."""
+        log.error('all that was being answered is lost', exc_info=error)
         for slot in self._slots:
             if slot.request:
                 self._finish(slot, f'error: {error}')
@@ -245,7 +276,7 @@ class Scheduler:
             source = max(self._slots, key=lambda slot: shared[slot.number])
             if shared[source.number] > shared[slot.number]:
                 slot = min(idle, key=lambda slot: slot.used)
-                self.state = on_device.copy(self.state, source.number, slot.number)
+                self.state = on_device.copy(self.definition.mesh, self.state, source.number, slot.number)
             slot.read = shared[source.number]
             slot.keys, slot.wanted, slot.request, slot.scores = wanted[: slot.read], wanted, request, []
             self.store.need(request.digests)
@@ -267,16 +298,26 @@ class Scheduler:
         for slot in reading:
             while units and slot.request and not slot.speaks:
                 units -= 1
-                try:
+                with self._alone(slot):
                     digests, images = slot.request.digests, slot.request.prompt.images
                     if self.store.see_one(self.definition, self.params, digests, images):
                         self.counts['images'] += 1
                     else:
                         self._read_piece(slot)
-                except Exception as error:
-                    if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.state, self.store.rows))):
-                        raise
-                    self._finish(slot, f'error: {error}')
+
+    @contextlib.contextmanager
+    def _alone(self, slot):
+        """What fails within it ends the request of this slot and no other, unless the state of all went with it."""
+        try:
+            yield
+        except Exception as error:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves((self.state, self.store.rows))):
+                raise
+            log.error('a request failed', exc_info=error)
+            if slot.speaks:
+                self._silence(slot)
+            if slot.request:
+                self._finish(slot, f'error: {error}')
 
     def _read_piece(self, slot):
         request, start = slot.request, len(slot.keys)
@@ -306,10 +347,10 @@ class Scheduler:
         request = slot.request
         met = np.zeros(self.state.logits.shape[1], bool)
         met[request.prompt.ids] = True
-        most = min(request.most, self.config.model.positions - len(slot.keys))
+        most = min(request.most, self.context - len(slot.keys))
         self._release(slot, request)
         sampler = make_sampler([request.sampling])
-        self.state = on_device.admit(self.state, slot.number, np.int32(most), met, sampler)
+        self.state = on_device.admit(self.definition.mesh, self.state, slot.number, np.int32(most), met, sampler)
         slot.speaks = True
         if request.echo:
             # A token's scores come with the one before it, and the first has none.
@@ -317,16 +358,18 @@ class Scheduler:
 
     def _say(self):
         """Every slot that speaks says some tokens."""
+        allowed = np.full((len(self._slots), self.words), ALL)
+        for slot in self._slots:
+            if slot.speaks and slot.request.guide:
+                with self._alone(slot):
+                    bits = slot.request.guide.allowed()
+                    allowed[slot.number] = 0
+                    allowed[slot.number, : len(bits)] = bits
         speaking = [slot for slot in self._slots if slot.speaks]
         if not speaking:
             return
         requests = [slot.request for slot in speaking]
-        guided = [slot for slot in speaking if slot.request.guide]
-        allowed = np.full((len(self._slots), self.words), ALL)
-        for slot in guided:
-            bits = slot.request.guide.allowed()
-            allowed[slot.number] = 0
-            allowed[slot.number, : len(bits)] = bits
+        guided = any(request.guide for request in requests)
         turns = 1 if guided else max(1, min(CHUNK, round(SECONDS / self._pace)))
         scored = any(request.scored for request in requests)
         began = time.monotonic()
@@ -346,7 +389,8 @@ class Scheduler:
         said, left = jax.device_get((wanted, self.state.left))
         self._pace = 0.7 * self._pace + 0.3 * (time.monotonic() - began) / max(1, int(said.counts.max()))
         for slot in speaking:
-            self._heard(slot, said, int(left[slot.number]))
+            with self._alone(slot):
+                self._heard(slot, said, int(left[slot.number]))
 
     def _columns(self, speaking, turns):
         """How many columns of the cache are to be read: the next of a few numbers, for each of which it is compiled."""
@@ -369,7 +413,7 @@ class Scheduler:
             self._tell(request, Heard(tokens, scores))
             return
         if request.guide:
-            self.state = on_device.silence(self.state, number)
+            self._silence(slot)
         self._finish(slot, 'stop' if stopped else 'length', tokens, scores)
 
     # Before the first request -----------------------------------------------------------------------------------------
@@ -396,12 +440,18 @@ class Scheduler:
                 )  # fmt: skip
         yield 'the rest'
         met = np.zeros(self.state.logits.shape[1], bool)
-        self.state = on_device.admit(self.state, zero, zero, met, make_sampler([Sampling()]))
-        self.state = on_device.silence(on_device.copy(self.state, zero, zero), zero)
+        self.state = on_device.admit(self.definition.mesh, self.state, zero, zero, met, make_sampler([Sampling()]))
+        self.state = on_device.copy(self.definition.mesh, self.state, zero, zero)
+        self._silence(self._slots[0])
         if self.sees:
             size, rows = self.config.model.vision.image_size, self.store.rows
             image, nowhere = np.zeros((1, size, size, 3), np.uint8), np.array([len(rows)], np.int32)
             self.store.rows = on_device.see(*model, rows, image, nowhere)
+
+
+def _size(tree):
+    """Bytes of a tree's arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _common(a, b):

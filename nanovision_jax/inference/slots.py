@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from nanovision_jax import models
-from nanovision_jax.inference.sampling import Sampler, draw, make_sampler
+from nanovision_jax.inference.sampling import Sampler, draw
 from nanovision_jax.inference.weights import kept_quantized
 
 ALTERNATIVES = 20  # the likeliest tokens that are told with a token's probability: as many as OpenAI's clients ask for
@@ -42,17 +44,23 @@ class Said(NamedTuple):
     theirs: Float[Array, 'N C A']
 
 
-def empty(decoder, count: int, columns: int, options) -> Slots:
-    """Slots that hold nothing. options: a Sampling for each."""
-    rows = decoder.output_kernel().shape[1]
-    return Slots(
-        jnp.zeros((count, rows), jnp.float32),
-        decoder.empty_cache(count, columns),
-        jnp.zeros(count, jnp.int32),
-        jnp.zeros(count, jnp.int32),
-        jnp.zeros((count, rows), bool),
-        jax.tree.map(jnp.asarray, make_sampler(options)),
-    )
+@functools.partial(jax.jit, static_argnames=('definition', 'columns'))
+def empty(definition, params, sampler: Sampler, columns: int) -> Slots:
+    """Slots that hold nothing, one for each row of `sampler`."""
+    decoder = models.decoder_of(models.merge(definition.graphdef, params))
+    count, rows = len(sampler.temperature), decoder.output_kernel().shape[1]
+    none = jnp.zeros(count, jnp.int32)
+    cache, met = decoder.empty_cache(count, columns), jnp.zeros((count, rows), bool)
+    return _placed(Slots(jnp.zeros((count, rows), jnp.float32), cache, none, none, met, sampler), definition.mesh)
+
+
+def _placed(slots, mesh):
+    """Slots where they always lie on a mesh, the cache's heads split: elsewhere, the next call would be compiled."""
+    if mesh is None:
+        return slots
+    put = jax.lax.with_sharding_constraint
+    cache = put(slots.cache, NamedSharding(mesh, P(None, 'tensor')))
+    return put(slots._replace(cache=None), NamedSharding(mesh, P()))._replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames='definition', donate_argnames='store')
@@ -61,7 +69,9 @@ def see(definition, params, store: Float[Array, 'features D'], images: UInt8[Arr
     model = models.merge(definition.graphdef, params)
     features = model.image_features(images[:, None])
     rows = places[:, None] + jnp.arange(features.shape[1])
-    return store.at[rows].set(features.astype(store.dtype), mode='drop')
+    store = store.at[rows].set(features.astype(store.dtype), mode='drop')
+    mesh = definition.mesh
+    return store if mesh is None else jax.lax.with_sharding_constraint(store, NamedSharding(mesh, P()))
 
 
 @functools.partial(jax.jit, static_argnames=('definition', 'scored'), donate_argnames='slots')
@@ -89,7 +99,7 @@ def read(
     hidden, cache = decoder.extend(x[None].astype(decoder.dtype), start[None], slots.cache, row)
     logits = decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1))[0, 0]
     logits, lengths = slots.logits.at[row].set(logits), slots.lengths.at[row].set(start + count)
-    slots = slots._replace(logits=logits, cache=cache, lengths=lengths)
+    slots = _placed(slots._replace(logits=logits, cache=cache, lengths=lengths), definition.mesh)
     return slots, _scored(decoder.logits(hidden)[0], following) if scored else None
 
 
@@ -100,23 +110,26 @@ def _scored(logits, tokens):
     return jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0], alternatives, theirs
 
 
-@functools.partial(jax.jit, donate_argnames='slots')
-def admit(slots: Slots, row: Int[Array, ''], most: Int[Array, ''], met: Bool[Array, ' V'], one: Sampler) -> Slots:
+@functools.partial(jax.jit, static_argnames='mesh', donate_argnames='slots')
+def admit(mesh, slots: Slots, row: Int[Array, ''], most: Int[Array, ''], met: Bool[Array, ' V'], one: Sampler) -> Slots:
     """Lets a slot speak, at most so many tokens. met: those of its prompt; one: its options, a Sampler of one row."""
     sampler = jax.tree.map(lambda of_all, new: of_all.at[row].set(new[0]), slots.sampler, one)
-    return slots._replace(left=slots.left.at[row].set(most), met=slots.met.at[row].set(met), sampler=sampler)
+    left, met = slots.left.at[row].set(most), slots.met.at[row].set(met)
+    return _placed(slots._replace(left=left, met=met, sampler=sampler), mesh)
 
 
-@functools.partial(jax.jit, donate_argnames='slots')
-def silence(slots: Slots, row: Int[Array, '']) -> Slots:
+@functools.partial(jax.jit, static_argnames='mesh', donate_argnames='slots')
+def silence(mesh, slots: Slots, row: Int[Array, '']) -> Slots:
     """Lets a slot say no more."""
-    return slots._replace(left=slots.left.at[row].set(0))
+    return _placed(slots._replace(left=slots.left.at[row].set(0)), mesh)
 
 
-@functools.partial(jax.jit, donate_argnames='slots')
-def copy(slots: Slots, source: Int[Array, ''], target: Int[Array, '']) -> Slots:
+@functools.partial(jax.jit, static_argnames='mesh', donate_argnames='slots')
+def copy(mesh, slots: Slots, source: Int[Array, ''], target: Int[Array, '']) -> Slots:
     """Gives a slot what another one holds in the cache."""
-    return slots._replace(cache=jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), slots.cache))
+    return _placed(
+        slots._replace(cache=jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), slots.cache)), mesh
+    )
 
 
 @functools.partial(
@@ -184,4 +197,4 @@ def say(
     def back(leaf, old, new):  # a slot that said nothing may hold more columns, and got a key into the last of these
         return jax.lax.dynamic_update_slice(leaf, jnp.where(speak, new, old), (0, 0, 0, 0))
 
-    return said, slots._replace(cache=jax.tree.map(back, whole, before, slots.cache))
+    return said, _placed(slots._replace(cache=jax.tree.map(back, whole, before, slots.cache)), definition.mesh)

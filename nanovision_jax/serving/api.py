@@ -1,6 +1,7 @@
 """The HTTP interface: OpenAI's chats and completions, tokens, health and metrics, as a FastAPI application."""
 
 import asyncio
+import collections
 import contextlib
 import json
 import secrets
@@ -82,7 +83,7 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
     async def chat_completions(request: fastapi.Request):
         fields = Fields(await request.body())
         one = chosen(fields)
-        options = protocol.wanted(fields, limits, one.config.model.positions)
+        options = protocol.wanted(fields, limits, one.scheduler.context)
         scored = fields.take('logprobs', bool, False)
         alternatives = protocol.alternatives(fields, 'top_logprobs') or 0
         if alternatives and not scored:
@@ -141,7 +142,7 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
         else:
             leading = [one.tokenizer.end_of_text] * fields.take('add_special_tokens', bool, True)
             ids = [*leading, *one.tokenizer.encode(fields.take('prompt', str, ''))]
-        return {'tokens': ids, 'count': len(ids), 'max_model_len': one.config.model.positions}
+        return {'tokens': ids, 'count': len(ids), 'max_model_len': one.scheduler.context}
 
     @app.post('/detokenize')
     async def detokenize(request: fastapi.Request):
@@ -173,7 +174,7 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
 
 def _model(one):
     told = {'id': one.name, 'object': 'model', 'created': one.created, 'owned_by': 'nanovision_jax'}
-    return told | {'max_model_len': one.config.model.positions, 'images': one.sees}
+    return told | {'max_model_len': one.scheduler.context, 'images': one.sees}
 
 
 def _guide(fields, one):
@@ -230,16 +231,30 @@ class Job:
             heard = await self.queue.get()
             if heard.finish.startswith('error'):
                 raise Refusal(500, f'this request could not be answered ({heard.finish}).')
-            stops = self.one.tokenizer.stops
-            said = [token for token in heard.tokens if token not in stops]
-            text = self.text.push(said, last=bool(heard.finish))
-            self.tokens += heard.tokens
-            self.scores += heard.scores or []
+            text, count = self._read(heard)
+            tokens, scores = heard.tokens[:count], heard.scores
             self.finish = heard.finish if heard.finish != 'deadline' else 'length'
             if self.text.stopped is not None:
                 self.finish = 'stop'
                 self.request.cancel()
-            yield text, heard.tokens, heard.scores
+                scores = scores and scores[: len(scores) - len(heard.tokens) + count]
+            self.tokens += tokens
+            self.scores += scores or []
+            yield text, tokens, scores
+
+    def _read(self, heard):
+        """(further text, how many of the tokens it took): a stop string ends both."""
+        ends, text = self.one.tokenizer.stops, ''
+        if not self.text.stops:
+            said = [token for token in heard.tokens if token not in ends]
+            return self.text.push(said, last=bool(heard.finish)), len(heard.tokens)
+        for count, token in enumerate(heard.tokens, 1):
+            text += self.text.push([token] if token not in ends else [])
+            if self.text.stopped is not None:
+                return text, count
+        if heard.finish:
+            text += self.text.push([], last=True)
+        return text, len(heard.tokens)
 
     async def whole(self):
         """The answer's text."""
@@ -362,6 +377,7 @@ class Completion(Form):
     def __init__(self, one, alternatives, echo, most):
         super().__init__(one, alternatives)
         self.echo, self.most = echo, most
+        self.characters = collections.Counter()  # of each answer's tokens that are streamed already
 
     def whole(self, jobs, texts):
         """All answers at once."""
@@ -379,13 +395,14 @@ class Completion(Form):
 
     def chunk(self, number, text, tokens, scores, finish):
         """A piece of a stream."""
-        logprobs = self._logprobs(tokens, scores) if scores else None
+        logprobs = self._logprobs(tokens, scores, self.characters[number]) if scores else None
+        self.characters[number] += sum(len(self.one.token(token)) for token in tokens) if scores else 0
         return self.frame() | {
             'choices': [{'index': number, 'text': text, 'finish_reason': finish, 'logprobs': logprobs}]
         }
 
-    def _logprobs(self, tokens, scores):
-        texts, offsets, at = [self.one.token(token) for token in tokens], [], 0
+    def _logprobs(self, tokens, scores, at=0):
+        texts, offsets = [self.one.token(token) for token in tokens], []
         for text in texts:
             offsets.append(at)
             at += len(text)

@@ -12,7 +12,7 @@ from nanovision_jax.data import images as image_files
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference.engine import Prompt
-from nanovision_jax.inference.prompt import chat_prompt, text_prompt
+from nanovision_jax.inference.prompt import chat_ids, text_prompt
 from nanovision_jax.inference.sampling import Sampling
 from nanovision_jax.inference.slots import ALTERNATIVES
 from nanovision_jax.serving.errors import Refusal
@@ -172,11 +172,12 @@ def chat(fields: Fields, run, limits: Limits) -> Prompt:
         raise Refusal(400, f'{run.name} has not learned to answer: it completes text (/v1/completions).', 'model')
     if images and not run.sees:
         raise Refusal(400, f'{run.name} cannot see: it takes no images.', 'messages')
-    pictures = [_decode(data, limits) for data in images]
     try:
-        return chat_prompt(run.config, run.tokenizer, messages, pictures)
+        ids = chat_ids(run.config, run.tokenizer, messages, len(images))
     except UserError as error:
         raise Refusal(400, str(error), 'messages') from error
+    # One image at a time, so that no more than one is there in full size.
+    return Prompt(ids, [_prepared(data, run.config.model.vision, limits) for data in images])
 
 
 def _part(part, images, limits):
@@ -202,9 +203,9 @@ def _part(part, images, limits):
     return {'type': 'image'}
 
 
-def _decode(data, limits):
+def _prepared(data, vision, limits):
     try:
-        return image_files.load(data, most=limits.pixels)
+        return image_files.prepare(image_files.load(data, most=limits.pixels), vision)
     except BadExample as error:
         raise Refusal(400, f'an image cannot be used: {error}.', 'messages') from None
 
