@@ -7,6 +7,7 @@ The address is http://127.0.0.1:8000/v1 unless said otherwise. Any address but t
 NANOVISION_API_KEY gives as well, or --public: a demo for everyone, with lower limits.
 """
 
+import gc
 import os
 
 from nanovision_jax.cli import Parser, run
@@ -63,6 +64,10 @@ def main(argv):
             print(f'{name}: compiling {what}', flush=True)
         served.append(Served(opened, name, scheduler))
     print(f'serving {", ".join(one.name for one in served)} at http://{args.host}:{args.port}/v1', flush=True)
+    # Garbage is looked for rarely while jax loads (see cli.run): here it would be images that clients sent.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700)
     uvicorn.run(
         build_app(served, settings),
         host=args.host,

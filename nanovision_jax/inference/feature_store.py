@@ -35,7 +35,7 @@ class FeatureStore:
 
     def has_room(self, digests: Sequence[bytes]) -> bool:
         """Whether these images find room beside those that are needed."""
-        return len({known for known, count in self._needed.items() if count} | set(digests)) <= self.count
+        return len(self._needed.keys() | set(digests)) <= self.count
 
     def need(self, digests: Sequence[bytes]):
         """Keeps these images until release()."""
@@ -43,7 +43,7 @@ class FeatureStore:
 
     def release(self, digests: Sequence[bytes]):
         """These images are needed once less."""
-        self._needed.subtract(digests)
+        self._needed -= collections.Counter(digests)  # which keeps none that is needed no more
 
     def see_one(self, definition, params, digests: Sequence[bytes], images: Sequence[np.ndarray]) -> bool:
         """Runs the first of some needed images that is not kept through the tower; False if all are."""

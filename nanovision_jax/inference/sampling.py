@@ -59,6 +59,9 @@ class Sampler(NamedTuple):
     repetition_penalty: Float[Array, ' B']
 
 
+_keys = jax.jit(jax.vmap(jax.random.key))
+
+
 def make_sampler(rows: Sequence[Sampling]) -> Sampler:
     """The Sampler of checked options, one a row."""
     temperature, top_k, top_p, seeds, min_p, repetition_penalty = zip(*rows, strict=True)
@@ -66,7 +69,7 @@ def make_sampler(rows: Sequence[Sampling]) -> Sampler:
         np.array(temperature, np.float32),
         np.array([min(k, 2**31 - 1) for k in top_k], np.int32),
         np.array(top_p, np.float32),
-        jax.vmap(jax.random.key)(np.array([seed % 2**32 for seed in seeds], np.uint32)),
+        _keys(np.array([seed % 2**32 for seed in seeds], np.uint32)),
         np.array(min_p, np.float32),
         np.array(repetition_penalty, np.float32),
     )

@@ -29,7 +29,8 @@ from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.stages import stage_of
 
 log = logging.getLogger(__name__)
-CHUNK, SECONDS = 16, 0.05  # tokens that are said in a turn: at most, and about so long
+# Tokens that are said in a turn: at most, at most where others are there too, who wait for its end; and about so long.
+CHUNK, SHARED, SECONDS = 16, 8, 0.05
 UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
 LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
 ALL = np.uint32(0xFFFFFFFF)  # every token may come next
@@ -370,7 +371,8 @@ class Scheduler:
             return
         requests = [slot.request for slot in speaking]
         guided = any(request.guide for request in requests)
-        turns = 1 if guided else max(1, min(CHUNK, round(SECONDS / self._pace)))
+        most = SHARED if self.waiting or self.busy() > 1 else CHUNK
+        turns = 1 if guided else max(1, min(most, round(SECONDS / self._pace)))
         scored = any(request.scored for request in requests)
         began = time.monotonic()
         said, self.state = on_device.say(

@@ -9,7 +9,8 @@ pip install 'transformers[serving]' torch torchvision; the servers run in turn, 
 the run's own tokenizer on both sides. The clients share the machine with the server.
 
 Prints one JSON object. Of each number of clients: first_token_ms (median), tokens_per_second (of a client, after its
-first token; median), total_tokens_per_second (all by all the time), requests_per_second.
+first token; median), total_tokens_per_second (all by all the time), requests_per_second. same_answers: the share of
+answers in which both sides say the same.
 """
 
 import asyncio
@@ -59,8 +60,8 @@ def body(model, client, number, sees):
     return {'model': model, 'messages': [{'role': 'user', 'content': content}]} | options
 
 
-async def asked(web, request, tokens_of):
-    """(seconds to the first text, seconds in all, tokens) of one request."""
+async def asked(web, request):
+    """(seconds to the first text, seconds in all, the answer) of one request."""
     began, first, text = time.perf_counter(), None, ''
     async with web.stream('POST', '/v1/chat/completions', json=request) as stream:
         if stream.status_code != 200:
@@ -73,27 +74,31 @@ async def asked(web, request, tokens_of):
                     first = first or time.perf_counter() - began
                     text += said
     whole = time.perf_counter() - began
-    return first or whole, whole, tokens_of(text)
+    return first or whole, whole, text
 
 
 async def load(address, model, clients, requests, sees, tokens_of):
-    """The figures of so many clients at once."""
+    """(the figures of so many clients at once, their answers)."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as web:
 
         async def client(number):
-            return [await asked(web, body(model, number, i, sees), tokens_of) for i in range(requests)]
+            return [await asked(web, body(model, number, i, sees)) for i in range(requests)]
 
         began = time.perf_counter()
         found = [one for some in await asyncio.gather(*map(client, range(clients))) for one in some]
         seconds = time.perf_counter() - began
-    speeds = [(tokens - 1) / (whole - first) for first, whole, tokens in found if tokens > 1 and whole > first]
-    return {
+    answers = [text for _, _, text in found]
+    counts = list(map(tokens_of, answers))
+    timed = zip(found, counts, strict=True)
+    speeds = [(n - 1) / (whole - first) for (first, whole, _), n in timed if n > 1 and whole > first]
+    figures = {
         'first_token_ms': round(1e3 * statistics.median(first for first, _, _ in found), 1),
         'tokens_per_second': round(statistics.median(speeds)) if speeds else None,
-        'total_tokens_per_second': round(sum(tokens for _, _, tokens in found) / seconds),
+        'total_tokens_per_second': round(sum(counts) / seconds),
         'requests_per_second': round(len(found) / seconds, 2),
     }
+    return figures, answers
 
 
 @contextlib.contextmanager
@@ -138,7 +143,7 @@ def main(argv):
 
     config, tokenizer = config_file.read(pathlib.Path(run)), Tokenizer(Paths(run).tokenizer)
     sees = stage_of(config).sees
-    turns = {'ours': [], **({'transformers': []} if peer else {})}
+    turns, answers = {'ours': [], **({'transformers': []} if peer else {})}, {}
     with tempfile.TemporaryDirectory() as folder:
         if peer:
             train.process('-m', 'nanovision_jax.convert', '--to=hf', f'--run={run}', f'--output={folder}/exported')
@@ -161,10 +166,11 @@ def main(argv):
                     command = [program, 'serve', model, f'--port={port}', '--host=127.0.0.1', '--device=cpu']
                 with serving(*command, port=port) as address:
                     asyncio.run(load(address, model, 2, 2, sees, len))  # warm
-                    figures = {}
+                    figures, answers[side] = {}, []
                     for n in numbers:
                         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-                        figures[n] = asyncio.run(load(address, model, n, requests, sees, count))
+                        figures[n], said = asyncio.run(load(address, model, n, requests, sees, count))
+                        answers[side] += said
                         print(f'{side}, {n} clients: {figures[n]}', file=sys.stderr)
                     found.append(figures)
     told = {
@@ -176,6 +182,8 @@ def main(argv):
         told['ratio'] = {
             n: round(us[n]['total_tokens_per_second'] / them[n]['total_tokens_per_second'], 2) for n in numbers
         }
+        pairs = list(zip(answers['ours'], answers['transformers'], strict=True))
+        told['same_answers'] = round(sum(a.strip() == b.strip() for a, b in pairs) / len(pairs), 3)
     told |= {'requests_a_client': requests, 'cores': os.cpu_count(), 'versions': {'jax': jax.__version__}}
     print(json.dumps(told))
 
