@@ -29,8 +29,9 @@ from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.stages import stage_of
 
 log = logging.getLogger(__name__)
-# Tokens that are said in a turn: at most, at most where others are there too, who wait for its end; and about so long.
-CHUNK, SHARED, SECONDS = 16, 8, 0.05
+# Tokens that are said in a turn: at most; at most where others wait for its end; about so long, in seconds; and at
+# least, since a turn begins and ends with a copy of what is in use of the cache.
+CHUNK, SHARED, SECONDS, FEWEST = 16, 8, 0.05, 4
 UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
 LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
 ALL = np.uint32(0xFFFFFFFF)  # every token may come next
@@ -372,7 +373,7 @@ class Scheduler:
         requests = [slot.request for slot in speaking]
         guided = any(request.guide for request in requests)
         most = SHARED if self.waiting or self.busy() > 1 else CHUNK
-        turns = 1 if guided else max(1, min(most, round(SECONDS / self._pace)))
+        turns = 1 if guided else max(FEWEST, min(most, round(SECONDS / self._pace)))
         scored = any(request.scored for request in requests)
         began = time.monotonic()
         said, self.state = on_device.say(
