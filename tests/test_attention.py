@@ -56,6 +56,27 @@ def test_the_plain_one_is_attention_as_it_is_written_down():
     np.testing.assert_allclose(found, by_hand(q, k, v), atol=2e-6)
 
 
+@pytest.mark.parametrize('columns', [32, 40, 1024])
+def test_a_cache_is_attended_as_without_one(columns):
+    """In pieces, of one row among others or of all at once; what stands behind the last column seen is of no effect."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 30, heads, 8)), jnp.float32) for heads in (N, K, K))
+    wanted = attend(q, k, v, Structure(causal=True))
+    piece = jax.jit(attention.attend_cached)
+
+    def in_pieces(rows, row):
+        cache = tuple(jnp.full((rows, K, columns, 8), 1e6, jnp.float32) for _ in range(2))
+        found = []
+        for start, stop in ((0, 16), (16, 29), (29, 30)):
+            part = (jnp.repeat(x[:, start:stop], rows if row is None else 1, axis=0) for x in (q, k, v))
+            some, cache = piece(*part, jnp.full(rows if row is None else 1, start), cache, row)
+            found.append(some[-1:])
+        return jnp.concatenate(found, axis=1)
+
+    np.testing.assert_allclose(in_pieces(3, None), wanted, atol=1e-5)
+    np.testing.assert_allclose(in_pieces(3, jnp.int32(1)), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize('head', kernels.HEADS)
 @pytest.mark.parametrize('name', kernels.PACKED)
 def test_a_kernel_is_the_plain_one_with_its_gradients(name, head):

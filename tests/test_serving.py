@@ -239,6 +239,8 @@ def test_what_cannot_be_served_is_named(client, address):
         ({'temperature': 3}, 'temperature'),
         ({'top_p': 'x'}, 'top_p'),
         ({'max_tokens': 0}, 'max_tokens'),
+        ({'max_tokens': 201}, 'max_tokens'),
+        ({'max_completion_tokens': 10**9}, 'max_completion_tokens'),
         ({'top_logprobs': 3}, 'top_logprobs'),
         ({'logprobs': True, 'top_logprobs': 21}, 'top_logprobs'),
         ({'stop': ['']}, 'stop'),

@@ -131,7 +131,7 @@ def wanted(fields: Fields, limits: Limits, most: int) -> Wanted:
     sampling = sampling._replace(top_k=max(0, sampling.top_k))
     named = [name for name in ('max_completion_tokens', 'max_tokens') if name in fields.data] or ['max_tokens']
     least = 0 if named[0] == 'max_tokens' and fields.data.get('echo') else 1
-    tokens = [fields.number(name, most, least, 2**31, whole=True) for name in named]
+    tokens = [fields.number(name, min(most, limits.tokens), least, limits.tokens, whole=True) for name in named]
     stops = fields.data.get('stop', [])
     fields.unread.discard('stop')
     stops = [stops] if isinstance(stops, str) else stops
@@ -143,7 +143,7 @@ def wanted(fields: Fields, limits: Limits, most: int) -> Wanted:
         raise Refusal(400, f'stop takes up to {STOPS} texts of 1 to 256 characters.', 'stop')
     stream = fields.take('stream', bool, False)
     usage = fields.take('stream_options', dict, {}).get('include_usage', False)
-    return Wanted(sampling, min(tokens[0], limits.tokens), stops, stream, usage is True)
+    return Wanted(sampling, tokens[0], stops, stream, usage is True)
 
 
 # Chats ---------------------------------------------------------------------------------------------------------------
