@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
-from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.errors import INTERRUPTED, MISTAKE, UNREAD, UserError, nearest
 from nanovision_jax.training import start
 
 # Objects made before Python looks for garbage among them: at its 700, that is a quarter of the time jax takes to load.
@@ -67,7 +67,7 @@ def run(main):
         _end(error)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         stdout = sys.stdout.fileno()
         gone = select.poll()
@@ -76,7 +76,7 @@ def run(main):
             raise
         # What is still buffered would be written again, and fail again, as Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-        sys.exit(141)
+        sys.exit(UNREAD)
     except OSError as error:
         if error.errno not in MACHINE:
             raise
@@ -89,7 +89,7 @@ def run(main):
 
 def _end(reason):
     print(f'error: {reason}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(MISTAKE)
 
 
 def _take_any_text():

@@ -178,6 +178,7 @@ class Optim:
     weight_decay: float = option(0.1, 'of matrices only: never norms, biases, embeddings', least=0)
     clip_norm: float = option(1.0, 'gradients are scaled down to this norm', above=0)
     accumulate: int = option(0, "a step's batch goes through in this many parts; 0 or auto: see model.remat", least=0)
+    max_skipped: int = option(5, 'steps in a row whose loss or gradients are not finite, with which it stops', above=0)
     reduce_dtype: str = option(
         'float32', 'in which gradients are summed over the devices of mesh.data', ('float32', 'bfloat16')
     )

@@ -1,9 +1,16 @@
-"""Mistakes that a user can mend."""
+"""Mistakes that a user can mend, and the exit codes of every command.
+
+0    it is done                     75   told to stop (SIGTERM, SIGHUP, SIGUSR1): the same command goes on
+1    a failure, ours or the machine's   130  stopped by Ctrl-C: the same command goes on
+2    the user's mistake, one sentence   141  the reader of the output went away
+"""
 
 import difflib
 import os
 import pathlib
 import tempfile
+
+MISTAKE, GO_ON, INTERRUPTED, UNREAD = 2, 75, 130, 141  # exit codes; 75 is the system's "try again" (EX_TEMPFAIL)
 
 
 class UserError(Exception):

@@ -15,6 +15,7 @@ import time
 
 from nanovision_jax import cli
 from nanovision_jax.parallel import huge_pages
+from nanovision_jax.training.stopping import StopOnSignal
 
 BEGAN = time.perf_counter()
 
@@ -23,9 +24,10 @@ def main(argv):
     """The command: see the module's docstring."""
     sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
     config, flags = cli.parse(argv, __doc__, resume=False, anew=False, profile=0)
-    from nanovision_jax.training.loop import train  # jax loads once the command line is read
+    with StopOnSignal() as stop:
+        from nanovision_jax.training.loop import train  # jax loads once the command line is read
 
-    train(config, **flags, began=BEGAN)
+        train(config, **flags, began=BEGAN, stop=stop)
 
 
 if __name__ == '__main__':

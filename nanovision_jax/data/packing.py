@@ -215,6 +215,10 @@ class PackedRows(Examples):
         slots = batch.empty_slots(self.slots, self.config.model.vision, kept) if self.slots else None
         return batch.pack(list(map(self._example, self.examples(int(i)))), self.config.data.length, slots)
 
+    def drawn(self, i):
+        """The numbers, in their source, of the examples that row i holds."""
+        return [int(self.index.rows[k]) for k in self.examples(int(i))]
+
     def rows_per_epoch(self):
         """Rows in the first epoch."""
         return len(self.epoch(0))
@@ -287,6 +291,10 @@ class TextRows:
             ),
             'positions': (np.arange(length) - np.maximum.accumulate(starts)).astype(np.int32),
         }
+
+    def drawn(self, i):
+        """The number of the window that row i is."""
+        return [self.first + self.shuffled.at(i)[1]]
 
     def rows_per_epoch(self):
         """Windows in all shards."""

@@ -102,6 +102,10 @@ class PairRows(Examples):
         most += math.ceil(2 * lengths.std() * size**0.5 / length)
         return Captions(length, shards * parts * min(size, most), shards, parts)
 
+    def drawn(self, i):
+        """The number, in its source, of the example that row i holds."""
+        return [int(self.index.rows[self.shuffled.at(i)[1]])]
+
     def rows_per_epoch(self):
         """Pairs in all."""
         return self.shuffled.n

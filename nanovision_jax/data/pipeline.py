@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -22,10 +23,13 @@ from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from nanovision_jax.data.workers import ignore_signals
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.config_file import TRAINED, hub_id
 from nanovision_jax.runs.folder import file_digest, read_json, write_whole
 from nanovision_jax.stages import stage_of
+
+RESTARTS = 3  # times in a row that data workers are started again
 
 
 def family_tokenizer(config, inherited: pathlib.Path | None = None) -> Tokenizer:
@@ -167,24 +171,38 @@ def open_rows(config, tokenizer, split: str = 'train') -> tuple:
 def batches(rows, batch_size: int, start: int = 0, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of `batch_size` rows from row `start` on, read ahead by threads, or by worker processes.
 
-    Batch n is rows[start + n·batch_size : …] whatever the number of workers. Raises UserError for a batch in which
-    nothing is learned.
+    Batch n is rows[start + n·batch_size : …] whatever the number of workers. Workers that die are started again,
+    RESTARTS times in a row. Raises UserError for a batch in which nothing is learned, and where workers go on dying.
     """
+    restarts = 0
+    while True:
+        with contextlib.closing(iter(_read_ahead(rows, batch_size, start, workers))) as read:
+            try:
+                for batch in read:
+                    if 'weights' in batch and not batch['weights'].any():
+                        raise UserError(f'nothing is learned in rows {start} and on: no answer in any of them.')
+                    yield batch
+                    start, restarts = start + batch_size, 0
+            except RuntimeError as error:
+                if 'Worker process was terminated' not in str(error):
+                    raise
+                restarts += 1
+                if restarts > RESTARTS:
+                    raise UserError(f'data workers go on dying, at row {start} and on: {error}.') from error
+                print(f'a data worker died, and they begin again at row {start}', file=sys.stderr)
+
+
+def _read_ahead(rows, batch_size, start, workers):
+    """A Grain data set of the batches from a row on."""
     stop = np.iinfo(np.int32).max
     made = getattr(rows, 'captions', None)  # of pairs; rows of other stages are stacked
     dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size, batch_fn=made)
-    if workers:
-        _parse_absl_flags()
-        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    else:
-        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    for number, batch in enumerate(dataset):
-        if 'weights' in batch and not batch['weights'].any():
-            raise UserError(
-                f'nothing is learned in rows {start + number * batch_size} and on: no answer in any of them.'
-            )
-        yield batch
+    if not workers:
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    _parse_absl_flags()
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return dataset.mp_prefetch(options, worker_init_fn=ignore_signals)
 
 
 def _parse_absl_flags():

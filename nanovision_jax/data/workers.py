@@ -25,6 +25,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
+def ignore_signals(*_):
+    """In a worker: a signal to a whole group of processes is for the one that started it to answer.
+
+    That ends its workers itself, with SIGTERM, which is not ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Workers(concurrent.futures.ThreadPoolExecutor):
     """`count` processes that call `function`: submit(workers.call, item) gives function(item), or raises what it does.
 

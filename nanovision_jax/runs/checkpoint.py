@@ -12,6 +12,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import sys
 import threading
 
 import jax
@@ -31,6 +32,18 @@ class Checkpoints:
         self.folder, self.keep = Paths(pathlib.Path(run_dir).absolute()).checkpoints, keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread, self._error = None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Waits until everything is on disk; what is raised already comes before an error of that."""
+        try:
+            self.wait()
+        except UserError as error:
+            if kind is None:
+                raise
+            print(f'error: {error}', file=sys.stderr)
 
     def save(self, step: int, params: dict, optimizer, extra: dict):
         """Starts writing `params` and `optimizer` (trees of arrays; None: none); `extra` goes into the manifest.

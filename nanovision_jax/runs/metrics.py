@@ -1,19 +1,24 @@
 """metrics.jsonl: what was logged as a run went on, and TensorBoard's copy of it."""
 
 import json
+import sys
 
 from nanovision_jax.runs.folder import Paths, read_lines, write_lines
 
 
 class Metrics:
-    """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first."""
+    """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first.
+
+    Lines that cannot be written, on a full disk say, are kept, said once, and written with the next that can be.
+    """
 
     def __init__(self, run_dir, to='', start=0):
         self.file = Paths(run_dir).metrics
         kept = [line for line in read_metrics(self.file) if line['step'] <= start]
         write_lines(self.file, kept)  # a half-written last line is gone too: the next one would be glued to it
-        self.last = next((line for line in reversed(kept) if 'loss' in line), {'tokens': 0, 'seconds': 0.0})
-        self._board = None
+        self.last = next((line for line in reversed(kept) if 'tokens' in line), {'tokens': 0, 'seconds': 0.0})
+        self.evaluated = {line['step'] for line in kept if 'eval_loss' in line}
+        self._board, self._unwritten, self._size = None, [], self.file.stat().st_size
         if to == 'tensorboard':
             from tensorboardX import SummaryWriter
 
@@ -21,8 +26,19 @@ class Metrics:
 
     def write(self, **values):
         """Appends one object; numbers other than `step` go to TensorBoard too."""
-        with open(self.file, 'a') as file:
-            file.write(json.dumps(values) + '\n')
+        self._unwritten.append(json.dumps(values) + '\n')
+        try:
+            data = ''.join(self._unwritten).encode()
+            with open(self.file, 'r+b') as file:  # which makes no folder anew that was removed
+                file.truncate(self._size)  # without what was begun of a line and could not be ended
+                file.seek(self._size)
+                file.write(data)
+            self._size, self._unwritten = self._size + len(data), []
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                why = f'{self.file} cannot be written ({error.strerror})'
+                print(f'{why}; its lines are kept until it can', file=sys.stderr)
+        self.evaluated |= {values['step']} if 'eval_loss' in values else set()
         if self._board:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name != 'step':

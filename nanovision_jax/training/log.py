@@ -1,12 +1,16 @@
 """The log of a training run: lines on the terminal and in metrics.jsonl."""
 
 import collections
+import contextlib
 import datetime
+import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.errors import UserError
@@ -15,6 +19,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics
 from nanovision_jax.training import meter, optim
 
+RECENT, LEAP = 100, 8  # a loss leaps that is twice the mean of so many, and beyond it by so many of their deviations
 WAITING = 0.1  # a share of the time in which the next batch is not there, from which on a line says so
 
 
@@ -22,17 +27,20 @@ class Log:
     """A context that logs a run from step `start` to `steps`.
 
     A step's line is put by, and written once the next step is on its way: the device never waits for a log line.
+    drawn: a function that tells the numbers of a step's examples, for those whose loss is odd.
     """
 
-    def __init__(self, config, vocab_size: int, start: int, steps: int):
-        self.config, self.vocab_size, self.steps = config, vocab_size, steps
+    def __init__(self, config, vocab_size: int, start: int, steps: int, drawn: Callable):
+        self.config, self.vocab_size, self.steps, self.drawn = config, vocab_size, steps, drawn
         self.metrics = Metrics(pathlib.Path(config.run_dir), config.log.to, start)
         self.peak, source = hardware.peak_flops()
         print(f'MFU is of {self.peak:.3g} FLOP/s ({source}); full-attention convention, padding not counted')
         self.rate = optim.schedule(config.optim, steps)
         self.bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5)
         self.tokens = self.metrics.last['tokens']  # of the whole run
-        self.window, self._waiting = collections.Counter(), None  # window: work since the last line
+        self.window, self._taken, self._waiting = collections.Counter(), [], None  # window: work since the last line
+        self.skipped, self._in_a_row = self.metrics.last.get('skipped', 0), 0
+        self._losses = collections.deque(maxlen=RECENT)
         self.clock = meter.Clock(self.metrics.last['seconds'])
 
     def __enter__(self):
@@ -45,8 +53,9 @@ class Log:
         """Prints a line above the progress bar."""
         self.bar.write(text, file=sys.stdout)
 
-    def count(self, work: dict):
-        """Counts a step and its work, {tokens, learned, images}."""
+    def count(self, step: int, metrics: dict, work: dict):
+        """Counts a step, its metrics, which may still be on their way, and its work, {tokens, learned, images}."""
+        self._taken.append((step, metrics))
         self.window.update(work | {'steps': 1})
         self.tokens += work['tokens']
         self.bar.update()
@@ -55,38 +64,59 @@ class Log:
         """Counts seconds in which the next batch was not there yet."""
         self.window['waited'] += seconds
 
-    def put_by(self, step: int, metrics: dict):
-        """Remembers a step's metrics, which may still be on their way from the device, for flush()."""
-        self._waiting = step, metrics, self.window, self.tokens
-        self.window = collections.Counter()
+    def put_by(self):
+        """Remembers that the last step has a line, for flush()."""
+        self._waiting = self._taken, self.window, self.tokens
+        self._taken, self.window = [], collections.Counter()
 
     def flush(self):
         """Writes the line that was put by, if there is one. Raises UserError where training has diverged."""
         if self._waiting is None:
             return
-        (step, metrics, window, tokens), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        (taken, window, tokens), self._waiting = self._waiting, None
+        step, every = taken[-1][0], jax.device_get([metrics for _, metrics in taken])
         seconds, elapsed = self.clock.lap()  # only now: the step was still running when it was dispatched
-        self._check_finite(step, values)
+        for (number, _), values in zip(taken, every, strict=True):
+            self._look_at(number, float(values['loss']), float(values['grad_norm']), bool(values['sound']))
+        # Of a skipped step there is nothing to tell; the line of a window without any other has no loss.
+        sound = [values for values in every if values['sound']]
+        values = {name: float(sound[-1][name]) for name in ('loss', 'grad_norm')} if sound else {}
         speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
         flops = meter.step_flops(
             self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
         )
         measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
         measured['waited'] = min(1.0, window['waited'] / seconds)
+        measured |= {'skipped': self.skipped} if self.skipped else {}
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
         left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
-        self.bar.set_postfix_str(f'loss {values["loss"]:.3f}', refresh=False)
+        loss, norm = (values.get(name, math.nan) for name in ('loss', 'grad_norm'))
+        self.bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
         self.say(
-            f'step {step}/{self.steps}  loss {values["loss"]:.4f}  lr {rate:.2e}  grad {values["grad_norm"]:.2f}  '
+            f'step {step}/{self.steps}  loss {loss:.4f}  lr {rate:.2e}  grad {norm:.2f}  '
             f'{speed:,.0f} tokens/s  MFU {measured["mfu"]:.1%}  {left} left'
             + (f'  {measured["waited"]:.0%} of the time waiting for data' if measured['waited'] > WAITING else '')
         )
 
-    def _check_finite(self, step, values):
-        if not math.isfinite(values['loss']) or not math.isfinite(values['grad_norm']):
+    def _look_at(self, step, loss, norm, sound):
+        """Lists a step that was skipped, or whose loss leaps. Raises UserError where too many in a row were skipped."""
+        self._in_a_row = 0 if sound else self._in_a_row + 1
+        if sound:
+            recent = np.array(self._losses)
+            self._losses.append(loss)
+            if len(recent) < RECENT or loss < 2 * recent.mean() or loss < recent.mean() + LEAP * recent.std():
+                return
+        else:
+            self.skipped += 1
+        paths, why = runfolder.Paths(self.config.run_dir), 'leaps' if sound else 'is not finite, so the step is skipped'
+        record = {'step': step, 'skipped': not sound, 'loss': str(loss), 'grad_norm': str(norm)}
+        self.say(f'step {step}: the loss {why} ({loss:.4g}, gradient norm {norm:.4g}); its examples: {paths.bad_steps}')
+        with contextlib.suppress(OSError), open(paths.bad_steps, 'a') as file:
+            file.write(json.dumps(record | {'examples': self.drawn(step)}) + '\n')
+        if self._in_a_row >= self.config.optim.max_skipped:
             saved = next(iter(runfolder.whole_steps(self.config.run_dir)), 0)
             raise UserError(
-                f'the loss is {values["loss"]} and the gradient norm {values["grad_norm"]} at step {step}: training '
-                f'has diverged. The last checkpoint is step {saved}; try a lower optim.learning_rate.'
+                f'the loss is {loss} and the gradient norm {norm} at step {step}: training has diverged, '
+                f'{self._in_a_row} steps in a row were skipped (optim.max_skipped). The last checkpoint is step '
+                f'{saved}; try a lower optim.learning_rate.'
             )

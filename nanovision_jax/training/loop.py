@@ -1,10 +1,10 @@
 """The training loop, the same for every stage, in acts from top to bottom."""
 
 import collections
+import contextlib
 import gc
 import itertools
 import pathlib
-import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ from nanovision_jax import models
 from nanovision_jax.data import conversation, pipeline
 from nanovision_jax.data.images import load as load_image
 from nanovision_jax.data.tokenizer import Tokenizer
-from nanovision_jax.errors import check_writable
+from nanovision_jax.errors import UserError, check_writable
 from nanovision_jax.inference import prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.parallel import compile_cache, hardware
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.runs import checkpoint, lineage
+from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import features, fit, optim
@@ -29,40 +29,56 @@ from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
 from nanovision_jax.training.meter import Startup
 from nanovision_jax.training.resume import open_run, write_run
-from nanovision_jax.training.step import init_state, make_eval_step, partition
+from nanovision_jax.training.step import finite, init_state, make_eval_step, partition
+from nanovision_jax.training.stopping import StopOnSignal
 from nanovision_jax.training.trace import Trace
 
 
 def train(
-    config, resume: bool = False, anew: bool = False, profile: int = 0, began: float | None = None
+    config,
+    resume: bool = False,
+    anew: bool = False,
+    profile: int = 0,
+    began: float | None = None,
+    stop: StopOnSignal | None = None,
 ) -> pathlib.Path:
     """Runs a stage to its end (or to the next signal), and returns the run folder.
 
-    profile: so many steps are traced, into the run's folder profile. began: as Startup takes it.
+    profile: so many steps are traced, into the run's folder profile. began: as Startup takes it. stop: which hears
+    signals already. Raises UserError where another process trains this run.
     """
     startup = Startup(began)
     startup.reached('imports')
     folder = pathlib.Path(config.run_dir)
+    check_writable(folder)
+    hearing = contextlib.nullcontext(stop) if stop else StopOnSignal()
+    with hearing as stop, lock.held(folder.parent / f'.{folder.name}.lock', f'the run {folder}'):
+        return train_alone(config, resume, anew, profile, startup, stop)
+
+
+def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup, stop: StopOnSignal) -> pathlib.Path:
+    """train(), while no other process may train this run."""
+    folder = pathlib.Path(config.run_dir)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
-    if config.steps and start >= config.steps:
+    ended = 'finished' in runfolder.read_lineage(folder)
+    if config.steps and start >= config.steps and ended:
         return finished(folder, start, config.steps)
-    check_writable(folder)
     compile_cache.use()
     mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.parts)
-    with jax.set_mesh(mesh), StopOnSignal() as stop:
+    with jax.set_mesh(mesh):
         came_from = [f'{config.stage} goes on from {folder}, step {start}'] if start else starts.lines(config, sources)
         print('\n'.join(came_from))
         startup.reached('devices')
         data = open_data(config, mesh, sources, start)
         startup.reached('data')
-        if start >= data.steps:
+        if start >= data.steps and ended:
             return finished(folder, start, data.steps)
         training = begin(config, data, sources, mesh, start, startup)
         step, params = run_steps(config, data, training, mesh, start, stop, startup, profile)
-        if step < data.steps:
+        if stop.signal is not None:  # the end, too, is completed by the same command
             print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
-            sys.exit(128 + stop.signal)
+            sys.exit(stop.code)
         frozen = lineage.digests(partition(config, params)[1])
         assert frozen == training.frozen, f'frozen parts changed: {frozen} != {training.frozen}'
         lineage.end(config, step, frozen, hardware.peak_memory())
@@ -101,10 +117,12 @@ class RunData(NamedTuple):
 def open_data(config, mesh, sources: list, start: int) -> RunData:
     """Opens tokenizer and rows."""
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
-    tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
-    parallel.check_divides(config, mesh, tokenizer.size)
-    rows, bad = pipeline.open_rows(config, tokenizer)
-    validation, _ = pipeline.open_rows(config, tokenizer, 'validation')
+    # Stages that start side by side make tokenizer, data and index once: the second waits, and takes them.
+    with lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True):
+        tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
+        parallel.check_divides(config, mesh, tokenizer.size)
+        rows, bad = pipeline.open_rows(config, tokenizer)
+        validation, _ = pipeline.open_rows(config, tokenizer, 'validation')
     steps = config.steps or max(1, round(config.epochs * rows.rows_per_epoch() / config.data.batch_size))
     return RunData(tokenizer, rows, validation, bad, steps)
 
@@ -191,51 +209,93 @@ def run_steps(
     training: Training,
     mesh,
     start: int,
-    stop: 'StopOnSignal',
+    stop: StopOnSignal,
     startup: Startup,
     profile: int = 0,
 ) -> tuple[int, dict]:
-    """Takes steps until the run ends or is stopped. Returns the last step and the parameters after it."""
+    """Takes steps until the run ends or is stopped. Returns the last step and the parameters after it.
+
+    However it ends, a checkpoint that is being written is written to its end.
+    """
     folder, state, batches = pathlib.Path(config.run_dir), training.state, training.batches
     eval_step = make_eval_step(config, training.graphdef)
     writer = checkpoint.Checkpoints(folder, config.checkpoint.keep)
-    stop.listen()
+    rows = config.data.batch_size
+
+    def drawn(step):
+        first = training.first_row + (step - start - 1) * rows
+        return sorted({number for row in range(first, first + rows) for number in data.rows.drawn(row)})
+
+    def save(step):
+        if not finite(state['params']):
+            raise UserError(
+                f'parameters are not finite after step {step}, which is not saved: training has diverged. '
+                'Try a lower optim.learning_rate.'
+            )
+        position = training.first_row + (step - start) * rows
+        writer.save(step, state['params'], state['optimizer'], {'position': position})
+
+    def evaluate(step):
+        with stop.interruptible():
+            validate(config, step, eval_step, state['params'], data.validation, mesh, log)
+            show_samples(config, step, training.graphdef, state['params'], data, log)
+
+    def further():
+        """The next batch. Where it cannot be had, the steps that were taken are not lost."""
+        try:
+            return next(batches)
+        except Exception:
+            if stop.signal is not None:  # which ended data workers too
+                return None, None
+            if step > start:
+                log.put_by()
+                log.flush()
+                save(step)
+            raise
+
+    def is_evaluated(step):
+        return step % config.eval.every == 0 or step == data.steps
+
+    stop.save_first()
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
-    batch, work = next(batches)
-    startup.reached('first batch')
-    with Log(config, data.tokenizer.size, start, data.steps) as log, Trace(folder, profile) as trace:
-        for step in range(start + 1, data.steps + 1):
-            trace.before_step(step - start - 1, state)
-            with jax.transfer_guard('disallow'):
-                state, metrics = training.step(state, batch)
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                startup.reached('step')
-                log.say(startup.told())
-            log.count(work)
-            log.flush()  # the line of the step before: the device never waits for it
-            asked = time.perf_counter()
-            batch, work = next(batches)
-            log.waited(time.perf_counter() - asked)
-            last = step == data.steps or stop.signal is not None
-            saving = step % config.checkpoint.every == 0 or last
-            evaluating = step % config.eval.every == 0 or step == data.steps
-            if step % config.log.every == 0 or saving:  # what goes on from a checkpoint goes on from its line
-                log.put_by(step, metrics)
-            if saving or evaluating:
-                log.flush()
-                jax.block_until_ready(metrics)  # so that the pause below counts no training
-            with log.clock.paused():
-                if saving:
-                    position = training.first_row + (step - start) * config.data.batch_size
-                    writer.save(step, state['params'], state['optimizer'], {'position': position})
-                if evaluating:
-                    validate(config, step, eval_step, state['params'], data.validation, mesh, log)
-                    show_samples(config, step, training.graphdef, state['params'], data, log)
-            if last:
-                break
-    writer.wait()
+    step = start
+    with Log(config, data.tokenizer.size, start, data.steps, drawn) as log, Trace(folder, profile) as trace:
+        if start and is_evaluated(start) and start not in log.metrics.evaluated:
+            evaluate(start)  # it was stopped between the checkpoint and this
+        with writer, contextlib.closing(batches):
+            while step < data.steps and stop.signal is None:
+                if step == start:
+                    batch, work = further()
+                    startup.reached('first batch')
+                step += 1
+                trace.before_step(step - start - 1, state)
+                with jax.transfer_guard('disallow'):
+                    state, metrics = training.step(state, batch)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    startup.reached('step')
+                    log.say(startup.told())
+                log.flush()  # the line of the step before: the device never waits for it
+                log.count(step, metrics, work)
+                evaluating = is_evaluated(step)
+                if step < data.steps:
+                    asked = time.perf_counter()
+                    batch, work = further()
+                    log.waited(time.perf_counter() - asked)
+                saving = step % config.checkpoint.every == 0 or step == data.steps or stop.signal is not None
+                if step % config.log.every == 0 or saving or evaluating:  # what goes on from here goes on from its line
+                    log.put_by()
+                if saving or evaluating:
+                    log.flush()
+                    jax.block_until_ready(metrics)  # so that the pause below counts no training
+                with log.clock.paused():
+                    if saving:
+                        save(step)
+                    if evaluating:
+                        evaluate(step)
+                    if stop.signal is not None and not saving:
+                        save(step)
     return step, state['params']
 
 
@@ -277,26 +337,3 @@ def validation_prompt(config, data: RunData, i: int) -> tuple[prompt.Prompt, str
 
 def _is_text(config):
     return stage_of(config).data == 'text'
-
-
-class StopOnSignal:
-    """A context that remembers SIGTERM or SIGINT, so that the loop can save and leave; a second one kills as usual."""
-
-    def __init__(self):
-        self.signal, self._before = None, {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def listen(self):
-        """From here on signals are remembered; before, they end the process as usual."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
-
-    def _remember(self, number, _):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)

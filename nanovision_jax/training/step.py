@@ -205,7 +205,10 @@ def _split(batch, parts):
 
 
 def make_train_step(config, graphdef, optimizer, shardings):
-    """The jitted step (state, batch) → (state, {loss, grad_norm}); the old state's memory becomes the new one's."""
+    """The jitted step (state, batch) → (state, {loss, grad_norm, sound}); the old state's memory becomes the new one's.
+
+    sound: whether loss and gradients are finite. Where they are not, the state stays as it is, bit by bit.
+    """
     gradients = make_gradients(config, graphdef)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -214,11 +217,21 @@ def make_train_step(config, graphdef, optimizer, shardings):
         loss, grads = gradients(learned, frozen, batch)
         with jax.named_scope('optimizer'):
             updates, opt_state = optimizer.update(grads, state['optimizer'], learned)
-            learned = optax.apply_updates(learned, updates)
-        metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+            updated = optax.apply_updates(learned, updates)
+            norm = optax.tree.norm(grads)
+            sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+            before, after = (learned, state['optimizer']), (updated, opt_state)
+            learned, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+        metrics = {'loss': loss, 'grad_norm': norm, 'sound': sound}
         return {'params': join(learned, frozen), 'optimizer': opt_state}, metrics
 
     return train_step
+
+
+@jax.jit
+def finite(tree) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_eval_step(config, graphdef):

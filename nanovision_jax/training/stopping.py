@@ -1,0 +1,106 @@
+"""Signals: a run that is told to stop saves and leaves, whatever it is doing. It begins before jax is loaded.
+
+A first SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's warning) is remembered for the loop, which saves after its step.
+Where there is nothing to save yet, the process leaves at once. A second one of any kind leaves at once, saving nothing.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+
+from nanovision_jax.errors import GO_ON, INTERRUPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GRACE = 2.0  # seconds that Python gets to hear a signal: within a compilation it hears none
+
+
+class _Heard(BaseException):
+    """A signal ends what runs inside StopOnSignal.interruptible()."""
+
+
+class StopOnSignal:
+    """A context in which signals are heard: `signal` is the number of the one that came, or None.
+
+    Outside of a process's main thread, where Python lets nobody listen, it does nothing.
+    """
+
+    def __init__(self):
+        self.signal, self._before = None, {}
+        self._saves = self._interrupts = False
+        self._noticed = threading.Event()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            self._theirs, self._fd = theirs, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True, name='signals').start()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._fd)
+            self._theirs.close()  # which ends the watcher
+            self._before = {}
+
+    def save_first(self):
+        """From here on there is a state to save: a first signal is remembered for the loop."""
+        self._saves = True
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """What runs within it, and changes no state, ends when a signal comes; what is behind it goes on."""
+        self._interrupts = True
+        try:
+            if self.signal is None:
+                yield
+        except _Heard:
+            pass
+        finally:
+            self._interrupts = False
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was told to stop."""
+        return INTERRUPTED if self.signal == signal.SIGINT else GO_ON
+
+    def _hear(self, number, _):
+        self._noticed.set()
+        if self.signal is not None:
+            self._leave(number)
+        self.signal = number
+        if self._interrupts:
+            raise _Heard
+        if not self._saves:
+            _say(f'stopped by signal {number} before the first step; the same command goes on')
+            sys.exit(self.code)
+
+    def _watch(self):
+        """Hears signals in a thread of its own: Python's main thread hears none while it compiles."""
+        with self._ours:
+            count = 0
+            while byte := self._ours.recv(1):
+                if byte[0] in SIGNALS:
+                    count += 1
+                    if count > 1 or not (self._noticed.wait(GRACE) or self._saves):
+                        self._leave(byte[0])
+
+    def _leave(self, number):
+        """Ends the process, and its workers with it."""
+        self.signal = number
+        _say(f'stopped by signal {number} at once; the same command goes on from the last checkpoint')
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(self.code)
+
+
+def _say(text):
+    # Not print(): the signal may have come within one, which then may not be called again.
+    os.write(sys.__stderr__.fileno(), f'{text}\n'.encode())
