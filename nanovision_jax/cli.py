@@ -21,6 +21,7 @@ from nanovision_jax.config import Config, base_config, check, check_values, fiel
 from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import INTERRUPTED, MISTAKE, UNREAD, UserError, nearest
 from nanovision_jax.training import start
+from nanovision_jax.training.stopping import Unfinished, leave
 
 # Objects made before Python looks for garbage among them: at its 700, that is a quarter of the time jax takes to load.
 RARELY = 100_000
@@ -65,6 +66,8 @@ def run(main):
         sys.stdout.flush()
     except UserError as error:
         _end(error)
+    except Unfinished as error:
+        leave(error.code)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -58,6 +58,7 @@ def train(
 
 def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup, stop: StopOnSignal) -> pathlib.Path:
     """train(), while no other process may train this run."""
+    stop.clean_first()
     folder = pathlib.Path(config.run_dir)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
@@ -194,10 +195,16 @@ def prefetch(batches, mesh, ahead: int = 2):
             yield parallel.put_batch(batch, mesh), work
 
     queue, source = collections.deque(), put()
-    while True:
-        while len(queue) <= ahead:
-            queue.append(next(source))
-        yield queue.popleft()
+    try:
+        while True:
+            while len(queue) <= ahead:
+                queue.append(next(source))
+            yield queue.popleft()
+    finally:
+        source.close()
+        batches.close()
+        queue.clear()
+        gc.collect()  # of data workers' memory, which is let go by what refers to itself
 
 
 # Act 3: the steps ----------------------------------------------------------------------------------------------------

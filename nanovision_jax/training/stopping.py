@@ -22,6 +22,10 @@ class _Heard(BaseException):
     """A signal ends what runs inside StopOnSignal.interruptible()."""
 
 
+class Unfinished(SystemExit):
+    """A signal came in the middle of something: behind what is to be cleaned up, the process ends with leave()."""
+
+
 class StopOnSignal:
     """A context in which signals are heard: `signal` is the number of the one that came, or None.
 
@@ -30,7 +34,7 @@ class StopOnSignal:
 
     def __init__(self):
         self.signal, self._before = None, {}
-        self._saves = self._interrupts = False
+        self._cleans = self._saves = self._interrupts = False
         self._noticed = threading.Event()
 
     def __enter__(self):
@@ -49,6 +53,10 @@ class StopOnSignal:
             signal.set_wakeup_fd(self._fd)
             self._theirs.close()  # which ends the watcher
             self._before = {}
+
+    def clean_first(self):
+        """From here on what is being made is cleaned up; within imports there is nothing, and exceptions crash some."""
+        self._cleans = True
 
     def save_first(self):
         """From here on there is a state to save: a first signal is remembered for the loop."""
@@ -80,7 +88,9 @@ class StopOnSignal:
             raise _Heard
         if not self._saves:
             _say(f'stopped by signal {number} before the first step; the same command goes on')
-            sys.exit(self.code)
+            if not self._cleans:
+                leave(self.code)
+            raise Unfinished(self.code)
 
     def _watch(self):
         """Hears signals in a thread of its own: Python's main thread hears none while it compiles."""
@@ -96,9 +106,17 @@ class StopOnSignal:
         """Ends the process, and its workers with it."""
         self.signal = number
         _say(f'stopped by signal {number} at once; the same command goes on from the last checkpoint')
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(self.code)
+        leave(self.code)
+
+
+def leave(code: int):
+    """Ends the process here, its workers with it: Python's own end crashes where a signal came within jax's work."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a signal may have come while it was written to
+            stream.flush()
+    os._exit(code)
 
 
 def _say(text):
