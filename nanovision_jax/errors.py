@@ -1,8 +1,7 @@
 """Mistakes that a user can mend, and the exit codes of every command.
 
-0    it is done                     75   told to stop (SIGTERM, SIGHUP, SIGUSR1): the same command goes on
-1    a failure, ours or the machine's   130  stopped by Ctrl-C: the same command goes on
-2    the user's mistake, one sentence   141  the reader of the output went away
+0: it is done. 1: a failure, ours or the machine's. 2: a mistake in what was given, in one sentence. 75: told to stop by
+SIGTERM, SIGHUP or SIGUSR1, and 130 by Ctrl-C: the same command goes on. 141: the reader of the output went away.
 """
 
 import difflib

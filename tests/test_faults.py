@@ -21,6 +21,7 @@ from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics, read_metrics
 from nanovision_jax.training import loop as train
+from nanovision_jax.training.stopping import StopOnSignal
 
 
 @pytest.fixture(scope='module')
@@ -128,6 +129,22 @@ def test_a_second_signal_leaves_at_once(runs, cache):
         started.send_signal(signal.SIGCONT)
         assert started.wait(10) == 75
     assert 'at once' in log_of(runs) and 'Traceback' not in log_of(runs)
+
+
+def test_what_is_interruptible_ends_and_what_is_behind_it_goes_on():
+    with StopOnSignal() as stop:
+        stop.save_first()
+        with stop.interruptible():
+            assert stop.signal is None
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(5)
+            raise AssertionError('not interrupted')
+        assert stop.signal == signal.SIGHUP and stop.code == 75
+        passed = False
+        with stop.interruptible():  # a signal that came before is for the body to see
+            passed = True
+        assert passed
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 # One writer ----------------------------------------------------------------------------------------------------------

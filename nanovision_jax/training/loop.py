@@ -62,7 +62,7 @@ def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup
     folder = pathlib.Path(config.run_dir)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
-    ended = 'finished' in runfolder.read_lineage(folder)
+    ended = runfolder.read_lineage(folder).get('finished') == start
     if config.steps and start >= config.steps and ended:
         return finished(folder, start, config.steps)
     compile_cache.use()
@@ -244,8 +244,9 @@ def run_steps(
 
     def evaluate(step):
         with stop.interruptible():
-            validate(config, step, eval_step, state['params'], data.validation, mesh, log)
-            show_samples(config, step, training.graphdef, state['params'], data, log)
+            if stop.signal is None:
+                validate(config, step, eval_step, state['params'], data.validation, mesh, log)
+                show_samples(config, step, training.graphdef, state['params'], data, log)
 
     def further():
         """The next batch. Where it cannot be had, the steps that were taken are not lost."""

@@ -64,11 +64,13 @@ class StopOnSignal:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """What runs within it, and changes no state, ends when a signal comes; what is behind it goes on."""
+        """What runs within it, and changes no state, ends when a signal comes; what is behind it goes on.
+
+        A signal that came before does not end it: look at `signal` within.
+        """
         self._interrupts = True
         try:
-            if self.signal is None:
-                yield
+            yield
         except _Heard:
             pass
         finally:
