@@ -21,7 +21,7 @@ from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics, read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training.stopping import StopOnSignal
+from nanovision_jax.training.stopping import SIGNALS, StopOnSignal
 
 
 @pytest.fixture(scope='module')
@@ -46,6 +46,15 @@ def family(tmp_path_factory, tiny_family, cache):
 def runs(family, tmp_path):
     """A copy of it, to be spoiled."""
     return shutil.copytree(family, tmp_path / 'runs', symlinks=True)
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as a terminal has them, whoever started the tests: nohup has SIGHUP ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -145,6 +154,10 @@ def test_what_is_interruptible_ends_and_what_is_behind_it_goes_on():
             passed = True
         assert passed
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
 
 
 # One writer ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ class Unfinished(SystemExit):
 class StopOnSignal:
     """A context in which signals are heard: `signal` is the number of the one that came, or None.
 
-    Outside of a process's main thread, where Python lets nobody listen, it does nothing.
+    What the process was started to ignore, as nohup has it ignore SIGHUP, stays ignored. Outside of a process's main
+    thread, where Python lets nobody listen, this does nothing.
     """
 
     def __init__(self):
@@ -39,7 +40,8 @@ class StopOnSignal:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in heard}
             self._ours, theirs = socket.socketpair()
             theirs.setblocking(False)
             self._theirs, self._fd = theirs, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -99,7 +101,7 @@ class StopOnSignal:
         with self._ours:
             count = 0
             while byte := self._ours.recv(1):
-                if byte[0] in SIGNALS:
+                if byte[0] in self._before:
                     count += 1
                     if count > 1 or not (self._noticed.wait(GRACE) or self._saves):
                         self._leave(byte[0])
