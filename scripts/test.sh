@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: installs what they need, and runs them.
 #
-#   bash scripts/test.sh           all but the slow ones; at most 8 minutes on 2 cores
+#   bash scripts/test.sh           all but the slow ones; 4 to 11 minutes on 2 cores
 #   bash scripts/test.sh --slow    lists the slow ones and runs them
 #
 # Further arguments go to pytest, as in: bash scripts/test.sh tests/test_decoder.py -k causal

@@ -129,6 +129,23 @@ def test_a_signal_ends_an_evaluation_and_the_state_is_saved(runs, cache):
     assert [line['step'] for line in lines if 'eval_loss' in line] == [4, 8, 9]
 
 
+def test_a_signal_with_which_the_first_batch_is_lost_takes_no_step(runs, monkeypatch, cache):
+    """As when the whole group of processes is told to stop, and data workers end before their parent."""
+    batches = pipeline.batches
+
+    def ending(rows, *args):
+        if rows.shuffled.shuffle:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError('a worker was terminated')
+        yield from batches(rows, *args)
+
+    monkeypatch.setattr(pipeline, 'batches', ending)
+    cfg = micro.run_config('sft', runs, steps=4)
+    with pytest.raises(SystemExit) as left:
+        train.train(cfg)
+    assert left.value.code == 75 and runfolder.newest(cfg.run_dir) is None
+
+
 def test_a_second_signal_leaves_at_once(runs, cache):
     with process(runs, cache, 'sft', fault='evaluation') as started:
         until(lambda: logged(runs / 'sft', 1))

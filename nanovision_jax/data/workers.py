@@ -28,7 +28,7 @@ def cores() -> int:
 def ignore_signals(*_):
     """In a worker: a signal to a whole group of processes is for the one that started it to answer.
 
-    That ends its workers itself, with SIGTERM, which is not ignored.
+    SIGTERM is not among them: it is how workers are ended.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -99,8 +99,8 @@ def ordered_map(pool, function, items, ahead):
 
 def work():
     """What a process of Workers does, until its input ends."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the parent decides what becomes of it
-        signal.signal(stop, signal.SIG_IGN)
+    ignore_signals()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # these end with their input, whatever becomes of their parent
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # what others print must not get between the answers
     sys.stdout = sys.stderr

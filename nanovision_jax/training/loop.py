@@ -234,9 +234,9 @@ def run_steps(
         return sorted({number for row in range(first, first + rows) for number in data.rows.drawn(row)})
 
     def save(step):
-        if not finite(state['params']):
+        if not finite(state):
             raise UserError(
-                f'parameters are not finite after step {step}, which is not saved: training has diverged. '
+                f'the state is not finite after step {step}, which is not saved: training has diverged. '
                 'Try a lower optim.learning_rate.'
             )
         position = training.first_row + (step - start) * rows
@@ -272,10 +272,10 @@ def run_steps(
         if start and is_evaluated(start) and start not in log.metrics.evaluated:
             evaluate(start)  # it was stopped between the checkpoint and this
         with writer, contextlib.closing(batches):
+            if step < data.steps:
+                batch, work = further()
+                startup.reached('first batch')
             while step < data.steps and stop.signal is None:
-                if step == start:
-                    batch, work = further()
-                    startup.reached('first batch')
                 step += 1
                 trace.before_step(step - start - 1, state)
                 with jax.transfer_guard('disallow'):

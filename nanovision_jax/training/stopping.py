@@ -39,8 +39,8 @@ class StopOnSignal:
         self._noticed = threading.Event()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        if heard and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in heard}
             self._ours, theirs = socket.socketpair()
             theirs.setblocking(False)
