@@ -13,20 +13,24 @@ import os
 import pathlib
 import select
 import sys
+import threading
+import time
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
-from nanovision_jax.errors import INTERRUPTED, MISTAKE, UNREAD, UserError, nearest
+from nanovision_jax.errors import FAILURE, INTERRUPTED, MISTAKE, UNREAD, Stuck, UserError, nearest
 from nanovision_jax.training import start
 from nanovision_jax.training.stopping import Unfinished, leave
 
 # Objects made before Python looks for garbage among them: at its 700, that is a quarter of the time jax takes to load.
 RARELY = 100_000
-# What an OSError with one of these says is wrong with the machine, not with the program.
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# What an OSError with one of these says: a file is not ours to read or write; or the machine fails, not the program.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+PATIENCE = 10  # seconds that threads get as the process ends
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,23 +58,46 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs a command's `main(argv)`; a UserError becomes one sentence on stderr and exit code 2.
+    """Runs a command's `main(argv)`, and ends the process with a code of errors.py where it is not 0.
 
-    So do a device that jax was told to use and does not find, a full disk, and files that may not be read or written.
-    If the reader of its output goes away (`show … | head`), a command ends without a word, as others do: code 141.
+    A UserError becomes one sentence on stderr. So do a device that jax was told to use and does not find, a full disk,
+    and files that may not be read or written. If the reader of its output goes away (`show … | head`), a command ends
+    without a word, as others do.
     """
     _take_any_text()
     gc.set_threshold(RARELY)
+    code = FAILURE  # of a traceback
+    try:
+        code = _run(main)
+    finally:
+        if any(type(thread).__module__.startswith('orbax') for thread in threading.enumerate()):
+            threading.Thread(target=_leave_soon, args=(code,), daemon=True).start()
+    if code:
+        sys.exit(code)
+
+
+def _leave_soon(code):
+    """Orbax's threads may wait for minutes for what failed, and Python's end for them."""
+    time.sleep(PATIENCE)
+    leave(code)
+
+
+def _run(main):
+    """Runs main(argv), and returns the exit code."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        return 0
     except UserError as error:
-        _end(error)
+        print(f'error: {error}', file=sys.stderr)
+        if isinstance(error, Stuck):
+            leave(error.code)
+        return error.code
     except Unfinished as error:
         leave(error.code)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except BrokenPipeError:
         stdout = sys.stdout.fileno()
         gone = select.poll()
@@ -79,20 +106,17 @@ def run(main):
             raise
         # What is still buffered would be written again, and fail again, as Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-        sys.exit(UNREAD)
+        return UNREAD
     except OSError as error:
-        if error.errno not in MACHINE:
+        if error.errno not in (*REFUSED, *BROKEN):
             raise
-        _end(f'{error.filename}: {error.strerror}.' if error.filename else f'{error.strerror}.')
+        print(f'error: {f"{error.filename}: " * bool(error.filename)}{error.strerror}.', file=sys.stderr)
+        return MISTAKE if error.errno in REFUSED else FAILURE
     except (RuntimeError, AssertionError):
         if (reason := _no_device()) is None:
             raise
-        _end(reason)
-
-
-def _end(reason):
-    print(f'error: {reason}', file=sys.stderr)
-    sys.exit(MISTAKE)
+        print(f'error: {reason}', file=sys.stderr)
+        return MISTAKE
 
 
 def _take_any_text():

@@ -231,6 +231,7 @@ class Config:
     name: str = option('', 'the family of runs; default: the size')
     run_dir: str = option('', 'where the run lives; default: runs/NAME/STAGE')
     init_from: str = option('', 'the run that this one starts from; default: the stage before, beside it')
+    allow_unfinished_parent: bool = option(False, 'start from a run that has not come to its end, too')
     steps: int = option(0, 'steps; 0: as many as data passes (epochs) take', least=0)
     epochs: float = option(1.0, 'passes over the data, where steps is 0', least=0)
     seed: int = option(0, 'of parameters and data order', least=0, below=2**32)

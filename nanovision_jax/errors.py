@@ -9,11 +9,23 @@ import os
 import pathlib
 import tempfile
 
-MISTAKE, GO_ON, INTERRUPTED, UNREAD = 2, 75, 130, 141  # exit codes; 75 is the system's "try again" (EX_TEMPFAIL)
+FAILURE, MISTAKE, GO_ON, INTERRUPTED, UNREAD = 1, 2, 75, 130, 141  # 75 is the system's "try again" (EX_TEMPFAIL)
 
 
 class UserError(Exception):
     """A mistake in what we were given: one sentence saying what is wrong, where, and what to do. Exit code 2."""
+
+    code = MISTAKE
+
+
+class Failure(UserError):
+    """What the machine failed at, a full disk say, in one sentence. Exit code 1."""
+
+    code = FAILURE
+
+
+class Stuck(Failure):
+    """A Failure of something that still hangs: the process ends without waiting for it."""
 
 
 def nearest(word, choices):

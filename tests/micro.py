@@ -22,7 +22,7 @@ from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.runs import checkpoint
+from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.training import optim, resume, start, step
@@ -139,10 +139,13 @@ def run_config(stage, family, **fields):
 
 def run_folder(cfg, tokenizer):
     """The run folder of a config as training leaves it, of a model that never learned. Returns its path."""
+    mesh = parallel.make_mesh(configs.Mesh(), jax.devices()[:1])
+    lineage.begin(cfg, tokenizer, [], mesh, 'float32', {}, {}, 0)
     resume.write_run(cfg, tokenizer, [])
     writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
     writer.save(7, model(cfg, tokenizer)[1], {'count': np.zeros(())}, {})
     writer.wait()
+    lineage.end(cfg, 7, {}, 0)
     return pathlib.Path(cfg.run_dir)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from micro import assert_same
 
 from nanovision_jax import config as configs
-from nanovision_jax.errors import UserError
+from nanovision_jax.errors import Failure, UserError
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import folder as runfolder
@@ -168,18 +169,81 @@ def test_one_flipped_bit_in_any_file_is_seen(run, capsys):
     assert runfolder.newest(run) == 3
 
 
-@pytest.mark.parametrize('fault', ['truncated', 'gone', 'bad manifest', 'empty manifest', 'no manifest'])
+@pytest.mark.parametrize(
+    'fault',
+    [
+        'truncated',
+        'gone',
+        'bad manifest',
+        'empty manifest',
+        'no manifest',
+        'another step',
+        'lists nothing',
+        'lists no parameters',
+        'edited',
+        'more files',
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(run, fault):
     file, manifest = step_folder(run, 3) / data_files(run, 3)[-1], step_folder(run, 3) / 'manifest.json'
+    told = json.loads(manifest.read_text())
     if fault == 'truncated':
         file.write_bytes(file.read_bytes()[:-1])
     elif fault == 'gone':
         file.unlink()
     elif fault == 'no manifest':
         manifest.unlink()
+    elif fault == 'another step':
+        shutil.rmtree(step_folder(run, 3))
+        shutil.copytree(step_folder(run, 1), step_folder(run, 3))
+    elif fault.startswith('lists'):  # proven in itself, and yet it proves nothing
+        manifest.unlink()
+        kept = shutil.move(step_folder(run, 3) / 'params', run / 'params')
+        if fault == 'lists nothing':
+            shutil.rmtree(step_folder(run, 3) / 'optimizer')
+        runfolder.write_manifest(step_folder(run, 3), {'step': 3, 'position': 24})
+        shutil.move(kept, step_folder(run, 3) / 'params')
+    elif fault == 'edited':
+        manifest.write_text(json.dumps(told | {'position': 25}))
+    elif fault == 'more files':
+        (step_folder(run, 3) / 'params' / 'other').write_text('')
     else:
         manifest.write_text('[]' if fault == 'bad manifest' else '')
     assert runfolder.newest(run) == 2
+
+
+def test_what_a_system_hides_in_a_folder_is_no_damage(run):
+    (step_folder(run, 3) / 'params' / '.DS_Store').write_text('')
+    assert runfolder.newest(run) == 3
+
+
+def test_a_manifest_of_before_it_proved_itself_is_taken(run):
+    manifest = step_folder(run, 3) / 'manifest.json'
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: told[name] for name in ('step', 'position', 'files')}))
+    assert runfolder.newest(run) == 3
+    runfolder.check_beside(run, 3)
+
+
+def test_what_lies_beside_a_checkpoint_is_proven_too(tmp_path):
+    run = tmp_path / 'run'
+    (run / 'tokenizer').mkdir(parents=True)
+    files = [run / 'config.json', run / 'tokenizer' / 'tokenizer.json']
+    for file in files:
+        file.write_text('{"a": 1}')
+    save(run, 1)
+    runfolder.check_beside(run, 1)
+    for file in files:
+        file.write_text('{"a": 2}')
+        with pytest.raises(UserError, match=rf'{file} was changed after checkpoint 1 was written: bring it back'):
+            runfolder.check_beside(run, 1)
+        file.unlink()
+        with pytest.raises(UserError, match=rf'{file} is missing after'):
+            runfolder.check_beside(run, 1)
+        file.write_text('{"a": 1}')
+    files[0].write_text('{"a": 2}')  # as the next session wrote it
+    (run / 'lineage.json').write_text(json.dumps({'sessions': [{'config': runfolder.file_digest(files[0])}]}))
+    runfolder.check_beside(run, 1)
 
 
 def test_where_all_are_damaged_it_is_an_error(run):
@@ -229,6 +293,14 @@ def test_an_interrupted_save_is_ignored_and_replaced(run):
     assert not (run / 'checkpoints' / '4.orbax-checkpoint-tmp').exists()
 
 
+def test_what_was_half_removed_or_half_written_goes_at_the_next_start(run):
+    (step_folder(run, 1) / 'manifest.json').unlink()
+    (run / 'checkpoints' / '7.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
+    (run / 'checkpoints' / 'notes').mkdir()  # of the user's
+    checkpoint.Checkpoints(run, 9)
+    assert sorted(f.name for f in (run / 'checkpoints').iterdir()) == ['2', '3', 'notes']
+
+
 def test_a_step_is_not_mistaken_for_one_that_begins_with_its_digits(tmp_path):
     save(tmp_path, 10, 12, 1)
     assert runfolder.whole_steps(tmp_path) == [12, 10, 1]
@@ -264,22 +336,59 @@ def test_a_save_neither_holds_nor_changes_what_trains(tmp_path):
             assert_same(checkpoint.restore(tmp_path, number, item, like), wanted)
 
 
-@pytest.mark.parametrize('then', ['save', 'wait'])
-def test_a_disk_error_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch, then):
-    writer = save(tmp_path, 1)
+@pytest.mark.parametrize('fault', ['folder', 'data', 'manifest', 'room', 'gone'])
+def test_a_save_that_fails_is_said_and_done_again(fault, tmp_path, monkeypatch, capsys):
+    run = tmp_path / 'run'
+    run.mkdir()
+    writer = save(run, 1)
+    said = 'No space left on device'
 
-    def full(*_):
-        raise OSError(28, 'No space left on device')
+    def full(*_, **__):
+        raise OSError(28, said)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, 'write_manifest', full)
+        if fault == 'folder':
+            patch.setattr(checkpoint.tempfile, 'TemporaryFile', full)
+        elif fault == 'data':  # as TensorStore says it, in a thread of Orbax's
+            told = ValueError(f'RESOURCE_EXHAUSTED: Error writing "a": Failed: "x" [OS error 28: ENOSPC {said}]')
+            patch.setattr(writer._writer, 'wait_until_finished', lambda: (_ for _ in ()).throw(told))
+        elif fault == 'manifest':
+            patch.setattr(checkpoint, 'write_manifest', full)
+        elif fault == 'room':
+            patch.setattr(checkpoint.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100))
+            said = 'it takes 0 MB, and 0 MB are free'
+        else:
+            run.rename(tmp_path / 'aside')
+            said = 'the run folder is gone'
+        assert not writer.due()
         writer.save(2, tree(2), tree(102), {})
-        with pytest.raises(UserError, match=r'could not be written to \S+: .*No space left on device'):
-            writer.wait() if then == 'wait' else writer.save(3, tree(3), tree(103), {})
-    assert runfolder.newest(tmp_path) == 1
+        assert not writer.wait() and not writer.due()
+        if fault == 'gone':
+            assert not run.exists()
+            (tmp_path / 'aside').rename(run)
+    kept = 'there is none yet' if fault == 'gone' else 'the last one is step 1'
+    assert f'{said}; {kept}, and the next try is in 1 s' in capsys.readouterr().err
+    assert runfolder.newest(run) == 1 and [f.name for f in (run / 'checkpoints').iterdir()] == ['1']
+    monkeypatch.setattr(checkpoint.time, 'monotonic', lambda start=checkpoint.time.monotonic() + 2: start)
+    assert writer.due()
     writer.save(2, tree(2), tree(102), {})
-    writer.wait()
-    assert runfolder.newest(tmp_path) == 2
+    assert writer.wait() and not writer.due() and runfolder.newest(run) == 2
+
+
+def test_after_the_last_try_it_is_a_failure(tmp_path, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(checkpoint.time, 'sleep', waited.append)
+    monkeypatch.setattr(checkpoint, 'TRIES', 4)
+    writer = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=0))
+
+    def again():
+        writer.save(2, tree(2), tree(102), {})
+
+    again()
+    with pytest.raises(Failure, match=r'try 4 of 4; the last one is step 1\.') as failed:
+        writer.until_saved(again)
+    assert waited == [1, 2, 4] and failed.value.code == 1 and capsys.readouterr().err.count('warning') == 3
 
 
 def test_the_manifest_is_written_last(tmp_path, monkeypatch):

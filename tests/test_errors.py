@@ -89,12 +89,15 @@ def test_another_failure_of_a_program_that_has_its_device_is_not_hidden():
 
 
 def test_what_the_machine_refuses_is_one_sentence():
-    for raised, said in (
-        ('PermissionError(errno.EACCES, "Permission denied", "x.json")', 'x.json: Permission denied.'),
-        ('OSError(errno.ENOSPC, "No space left on device")', 'No space left on device.'),
+    for raised, code, said in (
+        ('PermissionError(errno.EACCES, "Permission denied", "x.json")', 2, 'x.json: Permission denied.'),
+        ('OSError(errno.ENOSPC, "No space left on device")', 1, 'No space left on device.'),
+        ('errors.Failure("the disk is full.")', 1, 'the disk is full.'),
+        ('errors.Stuck("a file hangs.")', 1, 'a file hangs.'),
     ):
-        done = command(f'import errno\ndef main(argv): raise {raised}', text=True)
-        assert (done.returncode, done.stderr) == (2, f'error: {said}\n')
+        program = f'import errno\nfrom nanovision_jax import errors\ndef main(argv): raise {raised}'
+        done = command(program, text=True)
+        assert (done.returncode, done.stderr) == (code, f'error: {said}\n')
     done = command('def main(argv): raise FileNotFoundError(2, "No such file", "x.json")', text=True)
     assert done.returncode == 1 and 'Traceback' in done.stderr
 

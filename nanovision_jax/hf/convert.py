@@ -1,6 +1,7 @@
 """Conversions of whole runs, from and to what others wrote; see convert.py."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -91,7 +92,9 @@ def _write(config, step, params, tokenizer, source):
     made_from = {'data.tokenizer': config.data.tokenizer}
     runfolder.write_whole(folder / 'tokenizer' / 'source.json', json.dumps(made_from) + '\n')
     lineage.imported(config, tokenizer, source, step)
-    writer = checkpoint.Checkpoints(folder, keep=1)
-    writer.save(step, jax.device_put(params, hosts.first_device()), None, {'position': 0})
-    writer.wait()
+    params = jax.device_put(params, hosts.first_device())
+    with checkpoint.Checkpoints(folder, keep=1) as writer:
+        save = functools.partial(writer.save, step, params, None, {'position': 0})
+        save()
+        writer.until_saved(save)
     print(f'written: {folder}, a {config.stage} run at step {step}')

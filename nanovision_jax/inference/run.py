@@ -137,10 +137,13 @@ def load(run_dir, weights: str = '', devices: int = 1) -> Run:
     step = runfolder.newest(folder, 'params')
     if step is None:
         raise UserError(f'{folder} has no whole checkpoint yet.')
+    runfolder.check_beside(folder, step)
     tokenizer = Tokenizer(paths.tokenizer)
     graphdef, shapes = models.abstract(config, tokenizer.size, tokenizer.image)
     target = _placed(shapes, config, tokenizer, devices)
     params = checkpoint.restore(folder, step, 'params', target)
+    if not checkpoint.finite(params):
+        raise UserError(f'{folder}, step {step} holds parameters that are NaN or infinite: its training had diverged.')
     if weights and stage_of(config).decodes:
         graphdef, params = stored(config, graphdef, params, weights)
     return Run(config, step, graphdef, params, tokenizer)

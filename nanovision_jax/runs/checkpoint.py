@@ -2,42 +2,56 @@
 
     checkpoints/<step>/params        all parameters, frozen ones too
     checkpoints/<step>/optimizer     the optimizer's state; what only reads parameters never opens it
-    checkpoints/<step>/manifest.json the sha256 of every file, written last: a step without it is not whole
+    checkpoints/<step>/manifest.json the sha256 of every file, of config and tokenizer, and its own; written last
 
 Orbax does not notice a flipped bit and casts dtypes in silence, hence the manifest and the checks here.
 """
 
 import contextlib
+import errno
 import hashlib
-import json
+import logging
 import pathlib
+import re
 import shutil
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from nanovision_jax.errors import UserError
+from nanovision_jax.errors import Failure, UserError
 from nanovision_jax.parallel import hosts
 from nanovision_jax.parallel.mesh import path_name
-from nanovision_jax.runs.folder import MANIFEST, Paths, file_digest, whole_steps, write_whole
+from nanovision_jax.runs.folder import MANIFEST, Paths, beside, whole_steps, write_manifest
+
+TRIES = 10  # to write a checkpoint; each pause is twice the one before, from a second on: eight and a half minutes
 
 
 class Checkpoints:
-    """Writes a run's checkpoints in the background, keeping the newest `keep`."""
+    """Writes a run's checkpoints in the background, keeping the newest `keep`.
+
+    A checkpoint that cannot be written, on a full disk say, is no end: that is said, what was written of it is removed,
+    and due() tells when to save again; after TRIES in a row it is a Failure. Whatever else happens, whole ones stay.
+    """
 
     def __init__(self, run_dir, keep):
-        self.folder, self.keep = Paths(pathlib.Path(run_dir).absolute()).checkpoints, keep
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._thread, self._error = None, None
+        self.run_dir, self.keep = pathlib.Path(run_dir).absolute(), keep
+        self.folder = Paths(self.run_dir).checkpoints
+        self.beside = beside(self.run_dir)
+        self.pause, self._failures, self._again = 0.0, 0, 0.0  # seconds to the next try; failed ones; when it is time
+        self._thread, self._error, self._writer = None, None, _writer()
+        self._remove_partial()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        """Waits until everything is on disk; what is raised already comes before an error of that."""
+        """Waits for what is being written. That it cannot be is said, and comes before no other error."""
         try:
             self.wait()
         except UserError as error:
@@ -45,54 +59,121 @@ class Checkpoints:
                 raise
             print(f'error: {error}', file=sys.stderr)
 
+    def due(self) -> bool:
+        """Whether the last save failed and it is time for another one. It waits for nothing: ask after each step."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        return self._failures > 0 and time.monotonic() >= self._again
+
     def save(self, step: int, params: dict, optimizer, extra: dict):
         """Starts writing `params` and `optimizer` (trees of arrays; None: none); `extra` goes into the manifest.
 
-        Returns once the arrays are copied. An error in the background is raised by the next save() or wait().
+        Returns once the arrays are copied. Raises Failure where it was the last of TRIES that failed.
         """
         self.wait()
-        if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
-            params, optimizer = _copy((params, optimizer))
-        for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
-            shutil.rmtree(stale, ignore_errors=True)  # unfinished or damaged: a whole one would not be written again
         trees = {'params': params} | ({} if optimizer is None else {'optimizer': optimizer})
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
+        try:
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
+            for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
+                shutil.rmtree(stale, ignore_errors=True)  # damaged: a whole one would not be written again
+            if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
+                trees = _copy(trees)
+            items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+            self._writer.save(self.folder / str(step), args=ocp.args.Composite(**items))
+        except Exception as error:
+            self._fail(error)
+            return
         self._thread = threading.Thread(target=self._finish, args=(step, extra))
         self._thread.start()
+
+    def wait(self) -> bool:
+        """Waits until what is being written is on disk. Whether the last save is; else it is to be tried again."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            error, self._error = self._error, None
+            if error is not None:
+                self._fail(error)
+            else:
+                self.pause, self._failures = 0.0, 0
+        return not self._failures
+
+    def until_saved(self, save: Callable):
+        """Waits until the last save is on disk; as long as it is not, `save` is called to save again."""
+        while not self.wait():
+            time.sleep(self.pause)
+            save()
+
+    def _check_room(self, size):
+        """Raises OSError where a checkpoint of `size` bytes cannot be written. Orbax would hang where it makes none."""
+        if not self.run_dir.is_dir():
+            raise OSError(errno.ENOENT, 'the run folder is gone')  # and is not made anew
+        self.folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f'it takes {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free')
 
     def _finish(self, step, extra):
         try:
             self._writer.wait_until_finished()
             if hosts.is_first():
-                write_manifest(self.folder / str(step), {'step': step} | extra)
-                # A later one is damaged, else the run had gone on from it; it must not push out a good one.
-                for old in [s for s in whole_steps(self.folder.parent) if s <= step][self.keep :]:
-                    (self.folder / str(old) / MANIFEST).unlink()  # from here on it does not count
-                    shutil.rmtree(self.folder / str(old))
-        except Exception as error:  # raised on the thread that trains
+                write_manifest(self.folder / str(step), {'step': step, **extra, 'beside': self.beside})
+        except Exception as error:  # for the thread that trains
             self._error = error
+            return
+        # A later one is damaged, else the run had gone on from it; it must not push out a good one.
+        for old in [s for s in whole_steps(self.run_dir) if s <= step][self.keep :] if hosts.is_first() else ():
+            with contextlib.suppress(OSError):  # else it is removed another time
+                (self.folder / str(old) / MANIFEST).unlink()  # from here on it does not count
+                shutil.rmtree(self.folder / str(old))
 
-    def wait(self):
-        """Waits until everything is on disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise UserError(f'a checkpoint could not be written to {self.folder}: {error}') from error
+    def _fail(self, error):
+        """Says that a save failed, and when the next try is. Raises Failure after the last one."""
+        self._failures += 1
+        self.pause = 2.0 ** (self._failures - 1)
+        self._again = time.monotonic() + self.pause
+        self._writer = _writer()  # threads of the other one may wait for ever
+        self._remove_partial()
+        why = f'a checkpoint could not be written to {self.folder}: {_reason(error)}'
+        kept = next(iter(whole_steps(self.run_dir)), None)
+        kept = 'there is none yet' if kept is None else f'the last one is step {kept}'
+        if self._failures == TRIES:
+            raise Failure(f'{why}. That was try {TRIES} of {TRIES}; {kept}.') from error
+        print(f'warning: {why}; {kept}, and the next try is in {self.pause:.0f} s', file=sys.stderr, flush=True)
+
+    def _remove_partial(self):
+        """Removes what was begun and has no manifest. Only one process writes a run (lock.py)."""
+        if hosts.is_first() and self.folder.is_dir():
+            for folder in self.folder.iterdir():
+                if folder.name.partition('.')[0].isdigit() and not (folder / MANIFEST).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _writer():
+    """Orbax's, which tells of its failures in a sentence of ours, not in tracebacks."""
+    logger = logging.getLogger('absl')
+    logger.removeFilter(_not_orbax)
+    logger.addFilter(_not_orbax)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def _not_orbax(record):
+    return 'orbax' not in record.pathname
+
+
+def _reason(error):
+    """Why something could not be written, in a few words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    said = re.search(r'\[OS error \d+: (?:[A-Z]+ )?([^]]+)]', str(error))
+    return said.group(1) if said else (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @jax.jit
 def _copy(tree):  # one program: leaf by leaf, each shape would be compiled
     return jax.tree.map(jnp.copy, tree)
-
-
-def write_manifest(folder, content):
-    """Writes manifest.json: `content` and the sha256 of every file in the folder. The rename makes it whole."""
-    files = sorted(file for file in folder.rglob('*') if file.is_file())
-    digests = {str(file.relative_to(folder)): file_digest(file) for file in files}
-    write_whole(folder / MANIFEST, json.dumps(content | {'files': digests}, indent=1) + '\n')
 
 
 def restore(run_dir, step: int, item: str, target):
@@ -124,6 +205,12 @@ def restore(run_dir, step: int, item: str, target):
 def like(tree):
     """The ShapeDtypeStructs, shardings included, of a tree of arrays: a target for restore()."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@jax.jit
+def finite(tree) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def tree_digest(tree) -> str:

@@ -115,6 +115,7 @@ def differences(old: Config, new: Config) -> list[str]:
     free = (
         'name',
         'run_dir',
+        'allow_unfinished_parent',
         'data.workers',
         'checkpoint.',
         'eval.',

@@ -8,10 +8,12 @@ lies outside the run's family. So a family may be moved, and opened from any fol
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 from nanovision_jax.errors import UserError
@@ -46,26 +48,56 @@ class Paths:
 
 
 def write_whole(file, text: str):
-    """Writes a text file under another name first: whoever reads it finds the old content or the new, never a part."""
-    file = pathlib.Path(file)
-    partial = file.with_name(f'{file.name}.part')
-    partial.write_text(text, encoding='utf-8')
-    os.replace(partial, file)
+    """Writes a text file under another name first: whoever reads it finds the old content or the new, never a part.
+
+    A file that holds the text already is left alone.
+    """
+    file, data = pathlib.Path(file), text.encode()
+    with contextlib.suppress(OSError):
+        if file.stat().st_size == len(data) and file.read_bytes() == data:
+            return
+    with whole(file) as partial:
+        partial.write_bytes(data)
 
 
 @contextlib.contextmanager
 def whole(file):
     """A path to write to, which becomes `file` when all went well; else nothing is left of it.
 
-    Each process has its own, so several may write the same file.
+    Each process has its own, so several may write the same file. It is on the disk before it gets its name, so that a
+    power failure leaves no name without content.
     """
     file = pathlib.Path(file)
     partial = file.with_name(f'{file.name}.{os.getpid()}.part')
     try:
         yield partial
+        flush(partial)
         os.replace(partial, file)
+        flush(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def copy_whole(folder, target):
+    """Copies the files of a folder that are not there yet, each whole or not at all."""
+    for file in sorted(file for file in pathlib.Path(folder).rglob('*') if file.is_file()):
+        copy = pathlib.Path(target) / file.relative_to(folder)
+        if not copy.is_file() or file_digest(copy) != file_digest(file):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with whole(copy) as partial:
+                shutil.copyfile(file, partial)
+
+
+def flush(path):
+    """Sees that a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a folder, some file systems cannot
+            raise
+    finally:
+        os.close(handle)
 
 
 class Object(dict):
@@ -194,17 +226,70 @@ def manifest(run_dir, step: int) -> dict:
     return json.loads(Paths(run_dir).manifest(step).read_text())
 
 
+def write_manifest(folder, content: dict):
+    """Writes manifest.json, which proves a checkpoint: `content`, the sha256 of every file, and a digest of all this.
+
+    Files are on the disk before it is written, so a folder that has it is whole.
+    """
+    digests = {}
+    for name in _files(folder):
+        flush(folder / name)
+        digests[name] = file_digest(folder / name)
+    content = content | {'files': digests}
+    write_whole(folder / MANIFEST, json.dumps(content | {'digest': _proof(content)}, indent=1) + '\n')
+
+
+def _files(folder):
+    """The names of the files in a checkpoint's folder, but for the manifest and what a system hides there."""
+    names = (str(file.relative_to(folder)) for file in folder.rglob('*') if file.is_file())
+    return sorted(name for name in names if name != MANIFEST and not os.path.basename(name).startswith('.'))
+
+
+def _proof(content):
+    """The digest of a manifest without its own."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def damage(run_dir, step, item=''):
     """The first file of a checkpoint that is not what its manifest says, or None. item: params or optimizer alone."""
     folder = Paths(run_dir).checkpoint(step)
     try:
-        for name, digest in manifest(run_dir, step)['files'].items():
-            ours = not item or name.startswith(f'{item}/')
-            if ours and (not (folder / name).is_file() or file_digest(folder / name) != digest):
+        told = manifest(run_dir, step)
+        proof = told.pop('digest', None)  # older ones have none
+        if told['step'] != step or proof not in (None, _proof(told)):
+            return folder / MANIFEST
+        part = f'{item}/' if item else ''
+        wanted = {name: digest for name, digest in told['files'].items() if name.startswith(part)}
+        if not any(name.startswith('params/') for name in told['files']):
+            return folder / MANIFEST
+        for name in sorted(wanted.keys() | {name for name in _files(folder) if name.startswith(part)}):
+            if not (folder / name).is_file() or file_digest(folder / name) != wanted.get(name):
                 return folder / name
     except (ValueError, KeyError, TypeError, AttributeError):
         return folder / MANIFEST
     return None
+
+
+def beside(run_dir) -> dict[str, str]:
+    """{file: sha256} of what parameters mean nothing without: config.json and the tokenizer's files."""
+    paths = Paths(run_dir)
+    files = [paths.config, *sorted(file for file in paths.tokenizer.rglob('*') if file.is_file())]
+    return {str(file.relative_to(paths.folder)): file_digest(file) for file in files if file.is_file()}
+
+
+def check_beside(run_dir, step: int):
+    """Raises UserError where config.json or the tokenizer is not what a checkpoint was written with.
+
+    A run that went on with another config (--resume) has that one too: lineage.json knows it. Older manifests say
+    nothing of it.
+    """
+    later = {session.get('config') for session in read_lineage(run_dir).get('sessions', [])}
+    found = beside(run_dir)
+    for name, digest in manifest(run_dir, step).get('beside', {}).items():
+        if found.get(name) != digest and (name != 'config.json' or found.get(name) not in later):
+            file = Paths(run_dir).folder / name
+            what = 'was changed' if name in found else 'is missing'
+            raise UserError(f'{file} {what} after checkpoint {step} was written: bring it back as it was.')
 
 
 def newest(run_dir, item='', say=lambda text: print(text, file=sys.stderr)):

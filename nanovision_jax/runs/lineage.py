@@ -11,6 +11,7 @@ import jax
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.checkpoint import former_tree_digest, tree_digest
+from nanovision_jax.runs.config_file import to_json
 from nanovision_jax.runs.folder import Paths, locate, portable, read_json, weights_digest, write_whole
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy', 'pillow')
@@ -43,6 +44,7 @@ def begin(config, tokenizer, sources, mesh, dtype, frozen, rows, start):
             'devices': f'{len(devices)} × {devices[0].device_kind}',
             'mesh': dict(mesh.shape),
             'dtype': dtype,
+            'config': hashlib.sha256(to_json(config).encode()).hexdigest(),  # of config.json as this session writes it
         }
     )
     file.parent.mkdir(parents=True, exist_ok=True)

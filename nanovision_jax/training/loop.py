@@ -29,7 +29,7 @@ from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
 from nanovision_jax.training.meter import Startup
 from nanovision_jax.training.resume import open_run, write_run
-from nanovision_jax.training.step import finite, init_state, make_eval_step, partition
+from nanovision_jax.training.step import init_state, make_eval_step, partition
 from nanovision_jax.training.stopping import StopOnSignal
 from nanovision_jax.training.trace import Trace
 
@@ -101,7 +101,7 @@ def find_sources(config) -> list:
     sources = starts.find(config, anew=True)
     starts.check(config, sources)
     for source in sources:
-        source.prove()
+        source.prove(config.allow_unfinished_parent)
     return sources
 
 
@@ -234,7 +234,7 @@ def run_steps(
         return sorted({number for row in range(first, first + rows) for number in data.rows.drawn(row)})
 
     def save(step):
-        if not finite(state):
+        if not checkpoint.finite(state):
             raise UserError(
                 f'the state is not finite after step {step}, which is not saved: training has diverged. '
                 'Try a lower optim.learning_rate.'
@@ -259,6 +259,7 @@ def run_steps(
                 log.put_by()
                 log.flush()
                 save(step)
+                writer.until_saved(lambda: save(step))
             raise
 
     def is_evaluated(step):
@@ -291,7 +292,8 @@ def run_steps(
                     asked = time.perf_counter()
                     batch, work = further()
                     log.waited(time.perf_counter() - asked)
-                saving = step % config.checkpoint.every == 0 or step == data.steps or stop.signal is not None
+                last = step == data.steps or stop.signal is not None
+                saving = step % config.checkpoint.every == 0 or last or writer.due()
                 if step % config.log.every == 0 or saving or evaluating:  # what goes on from here goes on from its line
                     log.put_by()
                 if saving or evaluating:
@@ -304,6 +306,7 @@ def run_steps(
                         evaluate(step)
                     if stop.signal is not None and not saving:
                         save(step)
+            writer.until_saved(lambda: save(step))
     return step, state['params']
 
 

@@ -3,7 +3,6 @@
 import itertools
 import os
 import pathlib
-import shutil
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import config_file as runconfig
@@ -35,6 +34,11 @@ def open_run(config, resume: bool, anew: bool) -> int:
             f'{folder} is a converted run, without an optimizer to go on with: start another run from it, with '
             f'--config.init_from={folder} and another --config.name.'
         )
+    if steps and not paths.lineage.exists():
+        raise UserError(f'{folder} has checkpoints but no lineage.json: bring it back, or start again with --anew.')
+    at = runfolder.newest(folder) or 0
+    if at:
+        runfolder.check_beside(folder, at)
     saved = runconfig.read(folder)
     config.model.remat = saved.model.remat if config.model.remat == 'auto' else config.model.remat
     config.optim.accumulate = config.optim.accumulate or saved.optim.accumulate  # what was settled stays so
@@ -49,7 +53,7 @@ def open_run(config, resume: bool, anew: bool) -> int:
             f'{", ".join(moved)} would change in {folder}, which goes on from its own checkpoint: where a run started '
             'stays as it was; leave it out, or choose another --config.name.'
         )
-    return runfolder.newest(folder) or 0
+    return at
 
 
 def write_run(config, tokenizer, bad: list[dict]):
@@ -57,7 +61,7 @@ def write_run(config, tokenizer, bad: list[dict]):
     paths = runfolder.Paths(config.run_dir)
     paths.folder.mkdir(parents=True, exist_ok=True)
     runconfig.save(config)
-    shutil.copytree(tokenizer.folder, paths.tokenizer, dirs_exist_ok=True)
+    runfolder.copy_whole(tokenizer.folder, paths.tokenizer)
     if bad:
         runfolder.write_lines(paths.bad_rows, bad)
         print(f'{len(bad)} bad examples are left out, listed in {paths.bad_rows}')

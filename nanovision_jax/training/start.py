@@ -76,9 +76,23 @@ class Run:
         names += ['data.vocab_size'] if theirs.data.tokenizer == runconfig.TRAINED else []
         return {name: configs.get(theirs, name) for name in names}
 
-    def prove(self):
-        """Finds the newest checkpoint whose parameters are whole. Raises UserError where there is none."""
+    def prove(self, unfinished: bool = False):
+        """Finds the newest checkpoint whose parameters are whole, and looks at what lies beside it.
+
+        unfinished: whether a run that has not come to its end will do. Raises UserError where something is wrong.
+        """
         self.step = runfolder.newest(self.folder, 'params')
+        runfolder.check_beside(self.folder, self.step)
+        record = runfolder.read_lineage(self.folder)
+        if not record:
+            raise UserError(f'{self.folder} has no lineage.json, which says what it was made of: bring it back.')
+        if record.get('frozen_after', record['frozen_before']) != record['frozen_before']:
+            raise UserError(f'parts of {self.folder} that should be frozen changed in training (lineage.json).')
+        if record.get('finished') != self.step and not unfinished:
+            raise UserError(
+                f'{self.folder} is not finished, it is at step {self.step}: let the command that trains it end, or say '
+                '--config.allow_unfinished_parent=true to start from it as it is.'
+            )
 
     def place(self, run_dir):
         """What lineage.json of the run in `run_dir` says of where these parameters are."""
@@ -119,7 +133,7 @@ class Published:
         fixed = {f'model.{name}': value for name, value in hf_configs.read_decoder_config(self.folder).items()}
         return fixed | {'data.tokenizer': self.name}
 
-    def prove(self):
+    def prove(self, unfinished: bool = False):
         """Nothing to prove: what does not fit is found on reading."""
 
     def place(self, run_dir):

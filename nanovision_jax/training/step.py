@@ -228,12 +228,6 @@ def make_train_step(config, graphdef, optimizer, shardings):
     return train_step
 
 
-@jax.jit
-def finite(tree) -> jax.Array:
-    """Whether every number of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
 def make_eval_step(config, graphdef):
     """The jitted (params, batch) → (sum of losses, their number)."""
     objective = OBJECTIVES[stage_of(config).objective]
