@@ -152,6 +152,7 @@ class Data:
         ('', 'bf16', 'int8'),
     )
     workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
+    timeout: float = option(120.0, 'seconds that reading a batch may take before something hangs', above=0)
 
     @property
     def named(self) -> catalog.Part:

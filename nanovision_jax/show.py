@@ -43,11 +43,14 @@ def main(argv):
     config, options = cli.parse(argv, __doc__, rows=2)
 
     from nanovision_jax.data import pipeline  # opens data sets
+    from nanovision_jax.data.batch import skipped
 
     sources = start.available(config)
     tokenizer = pipeline.family_tokenizer(config, next((s.tokenizer for s in sources if s.tokenizer), None))
     rows, bad = pipeline.open_rows(config, tokenizer)
-    batch = next(pipeline.batches(rows, config.data.batch_size))
+    batch = next(pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout))
+    for row, example, reason in skipped(batch):
+        print(f'row {row} goes without example {example}: {reason}')
     for name, value in batch.items():
         print(f'{name:10} {value.dtype!s:8} {list(value.shape)}')
     if bad:

@@ -149,6 +149,15 @@ def run_folder(cfg, tokenizer):
     return pathlib.Path(cfg.run_dir)
 
 
+def restamp(run_dir):
+    """Lets a run's checkpoints be those of the config and the tokenizer that it has now."""
+    for at in runfolder.whole_steps(run_dir):
+        told = runfolder.manifest(run_dir, at)
+        content = {name: told[name] for name in told if name not in ('files', 'digest')}
+        content['beside'] = runfolder.beside(run_dir)
+        runfolder.write_manifest(runfolder.Paths(run_dir).checkpoint(at), content)
+
+
 def parent_run(family, stage, cfg=None):
     """The run folder of a stage in a family, for another stage to start from. Returns its path."""
     return run_folder(cfg or run_config(stage, family), Tokenizer(family / 'tokenizer'))

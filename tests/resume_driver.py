@@ -18,8 +18,8 @@ from nanovision_jax.training import loop as train
 jax.config.update('jax_num_cpu_devices', 8)
 
 
-def slowly(batches, mesh):
-    for item in prefetch(batches, mesh):
+def slowly(*args):
+    for item in prefetch(*args):
         yield item
         time.sleep(0.1)
 

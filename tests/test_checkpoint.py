@@ -369,7 +369,8 @@ def test_a_save_that_fails_is_said_and_done_again(fault, tmp_path, monkeypatch, 
     kept = 'there is none yet' if fault == 'gone' else 'the last one is step 1'
     assert f'{said}; {kept}, and the next try is in 1 s' in capsys.readouterr().err
     assert runfolder.newest(run) == 1 and [f.name for f in (run / 'checkpoints').iterdir()] == ['1']
-    monkeypatch.setattr(checkpoint.time, 'monotonic', lambda start=checkpoint.time.monotonic() + 2: start)
+    later = checkpoint.time.monotonic() + 2
+    monkeypatch.setattr(checkpoint.time, 'monotonic', lambda: later)
     assert writer.due()
     writer.save(2, tree(2), tree(102), {})
     assert writer.wait() and not writer.due() and runfolder.newest(run) == 2

@@ -108,6 +108,7 @@ def test_a_batch_answers_as_its_prompts_do_alone(kind, runs, tmp_path, capsys):
     file = run / 'tokenizer' / 'tokenizer_config.json'
     assert json.loads(file.read_text())['padding_side'] == 'left'
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != 'padding_side'}))
+    micro.restamp(run)
     say(['--to=hf', f'--run={run}', f'--output={folder}'], capsys)
     vision = KINDS[kind][0].startswith('vision')
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
@@ -147,6 +148,18 @@ def test_there_and_back_is_bit_equal(kind, runs, tmp_path, capsys):
     assert runfolder.read_lineage(back)['parents'][0]['run'] == str(folder)
 
 
+@pytest.mark.parametrize('name', ['model.safetensors', 'tokenizer.json'])
+def test_an_export_with_a_flipped_bit_is_not_read_back(name, runs, tmp_path, capsys):
+    folder = tmp_path / 'out'
+    say(['--to=hf', f'--run={runs("qwen2")}', f'--output={folder}'], capsys)
+    data = bytearray((folder / name).read_bytes())
+    data[-100] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf'{folder}/{name} is not what was written: it is damaged, or was changed'):
+        convert.main(['--from=hf', f'--input={folder}', f'--output={tmp_path}/back'])
+    assert not (tmp_path / 'back').exists()
+
+
 def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
     folder, back = tmp_path / 'out', tmp_path / 'runs' / 'sft'
     say(['--to=hf', f'--run={runs("qwen2")}', f'--output={folder}'], capsys)
@@ -176,6 +189,7 @@ def test_nothing_local_is_exported(runs, tmp_path, capsys):
     cfg.data.source, cfg.data.path = 'conversations', str(tmp_path / 'home-of-somebody' / 'mine.json')
     cfg.init_from = str(tmp_path / 'home-of-somebody' / 'other')
     runconfig.save(cfg)
+    micro.restamp(run)
     say(['--to=hf', f'--run={run}', f'--output={tmp_path}/out'], capsys)
     for file in (tmp_path / 'out').iterdir():
         assert b'home-of-somebody' not in file.read_bytes(), file
@@ -214,6 +228,7 @@ def test_the_jinja_that_goes_out_is_written_from_the_data(runs, tmp_path, capsys
     run = tmp_path / 'run'
     shutil.copytree(runs('gpt'), run)
     (run / 'tokenizer' / 'chat_template.jinja').write_text('{{ messages[0].content }}')
+    micro.restamp(run)
     say(['--to=hf', f'--run={run}', f'--output={tmp_path / "out"}'], capsys)
     assert '{%- generation -%}' in (tmp_path / 'out' / 'chat_template.jinja').read_text()
     (tmp_path / 'out' / 'chat_template.jinja').write_text('{{ messages[0].content }}')

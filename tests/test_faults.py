@@ -1,6 +1,7 @@
 """Faults that users met: real ones, to real processes where it takes one; nothing is lost, and all is said."""
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -13,13 +14,15 @@ import time
 import micro
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, jpeg
 
-from nanovision_jax.data import pipeline
-from nanovision_jax.errors import UserError
+from nanovision_jax.data import batch, pipeline
+from nanovision_jax.data.images import ImageStore
+from nanovision_jax.errors import Stuck, UserError
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics, read_metrics
+from nanovision_jax.runs.skips import Skips
 from nanovision_jax.training import loop as train
 from nanovision_jax.training.stopping import SIGNALS, StopOnSignal
 
@@ -133,11 +136,11 @@ def test_a_signal_with_which_the_first_batch_is_lost_takes_no_step(runs, monkeyp
     """As when the whole group of processes is told to stop, and data workers end before their parent."""
     batches = pipeline.batches
 
-    def ending(rows, *args):
+    def ending(rows, *args, **options):
         if rows.shuffled.shuffle:
             os.kill(os.getpid(), signal.SIGTERM)
             raise RuntimeError('a worker was terminated')
-        yield from batches(rows, *args)
+        yield from batches(rows, *args, **options)
 
     monkeypatch.setattr(pipeline, 'batches', ending)
     cfg = micro.run_config('sft', runs, steps=4)
@@ -214,11 +217,11 @@ def poisoned(monkeypatch, steps):
     """Lets the losses of some batches of a run, counted from 1, be no numbers."""
     batches = pipeline.batches
 
-    def spoiled(rows, *args):
-        for number, batch in enumerate(batches(rows, *args), 1):
+    def spoiled(rows, *args, **options):
+        for number, made in enumerate(batches(rows, *args, **options), 1):
             if number in steps and rows.shuffled.shuffle:
-                batch = batch | {'weights': batch['weights'] * np.float32(np.nan)}
-            yield batch
+                made = made | {'weights': made['weights'] * np.float32(np.nan)}
+            yield made
 
     monkeypatch.setattr(pipeline, 'batches', spoiled)
 
@@ -271,11 +274,11 @@ def test_metrics_that_cannot_be_written_are_kept_until_they_can(tmp_path, capsys
 def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
     batches = pipeline.batches
 
-    def ending(rows, *args):
-        for number, batch in enumerate(batches(rows, *args), 1):
+    def ending(rows, *args, **options):
+        for number, made in enumerate(batches(rows, *args, **options), 1):
             if number == 8 and rows.shuffled.shuffle:
                 raise UserError('the disk with the pictures is gone.')
-            yield batch
+            yield made
 
     cfg = micro.run_config('sft', runs, steps=20, checkpoint__every=50)
     with pytest.MonkeyPatch.context() as patch:
@@ -298,6 +301,143 @@ def test_data_workers_that_die_are_started_again(runs, capsys, cache):
                 child.kill()
     found.close()
     assert capsys.readouterr().err.count('a data worker died') == 2
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A function: a config whose 300 conversations are about a picture of their own each, in a folder."""
+    folder, rng = tmp_path / 'own', np.random.default_rng(0)
+    (folder / 'images').mkdir(parents=True)
+    talk = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
+    rows = []
+    for number in range(300):
+        (folder / 'images' / f'{number}.jpg').write_bytes(jpeg(rng))
+        rows.append({'id': str(number), 'image': f'{number}.jpg', 'conversations': talk})
+    (folder / 'own.json').write_text(json.dumps(rows))
+
+    def config(runs, stage, **fields):
+        path = str(folder / 'own.json')
+        return micro.run_config(stage, runs, data__source='conversations', data__path=path, **fields), folder / 'images'
+
+    return config
+
+
+def opened(cfg):
+    return pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))[0]
+
+
+def drawn_first(rows, n):
+    """The examples of the first rows, in their order."""
+    return [number for row in range(n) for number in rows.drawn(row)]
+
+
+def taken(rows, n, **options):
+    with contextlib.closing(pipeline.batches(rows, 4, **options)) as stream:
+        return [next(stream) for _ in range(n)]
+
+
+def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, pictures, cache):
+    cfg, images = pictures(runs, 'vision_instruct')
+    rows = opened(cfg)
+    whole = taken(rows, 2)
+    gone, broken, *_ = drawn_first(rows, 8)
+    (images / f'{gone}.jpg').rename(images / 'aside')
+    (images / f'{broken}.jpg').write_bytes(b'nothing')
+    found = taken(opened_again := copy.copy(rows), 2, workers=2)
+    told = [entry for made in found for entry in batch.skipped(made)]
+    assert [entry[1:] for entry in told] == [
+        [gone, f"missing image '{gone}.jpg'"],
+        [broken, 'image does not decode'],
+    ]
+    row = told[0][0]
+    kept = [number for number in rows.drawn(row) if number not in (gone, broken)]
+    assert found[0]['segments'][row].max() == len(kept)
+    assert found[0]['images'][row].any(axis=(1, 2, 3)).sum() == len(kept)
+    # What was left out is left out again, whatever reads it, and though the file is back.
+    (images / 'aside').rename(images / f'{gone}.jpg')
+    opened_again.skips = {tuple(entry[:2]) for entry in told}
+    for one, other in zip(found, taken(opened_again, 2), strict=True):
+        micro.assert_same(one, other)
+    assert (whole[0]['weights'].sum(axis=1) >= found[0]['weights'].sum(axis=1)).all()
+
+
+def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, pictures, cache):
+    cfg, images = pictures(runs, 'clip')
+    rows = opened(cfg)
+    whole, third = taken(copy.copy(rows), 2), drawn_first(rows, 8)[2]
+    rows._start()  # has read nothing yet
+    (images / f'{third}.jpg').unlink()
+    found = taken(rows, 2)
+    assert batch.skipped(found[0]) == [[2, third, f"missing image '{third}.jpg'"]] and not batch.skipped(found[1])
+    same = [np.array_equal(one, other) for one, other in zip(whole[0]['images'], found[0]['images'], strict=True)]
+    assert same == [True, True, False, True]
+    micro.assert_same(whole[1], found[1])
+    everywhere = [image.tobytes() for made in (*whole, found[0]) for image in made['images']]
+    assert len(set(everywhere)) == 9  # and it is none of those beside it
+
+
+def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(runs, pictures, monkeypatch, cache):
+    whole, images = pictures(runs, 'vision_instruct', steps=6)
+    batches = pipeline.batches
+
+    def losing(rows, *args, **options):
+        for number, made in enumerate(batches(rows, *args, **options)):
+            if number == 1 and rows.shuffled.shuffle:
+                for example in drawn_first(rows, 60)[-2:]:
+                    (images / f'{example}.jpg').rename(images / f'{example}.aside')
+            yield made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, 'batches', losing)
+        train.train(whole)
+    told = list(runfolder.read_lines(runs / 'vision_instruct/skipped.jsonl'))
+    assert told and all(line['reason'].startswith('missing image') for line in told)
+    # From the middle on, with the pictures back: the same rows go without them, and all ends alike.
+    wanted = micro.read(whole.run_dir)
+    shutil.rmtree(runs / 'vision_instruct/checkpoints/6')
+    for file in images.glob('*.aside'):
+        file.rename(file.with_suffix('.jpg'))
+    record = json.loads((runs / 'vision_instruct/lineage.json').read_text())
+    (runs / 'vision_instruct/lineage.json').write_text(json.dumps(record | {'finished': None}))
+    train.train(whole)
+    micro.assert_same(micro.read(whole.run_dir), wanted)
+    assert list(runfolder.read_lines(runs / 'vision_instruct/skipped.jsonl')) == told
+
+
+def test_more_than_one_in_a_hundred_end_a_run(tmp_path, capsys):
+    (tmp_path / 'skipped.jsonl').write_text('{"row": 1, "example": 5, "reason": "x"}\n{"row": 2, "exa')
+    skips = Skips(tmp_path, 200)
+    assert skips.known == {(1, 5)}
+    skips.add([[1, 5, 'x'], [3, 5, 'missing'], [4, 6, 'missing']])
+    assert capsys.readouterr().err.count('goes without') == 2
+    with pytest.raises(UserError, match=r'3 of 200 examples cannot be read any more .* the last: gone'):
+        skips.add([[5, 7, 'gone']])
+    assert Skips(tmp_path, 200).known == {(1, 5), (3, 5), (4, 6), (5, 7)}
+
+
+def test_a_file_that_hangs_is_named(runs, pictures, monkeypatch, cache):
+    cfg, _ = pictures(runs, 'vision_instruct')
+    rows = opened(cfg)
+    which = drawn_first(rows, 4)[1]
+    read = ImageStore.read
+    monkeypatch.setattr(ImageStore, 'read', lambda self, n: (n == f'{which}.jpg' and time.sleep(30)) or read(self, n))
+    with pytest.raises(Stuck, match=rf'hangs for more than 0.5 s \(data.timeout\) at example {which}, {which}.jpg'):
+        taken(rows, 1, timeout=0.5)
+
+
+def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache):
+    cfg = micro.run_config('sft', runs)
+    rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
+    wanted = pipeline.batches(rows, 8)
+    found = pipeline.batches(rows, 8, workers=2, timeout=5)
+    for number in range(20):
+        micro.assert_same(next(found), next(wanted))
+        if number == 2:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGSTOP)
+    found.close()
+    assert capsys.readouterr().err.count('data workers stood still, and they begin again at row') == 1
     assert not multiprocessing.active_children()
 
 

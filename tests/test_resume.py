@@ -54,8 +54,8 @@ def go(parents, cache, tmp_path_factory):
             shutil.copytree(parents, family, symlinks=True, dirs_exist_ok=True)
         cfg, seen = micro.run_config('vision_instruct', family, **RUN | fields), []
 
-        def watched(rows, *args):
-            for batch in batches(rows, *args):
+        def watched(rows, *args, **options):
+            for batch in batches(rows, *args, **options):
                 if isinstance(rows, packing.PackedRows) and rows.shuffled.shuffle:  # those to learn from
                     seen.append(checkpoint.tree_digest(batch))
                 yield batch

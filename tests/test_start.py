@@ -199,6 +199,7 @@ def test_the_order_of_the_sources(family, tmp_path):
     cfg = runconfig.read(mine / 'pretrain')
     cfg.model.decoder = str(tmp_path / 'decoder')  # continued pretraining of a decoder that is not there any more
     runconfig.save(cfg)
+    micro.restamp(mine / 'pretrain')
     sft = seen('sft', mine)
     assert sft.model.decoder == str(tmp_path / 'decoder')
     assert [source.folder for source in start.find(sft)] == [mine / 'pretrain']

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
+from nanovision_jax.data.datasets import builders
 from nanovision_jax.data.datasets import tiny_world as tw
 from nanovision_jax.data.datasets import tiny_world_scenes as scenes
 from nanovision_jax.data.datasets import tiny_world_words as words
@@ -425,7 +427,7 @@ def test_picture_shows_the_scene(examples, split):
 def build(tmp_path, content, sizes):
     config = tw.TinyWorldConfig(name=f'few_{content}', content=content, examples=sizes, seed=5)
     builder = tw.TinyWorld(data_dir=tmp_path, config=config, file_format='array_record')
-    builder.download_and_prepare()
+    builders.build(builder)
     assert {split: info.num_examples for split, info in builder.info.splits.items()} == sizes
     return builder
 
@@ -455,7 +457,9 @@ def test_what_processes_draw_is_what_is_drawn_here(monkeypatch):
     assert started == [2] and many == [tw.example('train', i, seed=5) for i in range(150)] and few == many[:99]
 
 
-def test_text_and_chats_build(tmp_path):
+def test_text_and_chats_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    (tmp_path / 'temporary').mkdir()
     sizes = {'train': 5, 'validation': 2}
     for content, make, read in (('text', tw.text, bytes.decode), ('chat', tw.chats, json.loads)):
         builder = build(tmp_path, content, sizes)
@@ -464,6 +468,8 @@ def test_text_and_chats_build(tmp_path):
             source = builder.as_data_source(split=split)
             rows = {source[i]['id'].decode(): read(source[i][field]) for i in range(len(source))}
             assert [rows[f'{split}-{i:05d}'] for i in range(n)] == make(split, n, seed=5)
+    assert not list((tmp_path / 'temporary').iterdir())  # where TFDS leaves a folder each time a set is made
+    assert not (tmp_path / 'downloads').exists()
 
 
 def test_default_configs():

@@ -376,6 +376,7 @@ def test_what_was_settled_stays_so(family):
     saved = runconfig.read(family / 'pretrain')
     saved.model.remat, saved.optim.accumulate, saved.model.attention = 'dots', 2, 'splash'
     runconfig.save(saved)
+    micro.restamp(family / 'pretrain')
     cfg = micro.run_config('pretrain', family)
     cfg.model.remat, cfg.optim.accumulate = 'auto', 0
     assert resume.open_run(cfg, resume=False, anew=False) == 4
@@ -387,9 +388,9 @@ def test_what_was_settled_stays_so(family):
 def test_another_batch_size_goes_on_at_the_same_row(family, monkeypatch):
     starts, batches = [], pipeline.batches
 
-    def watched(rows, batch_size, start=0, workers=0):
+    def watched(rows, batch_size, start=0, workers=0, timeout=60):
         starts.append((batch_size, start))
-        return batches(rows, batch_size, start, workers)
+        return batches(rows, batch_size, start, workers, timeout)
 
     monkeypatch.setattr(pipeline, 'batches', watched)
     train.train(micro.run_config('pretrain', family, steps=6, data__batch_size=16, eval__every=9), resume=True)

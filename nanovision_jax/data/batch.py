@@ -19,11 +19,15 @@ Contrastive stages:
     segments   int32   [R, T]           as above
     positions  int32   [R, T]           as above
     ends       int32   [B]              where each caption's last token is, counted over all rows
+What rows left out, since it cannot be read any more (skipped() takes it out again):
+    skipped    uint8   [n]              [[row, example, reason], …] as JSON; not there where it is nothing
 """
+
+import json
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Bool, Int32, Shaped, UInt8
 
 from nanovision_jax.stages import stage_of
 
@@ -61,6 +65,22 @@ def pack(examples: list[Example], length: int, slots: dict | None = None) -> dic
             slot += 1
         start = stop
     return row
+
+
+def stack(rows: list[dict]) -> dict[str, Shaped[np.ndarray, '...']]:
+    """A batch of rows, and of what they left out."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != 'skipped'} | left_out(rows)
+
+
+def left_out(rows: list[dict]) -> dict[str, UInt8[np.ndarray, ' n']]:
+    """What rows left out, each a list of [row, example, reason], as a batch has it."""
+    skipped = [entry for row in rows for entry in row.get('skipped', ())]
+    return {'skipped': np.frombuffer(json.dumps(skipped).encode(), np.uint8)} if skipped else {}
+
+
+def skipped(batch: dict) -> list[list]:
+    """[[row, example, reason], …] of what a batch's rows left out. It is taken out of the batch."""
+    return json.loads(batch.pop('skipped').tobytes()) if 'skipped' in batch else []
 
 
 def fake_batch(config, vocab_size: int = 512, seed: int = 0) -> dict[str, Shaped[np.ndarray, '...']]:

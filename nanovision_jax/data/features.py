@@ -9,7 +9,6 @@ pictures are there; renamed, it is whole.
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 
 from nanovision_jax.data import images as image_files
 from nanovision_jax.data.batch import empty_slots
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs.folder import write_whole
 
@@ -33,13 +33,21 @@ class Pictures:
     def __len__(self):
         return int(self.ends[-1])
 
+    def reading(self, n):
+        """As packing.Examples.reading()."""
+        yield f'picture {n} of {len(self)}'
+        self[n]
+
     def __getitem__(self, n):
         if n >= len(self):
             return {name: slots[0] for name, slots in empty_slots(1, self.vision).items()}
         k = int(np.searchsorted(self.ends, n, side='right'))
         number = n - int(self.ends[k] - self.index.images[k])
-        encoded = self.source[self.index.rows[k]].images[number]
-        return {'images': image_files.decode(encoded, self.vision, self.draft)}
+        try:
+            encoded = self.source[self.index.rows[k]].images[number]
+            return {'images': image_files.decode(encoded, self.vision, self.draft)}
+        except (BadExample, IndexError) as error:
+            raise UserError(f'picture {number + 1} of example {self.index.rows[k]} cannot be read: {error}.') from error
 
 
 class Features:
@@ -126,15 +134,6 @@ class Unfinished:
         assert self.done == self.count
         self._record.unlink()
         self.part.rename(self.folder)
-
-
-@contextlib.contextmanager
-def alone(folder: pathlib.Path):
-    """A context that one process at a time is in: runs that are started together make the same features once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process
-        yield
 
 
 def told(count: int) -> str:

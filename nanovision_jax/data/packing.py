@@ -5,6 +5,7 @@ follows, each in an order of its own, so the position in the data is one integer
 depends on: rows of equal identities have the same row i.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from nanovision_jax.data import batch
 from nanovision_jax.data import images as image_files
 from nanovision_jax.data.catalog import bounds
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.index import encode_example
 from nanovision_jax.data.text import open_shard
 from nanovision_jax.errors import UserError
@@ -141,12 +143,16 @@ class Examples:
 
     What is read is kept where all of it takes no more than MEMORY, in all data workers together: the second epoch of a
     small set costs nothing.
+
+    An example that cannot be read any more as the run goes on, though it could be when the index was made, is left out
+    of its row, which says so under 'skipped': [[row, example, reason]], by its number in the source. skips: such
+    (row, example) of before, which are left out again, whatever has become of them.
     """
 
     def __init__(self, source, index, config, tokenizer, shuffled):
         self.source, self.index, self.config, self.tokenizer = source, index, config, tokenizer
         self.shuffled = shuffled
-        self.draft = config.data.draft and shuffled.shuffle
+        self.draft, self.skips = config.data.draft and shuffled.shuffle, set()
         self._start()
 
     def __getstate__(self):
@@ -162,6 +168,32 @@ class Examples:
         pictures = int(self.index.images.sum()) * vision.image_size**2 * 3
         size = OVERHEAD * len(self.index.rows) + 5 * int(self.index.lengths.sum()) + pictures
         self._example = functools.cache(self._read) if size * workers <= MEMORY else self._read
+
+    def _encode(self, k):
+        """(ids, learned, images as they lie) of an example. Raises BadExample where it is not what it was."""
+        ids, learned, images = encode_example(self.source[self.index.rows[k]], self.config, self.tokenizer)
+        if (len(ids) - 1, len(images)) != (self.index.lengths[k], self.index.images[k]):
+            raise BadExample('the example is not what it was when the run began')
+        return ids, learned, images
+
+    def _or_skip(self, i, k, read, skipped):
+        """[read(k)] for row i; or [], and why in the list `skipped` if that is new."""
+        number = int(self.index.rows[k])
+        if (i, number) in self.skips:
+            return []
+        try:
+            return [read(k)]
+        except BadExample as error:
+            skipped.append([i, number, str(error)])
+            return []
+
+    def reading(self, i):
+        """Yields the name of each example of row i, and then reads it: to find out which one hangs."""
+        for k in self.examples(i):
+            example = self.source.without_images(self.index.rows[k])
+            yield ', '.join([f'example {self.index.rows[k]}', *(example.names if example else ())])
+            with contextlib.suppress(BadExample):
+                self._read(k)
 
 
 class PackedRows(Examples):
@@ -203,8 +235,7 @@ class PackedRows(Examples):
 
     def _read(self, k):
         """(ids, learned, pictures) of an example, as batch.pack() takes them."""
-        example = self.source[self.index.rows[k]]
-        ids, learned, images = encode_example(example, self.config, self.tokenizer)
+        ids, learned, images = self._encode(k)
         if self.features:
             return ids, learned, self.features.of(k)
         vision = self.config.model.vision
@@ -213,7 +244,11 @@ class PackedRows(Examples):
     def __getitem__(self, i):
         kept = self.features.kept if self.features else ''
         slots = batch.empty_slots(self.slots, self.config.model.vision, kept) if self.slots else None
-        return batch.pack(list(map(self._example, self.examples(int(i)))), self.config.data.length, slots)
+        found, skipped = [], []
+        for k in self.examples(int(i)):
+            found += self._or_skip(int(i), k, self._example, skipped)
+        row = batch.pack(found, self.config.data.length, slots)
+        return row | ({'skipped': skipped} if skipped else {})
 
     def drawn(self, i):
         """The numbers, in their source, of the examples that row i holds."""
@@ -251,7 +286,7 @@ class TextRows:
     """
 
     def __init__(self, shards, config, tokenizer, seed, shuffle=True, subset='', key=''):
-        self.shards, self.config, self.tokenizer, self.key = shards, config, tokenizer, key
+        self.shards, self.config, self.tokenizer, self.key, self.skips = shards, config, tokenizer, key, set()
         self.windows = np.array([max(0, len(shard) - 1) // config.data.length for shard in shards])
         self.first, stop = bounds(subset, int(self.windows.sum()))
         if self.first >= stop:
@@ -291,6 +326,11 @@ class TextRows:
             ),
             'positions': (np.arange(length) - np.maximum.accumulate(starts)).astype(np.int32),
         }
+
+    def reading(self, i):
+        """As Examples.reading()."""
+        yield f'window {self.drawn(i)[0]} of {self.config.data.path}'
+        self[i]
 
     def drawn(self, i):
         """The number of the window that row i is."""

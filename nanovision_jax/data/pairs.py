@@ -1,13 +1,17 @@
 """Images with captions, for clip: a batch packs its captions into rows."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from nanovision_jax.data import images as image_files
-from nanovision_jax.data.index import encode_example
+from nanovision_jax.data.batch import left_out
 from nanovision_jax.data.packing import DRAFT, Examples, data_identity, plan
+from nanovision_jax.errors import UserError
+
+TRIES = 8  # pairs that are tried for a row
 
 
 class Captions(NamedTuple):
@@ -46,7 +50,7 @@ class Captions(NamedTuple):
                     text['positions'][place, start:stop] = np.arange(stop - start)
                     ends[members[k]] = place * self.length + stop - 1
                     start = stop
-        return {'images': np.stack([pair['images'] for pair in pairs]), **text, 'ends': ends}
+        return {'images': np.stack([pair['images'] for pair in pairs]), **text, 'ends': ends, **left_out(pairs)}
 
 
 def longest_first(lengths, room):
@@ -68,8 +72,7 @@ class PairRows(Examples):
 
     def _load(self, k):
         """(ids, image as it lies) of an example."""
-        example, vision = self.source[self.index.rows[k]], self.config.model.vision
-        ids, _, images = encode_example(example, self.config, self.tokenizer)
+        (ids, _, images), vision = self._encode(k), self.config.model.vision
         # What augment() leaves of a side is at least its 0.77th part.
         least = math.ceil(vision.image_size * (1.3 if self.augment else 1)) if self.draft else None
         return ids, image_files.load(images[0], least)
@@ -79,12 +82,28 @@ class PairRows(Examples):
         return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
 
     def __getitem__(self, i):
-        epoch, k = self.shuffled.at(i)
-        if not self.augment:
-            return self._example(k)
+        epoch, _ = self.shuffled.at(i)
+        read = functools.partial(self._augmented, epoch) if self.augment else self._example
+        skipped = []
+        for k in self.candidates(int(i)):
+            if found := self._or_skip(int(i), k, read, skipped):
+                return found[0] | ({'skipped': skipped} if skipped else {})
+        raise UserError(f'{TRIES} pairs in a row cannot be read any more, at row {i}: {skipped[-1][2]}.')
+
+    def candidates(self, i):
+        """The example of row i; and those that take its place where it cannot be read: another batch has them too."""
+        epoch, _ = self.shuffled.at(i)
+        order, n, place = self.shuffled.order(epoch), self.shuffled.n, i % self.shuffled.n
+        return [int(order[place]), *(int(order[(place + n // 2 + further) % n]) for further in range(TRIES - 1))]
+
+    def _augmented(self, epoch, k):
         ids, image = self._load(k)
         image = image_files.augment(image, np.random.default_rng((self.shuffled.seed, epoch, k)))
         return {'images': image_files.prepare(image, self.config.model.vision), 'ids': ids}
+
+    def examples(self, i):
+        """Which example row i holds."""
+        return [self.shuffled.at(i)[1]]
 
     def pack(self, shards: int = 1, parts: int = 1) -> Captions:
         """The Captions of batches that are split over `shards` devices, into `parts` each.
@@ -104,7 +123,7 @@ class PairRows(Examples):
 
     def drawn(self, i):
         """The number, in its source, of the example that row i holds."""
-        return [int(self.index.rows[self.shuffled.at(i)[1]])]
+        return [int(self.index.rows[k]) for k in self.examples(i)]
 
     def rows_per_epoch(self):
         """Pairs in all."""

@@ -5,18 +5,21 @@ Nothing here imports jax; batches are dicts of numpy arrays with the shapes that
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
+import queue
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from absl import flags
 
-from nanovision_jax.data import conversation, formats, packing, pairs, sources, text
+from nanovision_jax.data import batch, conversation, formats, packing, pairs, sources, text
 from nanovision_jax.data.catalog import TOKENS
 from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.download import tokenizer_folder
@@ -24,12 +27,13 @@ from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from nanovision_jax.data.workers import ignore_signals
-from nanovision_jax.errors import UserError
+from nanovision_jax.errors import Stuck, UserError
 from nanovision_jax.runs.config_file import TRAINED, hub_id
 from nanovision_jax.runs.folder import file_digest, read_json, write_whole
 from nanovision_jax.stages import stage_of
 
 RESTARTS = 3  # times in a row that data workers are started again
+STARTING = 60  # seconds that they get to start
 
 
 def family_tokenizer(config, inherited: pathlib.Path | None = None) -> Tokenizer:
@@ -168,34 +172,97 @@ def open_rows(config, tokenizer, split: str = 'train') -> tuple:
     return rows(source, index, config, tokenizer, shuffled), index.bad
 
 
-def batches(rows, batch_size: int, start: int = 0, workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    rows, batch_size: int, start: int = 0, workers: int = 0, timeout: float = 120
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of `batch_size` rows from row `start` on, read ahead by threads, or by worker processes.
 
-    Batch n is rows[start + n·batch_size : …] whatever the number of workers. Workers that die are started again,
-    RESTARTS times in a row. Raises UserError for a batch in which nothing is learned, and where workers go on dying.
+    Batch n is rows[start + n·batch_size : …] whatever the number of workers. Workers that die, or give nothing for
+    `timeout` seconds, are started again, RESTARTS times in a row. What rows leave out is in a batch, too: see
+    batch.skipped(). Raises UserError for a batch in which nothing is learned, and where workers go on dying; Stuck
+    where reading an example hangs.
     """
     restarts = 0
     while True:
-        with contextlib.closing(iter(_read_ahead(rows, batch_size, start, workers))) as read:
+        read = iter(_read_ahead(rows, batch_size, start, workers))
+        try:
+            for made in _in_time(read, timeout, STARTING * bool(workers)):
+                if 'weights' in made and not made['weights'].any():
+                    why = next((reason for *_, reason in batch.skipped(made)), 'no answer in any of them')
+                    raise UserError(f'nothing is learned in rows {start} and on: {why}.')
+                yield made
+                start, restarts = start + batch_size, 0
+        except TimeoutError:
+            if example := _hanging(rows, range(start, start + batch_size), timeout):
+                raise Stuck(f'reading hangs for more than {timeout:g} s (data.timeout) at {example}.') from None
+            for child in multiprocessing.active_children():  # one that stands still does not end otherwise
+                child.kill()
+            why, what = f'nothing came for {timeout:g} s (data.timeout)', 'data workers stood still'
+        except RuntimeError as error:
+            if 'Worker process was terminated' not in str(error):
+                raise
+            why, what = error, 'a data worker died'
+        finally:
+            if not isinstance(sys.exception(), Stuck):  # which would be waited for
+                read.close()
+        restarts += 1
+        if restarts > RESTARTS:
+            raise UserError(f'data workers go on dying, at row {start} and on: {why}.')
+        print(f'{what}, and they begin again at row {start}', file=sys.stderr)
+
+
+def _in_time(read, timeout, more):
+    """Yields what an iterator does, each within `timeout` seconds, the first `more` later. Raises TimeoutError."""
+    asked, given = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def answer():
+        while asked.get():
             try:
-                for batch in read:
-                    if 'weights' in batch and not batch['weights'].any():
-                        raise UserError(f'nothing is learned in rows {start} and on: no answer in any of them.')
-                    yield batch
-                    start, restarts = start + batch_size, 0
-            except RuntimeError as error:
-                if 'Worker process was terminated' not in str(error):
-                    raise
-                restarts += 1
-                if restarts > RESTARTS:
-                    raise UserError(f'data workers go on dying, at row {start} and on: {error}.') from error
-                print(f'a data worker died, and they begin again at row {start}', file=sys.stderr)
+                given.put((next(read), None))
+            except Exception as error:
+                given.put((None, error))
+
+    threading.Thread(target=answer, daemon=True, name='batches').start()
+    try:
+        while True:
+            asked.put(True)
+            try:
+                made, error = given.get(timeout=timeout + more)
+            except queue.Empty:
+                raise TimeoutError from None
+            if error:
+                raise error
+            yield made
+            more = 0
+    finally:
+        asked.put(False)
+
+
+def _hanging(rows, numbers, timeout):
+    """Which example of some rows takes more than `timeout` seconds to read; None where none does."""
+    at = [None]
+
+    def read():
+        for number in numbers:
+            for at[0] in rows.reading(number):
+                pass
+        at[0] = None
+
+    reader = threading.Thread(target=read, daemon=True, name='probe')
+    reader.start()
+    last = at[0]
+    while reader.is_alive():
+        reader.join(timeout)
+        if reader.is_alive() and at[0] == last:
+            return last or 'the data file'
+        last = at[0]
+    return None
 
 
 def _read_ahead(rows, batch_size, start, workers):
     """A Grain data set of the batches from a row on."""
     stop = np.iinfo(np.int32).max
-    made = getattr(rows, 'captions', None)  # of pairs; rows of other stages are stacked
+    made = getattr(rows, 'captions', batch.stack)  # of pairs; rows of other stages are stacked
     dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size, batch_fn=made)
     if not workers:
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

@@ -15,7 +15,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.hf import card, configs, decoders, llava
 from nanovision_jax.hf.weights import write_weights
 from nanovision_jax.runs.config_file import public
-from nanovision_jax.runs.folder import read_json
+from nanovision_jax.runs.folder import file_digest, read_json
 from nanovision_jax.stages import stage_of
 
 CONFIG = 'nanovision_jax.json'
@@ -58,9 +58,25 @@ def export(run, output: pathlib.Path, dtype: str = 'float32'):
     for name, value in files.items():
         (partial / name).write_text(json.dumps(value, indent=2) + '\n')
     copy_tokenizer(tokenizer.folder, partial)
-    (partial / CONFIG).write_text(json.dumps({'step': run.step, 'config': public(config)}, indent=2) + '\n')
+    ours = {'step': run.step, 'config': public(config), 'sha256': digests(partial)}
+    (partial / CONFIG).write_text(json.dumps(ours, indent=2) + '\n')
     (partial / 'README.md').write_text(card.card(run, content['architectures'][0]))
     partial.rename(output)
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    """{name: sha256} of what an export's meaning hangs on: weights and tokenizer."""
+    return {file.name: file_digest(file) for file in sorted([*folder.glob('*.safetensors'), folder / 'tokenizer.json'])}
+
+
+def check_digests(folder: pathlib.Path, told: dict[str, str]):
+    """Raises UserError where the weights or the tokenizer of an export are not what was written."""
+    for name, digest in told.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            raise UserError(
+                f'{folder / name} is not what was written: it is damaged, or was changed. Write the folder again or, '
+                f'to read it as one that we did not write, remove {CONFIG}.'
+            )
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> Tokenizer:

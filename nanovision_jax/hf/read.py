@@ -9,7 +9,7 @@ from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import configs as hf_configs
 from nanovision_jax.hf import decoders, llava
-from nanovision_jax.hf.export import CONFIG, copy_tokenizer
+from nanovision_jax.hf.export import CONFIG, check_digests, copy_tokenizer
 from nanovision_jax.hf.weights import open_weights
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs.folder import read_json
@@ -27,6 +27,7 @@ def read_folder(folder: pathlib.Path, output: pathlib.Path, template: str = 'aut
     fields = llava.model_fields(folder) if vision else hf_configs.decoder_config(theirs, folder)
     if ours := (folder / CONFIG).is_file():
         saved = read_json(folder / CONFIG)
+        check_digests(folder, saved.get('sha256', {}))  # older exports have none
         config, step = runconfig.from_dict(saved['config'], folder), saved['step']
         _check_same(config.model, fields, folder)
         if config.data.source == 'tiny_world':  # its place is the family's, wherever that is now

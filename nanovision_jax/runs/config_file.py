@@ -117,6 +117,7 @@ def differences(old: Config, new: Config) -> list[str]:
         'run_dir',
         'allow_unfinished_parent',
         'data.workers',
+        'data.timeout',
         'checkpoint.',
         'eval.',
         'log.',

@@ -1,6 +1,7 @@
 """A run's files: written whole or not at all, read with one sentence where they are damaged, found from anywhere.
 
-    <run>/config.json, lineage.json, metrics.jsonl, bad_rows.jsonl, bad_steps.jsonl, tokenizer/, eval/
+    <run>/config.json, lineage.json, metrics.jsonl, tokenizer/, eval/, and of what was left out
+    <run>/bad_rows.jsonl, bad_steps.jsonl, skipped.jsonl
     <run>/checkpoints/<step>/{params,optimizer}/   and manifest.json, the sha256 of every file in them
 
 A path in a run's files is relative to the run (it begins with ./ or ../), or absolute where the user gave it so and it
@@ -31,6 +32,7 @@ class Paths:
         self.metrics = folder / 'metrics.jsonl'
         self.bad_rows = folder / 'bad_rows.jsonl'
         self.bad_steps = folder / 'bad_steps.jsonl'
+        self.skipped = folder / 'skipped.jsonl'
         self.tokenizer = folder / 'tokenizer'
         self.checkpoints = folder / 'checkpoints'
         self.results = folder / 'eval'

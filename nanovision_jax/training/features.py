@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from nanovision_jax import models
 from nanovision_jax.data import pipeline
-from nanovision_jax.data.features import Features, Pictures, Unfinished, alone, told
+from nanovision_jax.data.features import Features, Pictures, Unfinished, told
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.runs import lock
 from nanovision_jax.runs.checkpoint import tree_digest
 
 FORMAT = 1  # of the files; another one makes all features anew
@@ -29,7 +30,7 @@ def keep(config, rows, graphdef, params: dict, mesh) -> Features:
     if not len(pictures):
         raise UserError('there is no picture whose features could be kept: leave out data.cache_features.')
     folder = config.family / 'features' / _key(config, rows, params['vision'])
-    with alone(folder.parent):
+    with lock.held(folder.parent / '.lock', f'the features in {folder.parent}', wait=True):  # made once
         made = Unfinished(folder, len(pictures), config.model.vision, kept)
         what = f'features: {made.count:,} pictures in {kept}, {told(made.bytes)}, in {folder}'
         if folder.exists():

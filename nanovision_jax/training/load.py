@@ -11,8 +11,8 @@ from nanovision_jax.training.start import Run
 def load_parameters(sources, params: dict, vocab_size: int) -> dict:
     """`params` (nested dicts of jax.ShapeDtypeStruct with shardings) with every source's part read into it.
 
-    sources: see start.find(), proven. What no source has stays as it was. Raises UserError where a source does not fit, or is
-    not finite.
+    sources: see start.find(), proven. What no source has stays as it was. Raises UserError where a source does not fit
+    or is not finite.
     """
     for source in sources:
         target = params[source.target] if source.target else params

@@ -13,6 +13,7 @@ import jax
 
 from nanovision_jax import models
 from nanovision_jax.data import conversation, pipeline
+from nanovision_jax.data.batch import skipped
 from nanovision_jax.data.images import load as load_image
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError, check_writable
@@ -22,6 +23,7 @@ from nanovision_jax.parallel import compile_cache, hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.skips import Skips
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import features, fit, optim
 from nanovision_jax.training import start as starts
@@ -174,18 +176,24 @@ def begin(config, data: RunData, sources: list, mesh, start: int, startup: Start
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
-    batches = prefetch(pipeline.batches(data.rows, config.data.batch_size, first_row, config.data.workers), mesh)
+    skips = Skips(config.run_dir, data.rows.shuffled.n)
+    data.rows.skips = skips.known
+    how = config.data.batch_size, first_row, config.data.workers, config.data.timeout
+    batches = prefetch(pipeline.batches(data.rows, *how), mesh, skips)
     return Training(program.graphdef, state, program.step, batches, first_row, digests)
 
 
-def prefetch(batches, mesh, ahead: int = 2):
+def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
     """Yields device batches, `ahead` of them on their way, each with its {tokens, learned, images}, padding aside.
 
-    images: those that go through a tower.
+    images: those that go through a tower. skips: takes down what rows left out.
     """
 
     def put():
         for batch in batches:
+            left_out = skipped(batch)
+            if skips:
+                skips.add(left_out)
             tokens = int((batch['segments'] > 0).sum())
             work = {'tokens': tokens, 'learned': tokens, 'images': 0}
             if 'weights' in batch:
@@ -249,18 +257,20 @@ def run_steps(
                 show_samples(config, step, training.graphdef, state['params'], data, log)
 
     def further():
-        """The next batch. Where it cannot be had, the steps that were taken are not lost."""
+        """The next batch, or (None, None) after a signal. Where it cannot be had, the steps taken are not lost."""
         try:
-            return next(batches)
+            with stop.interruptible():
+                if stop.signal is None:
+                    return next(batches)
         except Exception:
-            if stop.signal is not None:  # which ended data workers too
-                return None, None
-            if step > start:
-                log.put_by()
-                log.flush()
-                save(step)
-                writer.until_saved(lambda: save(step))
-            raise
+            if stop.signal is None:  # which ends data workers too
+                if step > start:
+                    log.put_by()
+                    log.flush()
+                    save(step)
+                    writer.until_saved(lambda: save(step))
+                raise
+        return None, None
 
     def is_evaluated(step):
         return step % config.eval.every == 0 or step == data.steps
@@ -312,11 +322,12 @@ def run_steps(
 
 def validate(config, step: int, eval_step, params: dict, rows, mesh, log: Log):
     """Logs the mean loss over the same validation batches each time; training data is untouched by their stream."""
-    total = count = 0.0
-    for batch in itertools.islice(pipeline.batches(rows, config.data.batch_size), config.eval.batches):
+    total, count, left_out = 0.0, 0.0, 0 if _is_text(config) else len(rows.index.left_out) + rows.index.dropped
+    batches = pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout)
+    for batch in itertools.islice(batches, config.eval.batches):
+        left_out += len(skipped(batch))
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
-    left_out = 0 if _is_text(config) else len(rows.index.left_out) + rows.index.dropped
     log.metrics.write(step=step, eval_loss=total / count, left_out=left_out)
     without = f', without {left_out} examples that cannot be used' if left_out else ''
     log.say(f'step {step}  eval loss {total / count:.4f} on held-out data{without}')
@@ -327,7 +338,11 @@ def show_samples(config, step: int, graphdef, params: dict, data: RunData, log: 
     if not stage_of(config).decodes:
         return
     examples = min(n, data.validation.rows_per_epoch() if _is_text(config) else len(data.validation.index.rows))
-    prompts, asked = zip(*(validation_prompt(config, data, i) for i in range(examples)), strict=True)
+    try:
+        prompts, asked = zip(*(validation_prompt(config, data, i) for i in range(examples)), strict=True)
+    except conversation.BadExample as error:
+        log.say(f'  no samples are shown: {error}')
+        return
     answers = Run(config, step, graphdef, params, data.tokenizer).answer(prompts, max_new_tokens=32)
     for text, answer in zip(asked, answers, strict=True):
         log.say(f'  {text[-70:]!r} → {answer.strip()!r}')

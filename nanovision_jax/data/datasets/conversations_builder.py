@@ -7,7 +7,6 @@ all of that is written.
 
 import collections
 import concurrent.futures
-import contextlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from nanovision_jax.data import conversation
 from nanovision_jax.data import images as image_files
 from nanovision_jax.data.catalog import PREPARED_VERSION
-from nanovision_jax.data.datasets import files
+from nanovision_jax.data.datasets import builders, files
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.workers import ordered_map
 from nanovision_jax.errors import UserError
@@ -71,7 +70,7 @@ class ConversationsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             'messages': tfds.features.Text(doc='JSON: a list of messages'),
             'images': tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
         }
-        return tfds.core.DatasetInfo(
+        return builders.Info(
             builder=self, description=type(self).__doc__, features=tfds.features.FeaturesDict(features)
         )
 
@@ -154,13 +153,7 @@ def _encodable(record):
 
 def build(builder):
     """Prepares a data set, in silence but for the bar of its one pass. Whatever goes wrong, it has no folder then."""
-    tfds.disable_progress_bar()
     root = pathlib.Path(builder._data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
-    # TFDS announces a download; there is none.
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        tempfile.TemporaryDirectory() as downloads,
-        tempfile.TemporaryFile(dir=root) as builder.spool,
-    ):
-        builder.download_and_prepare(download_dir=downloads)
+    with tempfile.TemporaryFile(dir=root) as builder.spool:
+        builders.build(builder)

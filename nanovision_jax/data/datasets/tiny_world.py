@@ -12,7 +12,6 @@ Held-out rule: seven of the 48 colour-shape pairs (`heldout_pairs`) appear nowhe
 picture or in words. See `TinyWorld`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -26,6 +25,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from nanovision_jax.data.datasets import tiny_world_words as words
+from nanovision_jax.data.datasets.builders import Info, build
 from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
 from nanovision_jax.data.workers import Workers, cores, ordered_map
 
@@ -99,7 +99,7 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('2.0.0')
     BUILDER_CONFIGS: ClassVar = [TinyWorldConfig(name=content, content=content) for content in EXAMPLES]
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _info(self) -> Info:
         conversation = tfds.features.Text(doc='JSON: a list of messages')
         features = {
             'scenes': {
@@ -110,7 +110,7 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
             'text': {'text': tfds.features.Text()},
             'chat': {'conversation': conversation},
         }[self.builder_config.content]
-        return tfds.core.DatasetInfo(
+        return Info(
             builder=self,
             description=TinyWorld.__doc__,
             features=tfds.features.FeaturesDict({'id': tfds.features.Text()} | features),
@@ -157,9 +157,7 @@ def open_rows(folder, content: str, split: str):
     builder = TinyWorld(config=content, data_dir=folder, file_format='array_record')
     if not pathlib.Path(builder.data_dir).exists():
         print(f'making tiny_world/{content} in {folder} (once)')
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download; there is none
-            builder.download_and_prepare()
+        build(builder)
     decoders = {'image': tfds.decode.SkipDecoding()} if content == 'scenes' else None
     return builder.as_data_source(split, decoders=decoders)
 

@@ -54,8 +54,8 @@ class Source:
         return i
 
     def without_images(self, i: int) -> Example | None:
-        """Row i without its images, which may be missing; None where it is no conversation."""
-        raise NotImplementedError
+        """Row i without its images, which may be missing; None where it is no conversation, or they are not apart."""
+        return None
 
     def split_of(self, example: Example) -> str:
         """'train' or 'validation', where both are mixed."""
