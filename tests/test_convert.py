@@ -319,6 +319,8 @@ def test_what_our_models_cannot_represent_is_refused_by_name(runs, tmp_path, cap
             weights = load_file(folder / 'model.safetensors')
             change(weights)
             save_file(weights, folder / 'model.safetensors')
+            ours = json.loads((folder / 'nanovision_jax.json').read_text())
+            (folder / 'nanovision_jax.json').write_text(json.dumps(ours | {'sha256': {}}))
         with pytest.raises(UserError, match=why):
             conversions.from_folder(folder, out)
         assert not out.exists()

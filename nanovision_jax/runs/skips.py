@@ -1,0 +1,42 @@
+"""skipped.jsonl: examples that could not be read any more as a run went on, and the rows that go without them."""
+
+import json
+import sys
+
+from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import Paths, read_lines, write_lines
+
+MOST = 0.01  # of the examples
+LISTED = 10  # are said; all are in the file
+
+
+class Skips:
+    """The file, of a run with `examples` examples. known: {(row, example)}, which a run that goes on leaves out again.
+
+    So rows are the same on another machine, or once a picture is back.
+    """
+
+    def __init__(self, run_dir, examples: int):
+        self.file, self.examples = Paths(run_dir).skipped, examples
+        lines = list(read_lines(self.file))
+        if lines:
+            write_lines(self.file, lines)  # without the half of a line that a crash left
+        self.known = {(line['row'], line['example']) for line in lines}
+
+    def add(self, found: list[list]):
+        """Adds [row, example, reason] of each. Raises UserError where it is more than MOST of the examples by now."""
+        new = [entry for entry in found if tuple(entry[:2]) not in self.known]
+        if not new:
+            return
+        with open(self.file, 'a', encoding='utf-8') as file:
+            for row, example, reason in new:
+                file.write(json.dumps({'row': row, 'example': example, 'reason': reason}) + '\n')
+                self.known.add((row, example))
+                if len(self.known) <= LISTED:
+                    print(f'row {row} goes without example {example}: {reason} ({self.file})', file=sys.stderr)
+        lost = len({example for _, example in self.known})
+        if lost > MOST * self.examples:
+            raise UserError(
+                f'{lost} of {self.examples} examples cannot be read any more (at most {MOST:.0%} may be), the last: '
+                f'{new[-1][2]}. {self.file} lists them; bring them back, and the same command goes on.'
+            )
