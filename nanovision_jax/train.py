@@ -8,6 +8,7 @@ say
   --resume     go on with the new config from the newest checkpoint
   --anew       start again; the old run is kept under another name
   --profile=N  write a trace of N steps to RUN/profile, which ui.perfetto.dev and XProf open
+  --verify=N   take N steps from a checkpoint twice, say whether they are bit-equal, and write nothing
 """
 
 import sys
@@ -23,8 +24,12 @@ BEGAN = time.perf_counter()
 def main(argv):
     """The command: see the module's docstring."""
     sys.stdout.reconfigure(line_buffering=True)  # a log that is followed as it grows
-    config, flags = cli.parse(argv, __doc__, resume=False, anew=False, profile=0)
+    config, flags = cli.parse(argv, __doc__, resume=False, anew=False, profile=0, verify=0)
     with StopOnSignal() as stop:
+        if steps := flags.pop('verify'):
+            from nanovision_jax.training.verify import verify
+
+            return verify(config, steps)
         from nanovision_jax.training.loop import train  # jax loads once the command line is read
 
         train(config, **flags, began=BEGAN, stop=stop)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import micro
@@ -208,6 +210,40 @@ def test_who_waits_for_a_lock_gets_it(tmp_path):
     assert any('waiting for process' in text for text in said) and not (tmp_path / 'x' / '.lock').exists()
     with lock.held(tmp_path / '.lock', 'it'), pytest.raises(UserError, match=f'it is in use by process {os.getpid()}'):
         lock.held(tmp_path / '.lock', 'it').__enter__()
+
+
+def no_flock(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+
+def test_without_flock_a_file_with_signs_of_life_is_the_lock(tmp_path, monkeypatch, capsys):
+    file = tmp_path / '.lock.held'
+    monkeypatch.setattr(lock.fcntl, 'flock', no_flock)
+    monkeypatch.setattr(lock, 'BEAT', 0.05)
+    with lock.held(tmp_path / '.lock', 'it'):
+        told = json.loads(file.read_text())
+        assert told['process'] == os.getpid() and not (tmp_path / '.lock').exists()
+        with pytest.raises(UserError, match=f'it is in use by process {os.getpid()}'):
+            lock.held(tmp_path / '.lock', 'it').__enter__()
+        file.write_text(json.dumps(told | {'host': 'elsewhere'}))  # where its process cannot be asked for
+        os.utime(file, (0, 0))
+        until(lambda: file.stat().st_mtime > 1, 5)
+        with pytest.raises(UserError, match=r'it is in use by process .* on elsewhere'):
+            lock.held(tmp_path / '.lock', 'it').__enter__()
+        waits = lock.held(tmp_path / '.lock', 'it', wait=True)
+        done = threading.Thread(target=waits.__enter__)
+        done.start()
+        until(lambda: 'waiting for process' in capsys.readouterr().out, 5)
+        assert done.is_alive()
+    done.join(5)
+    assert not done.is_alive() and file.exists()
+    waits.__exit__(None, None, None)
+    for gone in (told | {'process': 2**22 + 1}, told | {'host': 'elsewhere'}):
+        file.write_text(json.dumps(gone))
+        os.utime(file, (0, 0))
+        with lock.held(tmp_path / '.lock', 'it'):
+            assert json.loads(file.read_text())['process'] == os.getpid()
+    assert not list(tmp_path.glob('.*'))
 
 
 # Not a number --------------------------------------------------------------------------------------------------------

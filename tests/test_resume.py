@@ -12,10 +12,12 @@ import pytest
 from conftest import ROOT
 
 from nanovision_jax.data import packing, pipeline
+from nanovision_jax.errors import Failure
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
+from nanovision_jax.training import verify
 
 STEPS = 9
 RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves
@@ -228,3 +230,27 @@ def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tm
     for stage in micro.STAGES:
         train.train(micro.run_config(stage, alone, **RUN))
         assert_as(killed / stage, alone / stage)
+
+
+def test_steps_are_verified_bit_by_bit(go, capsys, monkeypatch):
+    folder, _ = go()
+    cfg = micro.run_config('vision_instruct', folder.parent, **RUN)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob('*')}
+    capsys.readouterr()
+    verify.verify(cfg, 3)  # checkpoints 6 and 9 are there
+    said = capsys.readouterr().out
+    assert '3 steps from step 6 on, taken twice: bit-equal' in said
+    assert 'what 3 steps make of checkpoint 6, and checkpoint 9: bit-equal' in said
+    verify.verify(cfg, 2)
+    assert '2 steps from step 9 on, taken twice: bit-equal' in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob('*')} == before
+    batches, calls = pipeline.batches, []
+
+    def otherwise(rows, *args, **options):
+        calls.append(0)
+        for batch in batches(rows, *args, **options):
+            yield batch | {'tokens': batch['tokens'] ^ (len(calls) == 2)}
+
+    monkeypatch.setattr(pipeline, 'batches', otherwise)
+    with pytest.raises(Failure, match=r'2 steps from step 9 on, taken twice: \d+ of \d+ arrays differ \(\S*decoder/'):
+        verify.verify(cfg, 2)

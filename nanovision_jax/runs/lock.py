@@ -1,7 +1,8 @@
 """Locks: one writer a run, one maker of what a family of runs shares.
 
-A lock is a file that a process holds with flock: the system lets it go when the process ends, however it does. It says
-who holds it, and is gone when it is let go. No jax is imported here.
+A lock is a file that a process holds with flock: the system lets it go when the process ends, however it does. Where a
+file system has no flock, it is a file that only one can make, and whose time says that its maker lives. It says who
+holds it, and is gone when it is let go. No jax is imported here.
 """
 
 import contextlib
@@ -12,11 +13,21 @@ import json
 import os
 import pathlib
 import socket
+import tempfile
+import threading
+import time
 
 from nanovision_jax.errors import UserError
 
-# What a file system without flock says; there nothing is locked, as before.
+# What a file system without flock says.
 MISSING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+BEAT, LOST = 5, 60  # seconds, where there is no flock: between signs of life, and without one until a lock is nobody's
+
+
+def of_run(run_dir):
+    """Holds a run while the context lasts: one process trains it. The lock lies beside it."""
+    folder = pathlib.Path(run_dir)
+    return held(folder.parent / f'.{folder.name}.lock', f'the run {folder}')
 
 
 @contextlib.contextmanager
@@ -27,10 +38,18 @@ def held(file, what: str, wait: bool = False):
     """
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _taken(file, what, wait) as opened:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    try:
+        opened = _flocked(file, what, wait)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        file.unlink(missing_ok=True)
+        with _made(file.with_name(f'{file.name}.held'), what, wait):
+            yield
+        return
+    with opened:
         opened.truncate(0)
-        opened.write(json.dumps({'process': os.getpid(), 'host': socket.gethostname(), 'since': now}) + '\n')
+        opened.write(_told())
         opened.flush()
         try:
             yield
@@ -38,37 +57,104 @@ def held(file, what: str, wait: bool = False):
             file.unlink(missing_ok=True)  # while it is held: who waits sees that another file is needed
 
 
-def _taken(file, what, wait):
+def _flocked(file, what, wait):
     """The file, opened and locked."""
     while True:
         opened = open(file, 'a+', encoding='utf-8')  # noqa: SIM115
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(opened)
-            if not wait:
-                opened.close()
-                raise UserError(
-                    f'{what} is in use by {holder}: wait until that is done, or choose another --config.name.'
-                ) from None
-            print(f'waiting for {holder}, which works on {what}', flush=True)
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in MISSING:
-                raise
-            print(f'{file.parent} cannot be locked ({error.strerror}): see that nothing else writes there')
-            return opened
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                opened.seek(0)
+                _refuse_or_wait(opened.read(), what, wait)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        except BaseException:
+            opened.close()
+            raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(opened.fileno()), os.stat(file)):
                 return opened
         opened.close()  # whoever held it has removed it
 
 
-def _holder(opened):
-    """Who has a lock, in words."""
-    opened.seek(0)
+@contextlib.contextmanager
+def _made(file, what, wait):
+    """Holds a lock where there is no flock: a file that only one can make, and that gives signs of life."""
+    said = False
+    while not _make(file):
+        if _is_lost(file):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(file, file.with_name(f'{file.name}.{socket.gethostname()}.{os.getpid()}'))
+                file.with_name(f'{file.name}.{socket.gethostname()}.{os.getpid()}').unlink()
+            continue
+        if not said:
+            _refuse_or_wait(_read(file), what, wait)
+            said = True
+        time.sleep(BEAT / 5)
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(file)
+
+    threading.Thread(target=beat, daemon=True, name='lock').start()
     try:
-        told = json.loads(opened.read())
-        return f'process {told["process"]} on {told["host"]} since {told["since"]}'
+        yield
+    finally:
+        ended.set()
+        file.unlink(missing_ok=True)
+
+
+def _make(file):
+    """Whether the file was made, by this process."""
+    try:
+        with open(file, 'x', encoding='utf-8') as made:
+            made.write(_told())
+        return True
+    except FileExistsError:
+        return False
+
+
+def _is_lost(file):
+    """Whether the process that made the file is gone: it runs no more, or gives no sign of life from elsewhere."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        told = json.loads(_read(file))
+        if told['host'] == socket.gethostname():
+            try:
+                os.kill(told['process'], 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                pass
+            return False
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent) as now:  # by the clock of the file system
+            return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime > LOST
+    except FileNotFoundError:
+        return False
+
+
+def _read(file):
+    try:
+        return file.read_text(encoding='utf-8')
+    except FileNotFoundError:
+        return ''
+
+
+def _told():
+    """Who has the lock, as the file says it."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    return json.dumps({'process': os.getpid(), 'host': socket.gethostname(), 'since': now}) + '\n'
+
+
+def _refuse_or_wait(text, what, wait):
+    """Says who has the lock, and that it is waited for; or raises UserError."""
+    try:
+        told = json.loads(text)
+        holder = f'process {told["process"]} on {told["host"]} since {told["since"]}'
     except (ValueError, KeyError, TypeError):
-        return 'another process'
+        holder = 'another process'
+    if not wait:
+        raise UserError(f'{what} is in use by {holder}: wait until that is done, or choose another --config.name.')
+    print(f'waiting for {holder}, which works on {what}', flush=True)

@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ def train(
     folder = pathlib.Path(config.run_dir)
     check_writable(folder)
     hearing = contextlib.nullcontext(stop) if stop else StopOnSignal()
-    with hearing as stop, lock.held(folder.parent / f'.{folder.name}.lock', f'the run {folder}'):
+    with hearing as stop, lock.of_run(folder):
         return train_alone(config, resume, anew, profile, startup, stop)
 
 
@@ -147,25 +148,18 @@ class Training(NamedTuple):
 def begin(config, data: RunData, sources: list, mesh, start: int, startup: Startup) -> Training:
     """Makes or reads the state, writes the run folder, and compiles the step."""
     optimizer = optim.make_optimizer(config.optim, data.steps)
-    # Compiled ahead: a batch of another shape is an error then, never a silent recompilation.
-    pairs = stage_of(config).data == 'pairs'
-    program = fit.settle(config, data.tokenizer, optimizer, mesh, pack=data.rows.pack if pairs else None)
-    if pairs:
-        shards = mesh.shape['data'] * mesh.shape['fsdp']
-        data.rows.captions = data.rows.pack(shards, config.optim.parts)
-        data.validation.captions = data.validation.pack(shards)
+    program = compile_step(config, data, optimizer, mesh)
     used = ', '.join(f'{share:.1%} of {what}' for what, share in data.rows.efficiency().items())
     print(f'{config.stage}: {data.steps} steps of {config.data.batch_size} rows; packing uses {used}')
     startup.reached('compiling')
-    shapes = program.shapes
     if start:
-        state = {item: checkpoint.restore(config.run_dir, start, item, shapes[item]) for item in shapes}
+        state = read_state(config, program, start)
     else:
-        params = load_parameters(sources, shapes['params'], data.tokenizer.size)
-        state = init_state(config, data.tokenizer, optimizer, shapes, params)
+        params = load_parameters(sources, program.shapes['params'], data.tokenizer.size)
+        state = init_state(config, data.tokenizer, optimizer, program.shapes, params)
     startup.reached('parameters')
-    if config.data.cache_features:  # of what is learned from: held-out rows are read as pictures
-        data.rows.use_features(features.keep(config, data.rows, program.graphdef, state['params'], mesh))
+    if config.data.cache_features:
+        read_features(config, data, program, state, mesh)
         startup.reached('features')
     frozen = partition(config, state['params'])[1]
     dtype = models.compute_dtype(config.dtype).name
@@ -174,13 +168,39 @@ def begin(config, data: RunData, sources: list, mesh, start: int, startup: Start
     startup.reached('run folder')
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
+    batches, first_row = stream(config, data, mesh, start)
+    return Training(program.graphdef, state, program.step, batches, first_row, digests)
+
+
+def compile_step(config, data: RunData, optimizer, mesh) -> fit.Program:
+    """The compiled step: a batch of another shape is an error then, never a silent recompilation."""
+    pairs = stage_of(config).data == 'pairs'
+    program = fit.settle(config, data.tokenizer, optimizer, mesh, pack=data.rows.pack if pairs else None)
+    if pairs:
+        shards = mesh.shape['data'] * mesh.shape['fsdp']
+        data.rows.captions = data.rows.pack(shards, config.optim.parts)
+        data.validation.captions = data.validation.pack(shards)
+    return program
+
+
+def read_state(config, program: fit.Program, step: int) -> dict:
+    """The state of one of the run's checkpoints."""
+    return {item: checkpoint.restore(config.run_dir, step, item, shape) for item, shape in program.shapes.items()}
+
+
+def read_features(config, data: RunData, program: fit.Program, state: dict, mesh):
+    """Lets rows hold the tower's features: those that are learned from, held-out ones are read as pictures."""
+    data.rows.use_features(features.keep(config, data.rows, program.graphdef, state['params'], mesh))
+
+
+def stream(config, data: RunData, mesh, start: int) -> tuple[Iterator, int]:
+    """(device batches from step `start` on, as prefetch() yields them, the row they begin with)."""
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
     skips = Skips(config.run_dir, data.rows.shuffled.n)
     data.rows.skips = skips.known
     how = config.data.batch_size, first_row, config.data.workers, config.data.timeout
-    batches = prefetch(pipeline.batches(data.rows, *how), mesh, skips)
-    return Training(program.graphdef, state, program.step, batches, first_row, digests)
+    return prefetch(pipeline.batches(data.rows, *how), mesh, skips), first_row
 
 
 def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
