@@ -1,8 +1,10 @@
-"""Trains stages one after the other, slowly enough to be killed: python resume_driver.py FAMILY CACHE STAGE …
+"""Trains stages one after the other, slowly enough to be disturbed: python resume_driver.py FAMILY CACHE STAGE …
 
-The environment's FAULT makes one thing longer: `evaluation` the validation of step 8, `start` what comes before it all.
+The environment says what is otherwise: FAULT makes one thing take long (start, compiling, evaluation, sampling or
+saving), FIELDS is JSON of config fields, as run_config() takes them, and TRIES how often a checkpoint is tried.
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -13,6 +15,8 @@ import micro
 import pytest
 
 from nanovision_jax import cli
+from nanovision_jax.runs import checkpoint
+from nanovision_jax.training import fit
 from nanovision_jax.training import loop as train
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -24,27 +28,39 @@ def slowly(*args):
         time.sleep(0.1)
 
 
-def long(function):
+def long(owner, name):
+    function = getattr(owner, name)
+
     def taken(*args, **kwargs):
         print('it takes long', flush=True)
-        time.sleep(60)
+        time.sleep(60 if name != '_finish' else 1)
         return function(*args, **kwargs)
 
-    return taken
+    setattr(owner, name, taken)
 
 
-prefetch, train.prefetch, train.show_samples = train.prefetch, slowly, lambda *_: None
-if os.environ.get('FAULT') == 'evaluation':
-    train.validate = long(train.validate)
-if os.environ.get('FAULT') == 'start':
-    train.open_data = long(train.open_data)
+prefetch, train.prefetch = train.prefetch, slowly
+faults = {
+    'start': (train, 'open_data'),
+    'compiling': (fit, 'settle'),
+    'evaluation': (train, 'validate'),
+    'sampling': (train, 'show_samples'),
+    'saving': (checkpoint.Checkpoints, '_finish'),
+}
+if os.environ.get('FAULT') != 'sampling':
+    train.show_samples = lambda *_: None
+if fault := os.environ.get('FAULT'):
+    long(*faults[fault])
+checkpoint.TRIES = int(os.environ.get('TRIES', checkpoint.TRIES))
+fields = dict(steps=9, checkpoint__every=3, optim__name='muon') | json.loads(os.environ.get('FIELDS', '{}'))
 family, cache, *stages = sys.argv[1:]
 micro.quicken(pytest.MonkeyPatch(), cache)
 
 
 def main(_):
     for stage in stages:
-        train.train(micro.run_config(stage, pathlib.Path(family), steps=9, checkpoint__every=3, optim__name='muon'))
+        train.train(micro.run_config(stage, pathlib.Path(family), **fields))
 
 
-cli.run(main)
+if __name__ == '__main__':  # and not in a data worker, which reads this too
+    cli.run(main)

@@ -17,6 +17,7 @@ import micro
 import numpy as np
 import pytest
 from conftest import ROOT, jpeg
+from processes import log_of, logged, process, until
 
 from nanovision_jax.data import batch, pipeline
 from nanovision_jax.data.images import ImageStore
@@ -63,37 +64,6 @@ def heard():
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def process(runs, cache, *stages, fault=''):
-    """A process that trains stages, in a group of its own; its words are in runs/log."""
-    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(runs), str(cache), *stages]
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'FAULT': fault}
-    with open(runs / 'log', 'w') as log:
-        started = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-        try:
-            yield started
-        finally:
-            if started.poll() is None:
-                started.kill()
-            started.wait()
-
-
-def until(true, seconds=60):
-    """Waits until something is true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def logged(run, step):
-    return any(line['step'] >= step for line in read_metrics(run / 'metrics.jsonl'))
-
-
-def log_of(runs):
-    return (runs / 'log').read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import hashlib
 import json
 import pathlib
 import time
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -121,8 +123,13 @@ def build_index(source, config, tokenizer, split: str) -> Index:
     file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
     if not file.exists():
         _scan(source, config, tokenizer, file)
-    with np.load(file) as saved:
-        lengths, images, sides, fits = (saved[name] for name in ('lengths', 'pictures', 'sides', 'fits'))
+    try:
+        lengths, images, sides, fits = _saved(file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        print(f'{file} is damaged ({error}), and is made again')
+        file.unlink()
+        _scan(source, config, tokenizer, file)
+        lengths, images, sides, fits = _saved(file)
     listed = _list_of_bad(file)
     place = f'{source.name} {data.path}'.strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
@@ -143,6 +150,12 @@ def build_index(source, config, tokenizer, split: str) -> Index:
     dropped, cut, shortened = (int((fits[in_split] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
     asked = len(rows) + len(left_out) + dropped
     return Index(rows, lengths[rows], images[rows], bad, asked, left_out, dropped, cut, shortened)
+
+
+def _saved(file):
+    """(lengths, images, sides, fits) of a file."""
+    with open(file, 'rb') as opened, np.load(opened) as saved:
+        return [saved[name] for name in ('lengths', 'pictures', 'sides', 'fits')]
 
 
 def _check_dropped(dropped, asked, data, place):

@@ -11,7 +11,7 @@ from nanovision_jax.data.catalog import TOKENS
 from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.folders import data_files
 from nanovision_jax.errors import UserError
-from nanovision_jax.runs.folder import whole
+from nanovision_jax.runs.folder import file_digest, whole, write_whole
 
 _HOW = 'convert it first, as in iconv -f {} -t UTF-8 OLD > NEW'
 HELD_OUT = 0.05  # the end of every text file is kept out of training
@@ -108,15 +108,21 @@ def _name(config, file):
 def _tokenized(config, tokenizer, split):
     digest = hashlib.sha256(key(config, tokenizer, split).encode()).hexdigest()[:16]
     file = pathlib.Path(config.family) / 'data' / f'text-{split}-{digest}.npy'
+    proof = file.with_suffix('.sha256')
+    if file.exists() and proof.exists() and proof.read_text() != file_digest(file):
+        print(f'{file} is damaged, and is made again')
+        file.unlink()
     if not file.exists():
         texts = read_texts(config, split)
         if not texts:
             raise UserError(f'no {split} text at {config.data.path}.')
         file.parent.mkdir(parents=True, exist_ok=True)
         tokens = tokenizer.encode_documents(texts).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+        proof.unlink(missing_ok=True)
         with whole(file) as partial, open(partial, 'wb') as opened:
             np.save(opened, tokens)
-    return np.load(file, mmap_mode='r')
+        write_whole(proof, file_digest(file))
+    return open_shard(file)
 
 
 def open_shard(file) -> Shaped[np.ndarray, '...']:

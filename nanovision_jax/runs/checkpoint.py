@@ -153,9 +153,7 @@ class Checkpoints:
 
 def _writer():
     """Orbax's, which tells of its failures in a sentence of ours, not in tracebacks."""
-    logger = logging.getLogger('absl')
-    logger.removeFilter(_not_orbax)
-    logger.addFilter(_not_orbax)
+    logging.getLogger('absl').addFilter(_not_orbax)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 

@@ -125,15 +125,14 @@ def read_json(file) -> Object:
 
 
 def read_lines(file):
-    """Yields the objects of a JSON-lines file, none where there is no file; a line cut off by a crash ends them."""
+    """Yields the objects of a JSON-lines file, none where there is no file; a line that is cut or damaged is none."""
     if not pathlib.Path(file).exists():
         return
-    with open(file, encoding='utf-8') as lines:
+    with open(file, encoding='utf-8', errors='replace') as lines:
         for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(found := json.loads(line), dict):
+                    yield found
 
 
 def write_lines(file, rows):
@@ -267,7 +266,7 @@ def damage(run_dir, step, item=''):
         for name in sorted(wanted.keys() | {name for name in _files(folder) if name.startswith(part)}):
             if not (folder / name).is_file() or file_digest(folder / name) != wanted.get(name):
                 return folder / name
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return folder / MANIFEST
     return None
 

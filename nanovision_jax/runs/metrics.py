@@ -27,6 +27,17 @@ class Metrics:
     def write(self, **values):
         """Appends one object; numbers other than `step` go to TensorBoard too."""
         self._unwritten.append(json.dumps(values) + '\n')
+        self.flush()
+        self.evaluated |= {values['step']} if 'eval_loss' in values else set()
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != 'step':
+                    self._board.add_scalar(name, value, values['step'])
+
+    def flush(self):
+        """Writes the lines that could not be written yet, if there are any and it can."""
+        if not self._unwritten:
+            return
         try:
             data = ''.join(self._unwritten).encode()
             with open(self.file, 'r+b') as file:  # which makes no folder anew that was removed
@@ -38,13 +49,8 @@ class Metrics:
             if len(self._unwritten) == 1:
                 why = f'{self.file} cannot be written ({error.strerror})'
                 print(f'{why}; its lines are kept until it can', file=sys.stderr)
-        self.evaluated |= {values['step']} if 'eval_loss' in values else set()
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != 'step':
-                    self._board.add_scalar(name, value, values['step'])
 
 
 def read_metrics(file):
-    """The objects of a metrics.jsonl; a last line cut off by a crash is left out."""
-    return list(read_lines(file))
+    """The objects of a metrics.jsonl, which all have a step; a line cut off by a crash is left out."""
+    return [line for line in read_lines(file) if isinstance(line.get('step'), int)]

@@ -18,7 +18,7 @@ class Skips:
 
     def __init__(self, run_dir, examples: int):
         self.file, self.examples = Paths(run_dir).skipped, examples
-        lines = list(read_lines(self.file))
+        lines = [line for line in read_lines(self.file) if line.keys() >= {'row', 'example'}]
         if lines:
             write_lines(self.file, lines)  # without the half of a line that a crash left
         self.known = {(line['row'], line['example']) for line in lines}

@@ -48,6 +48,7 @@ class Log:
 
     def __exit__(self, *_):
         self.bar.close()
+        self.metrics.flush()
 
     def say(self, text: str):
         """Prints a line above the progress bar."""
