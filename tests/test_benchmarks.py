@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import micro
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from nanovision_jax import models
 from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.training import optim
-from nanovision_jax.training.step import make_train_step
+from nanovision_jax.training.step import abstract_state, make_train_step
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])
@@ -236,3 +238,16 @@ def test_the_benchmark_of_decoding_says_what_it_cannot_do(argv, why, monkeypatch
     monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
     with pytest.raises(UserError, match=why):
         runpy.run_path(str(ROOT / 'scripts/benchmarks/decode.py'))['main'](argv)
+
+
+def test_a_checkpoint_s_cost_is_that_of_its_state(tmp_path):
+    measure = runpy.run_path(str(ROOT / 'scripts/benchmarks/checkpoint.py'))['measure']
+    found = measure('pretrain', 'tiny', 1, tmp_path)
+    assert found.keys() == {'bytes', 'stall', 'written', 'proven', 'restored'}
+    config = configs.base_config('pretrain', 'tiny')
+    mesh = parallel.make_mesh(configs.Mesh(), jax.devices()[:1])
+    words, optimizer = types.SimpleNamespace(size=1024, image=5), optim.make_optimizer(config.optim, 1000)
+    shapes = abstract_state(config, words, optimizer, mesh)[1]
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    assert 0.7 * state < found['bytes'] < 1.2 * state  # compressed: what has one value, as counts do, takes little
+    assert not list(tmp_path.iterdir())
