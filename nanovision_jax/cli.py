@@ -69,6 +69,9 @@ def run(main):
     code = FAILURE  # of a traceback
     try:
         code = _run(main)
+    except SystemExit as error:
+        code = error.code
+        raise
     finally:
         if any(type(thread).__module__.startswith('orbax') for thread in threading.enumerate()):
             threading.Thread(target=_leave_soon, args=(code,), daemon=True).start()

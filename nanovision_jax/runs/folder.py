@@ -284,7 +284,8 @@ def check_beside(run_dir, step: int):
     A run that went on with another config (--resume) has that one too: lineage.json knows it. Older manifests say
     nothing of it.
     """
-    later = {session.get('config') for session in read_lineage(run_dir).get('sessions', [])}
+    sessions = read_lineage(run_dir).get('sessions', [])
+    later = {session['config'] for session in sessions if isinstance(session, dict) and 'config' in session}
     found = beside(run_dir)
     for name, digest in manifest(run_dir, step).get('beside', {}).items():
         if found.get(name) != digest and (name != 'config.json' or found.get(name) not in later):
