@@ -1,4 +1,7 @@
-"""Takes steps of a run again, to see whether this machine gives the same bits: train --verify=N. Nothing is written."""
+"""Takes steps of a run again, to see whether this machine gives the same bits: train --verify=N.
+
+No step is written; what cannot be read any more is listed in skipped.jsonl, as when a run goes on.
+"""
 
 import contextlib
 
