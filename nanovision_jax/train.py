@@ -8,7 +8,7 @@ say
   --resume     go on with the new config from the newest checkpoint
   --anew       start again; the old run is kept under another name
   --profile=N  write a trace of N steps to RUN/profile, which ui.perfetto.dev and XProf open
-  --verify=N   take N steps from a checkpoint twice, say whether they are bit-equal, and write nothing
+  --verify=N   take N steps from a checkpoint twice, say whether they are bit-equal, and save none
 """
 
 import sys
