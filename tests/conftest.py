@@ -8,6 +8,8 @@ import os
 import pathlib
 import random
 import re
+import shutil
+import types
 import zipfile
 
 # Tests compile much and compute little: a third less time in all. Numbers are compared with tolerances that hold.
@@ -131,3 +133,62 @@ def parse(stage, *overrides, size='tiny'):
 def tiny_config(tiny_family):
     """A function (stage, *overrides) → the tiny Config of a stage in the tiny family."""
     return lambda stage, *overrides: parse(stage, f'run_dir={tiny_family / stage}', *overrides)
+
+
+# Of tests that train -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """A folder in which runs find what others compiled; see micro.quicken()."""
+    import micro
+
+    folder = tmp_path_factory.getbasetemp() / 'compiled'
+    with pytest.MonkeyPatch.context() as patch:
+        micro.quicken(patch, folder)
+        yield folder
+
+
+@pytest.fixture(scope='module')
+def unsampled():
+    """Evaluations show no samples: these are half of the time of a run of nine steps."""
+    from nanovision_jax.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, 'show_samples', lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope='module')
+def family(tmp_path_factory, tiny_family, cache):
+    """A family whose first stages never learned; read only."""
+    import micro
+
+    folder = micro.family(tmp_path_factory.mktemp('family'), tiny_family)
+    for stage in ('pretrain', 'vision_pretrain'):
+        micro.parent_run(folder, stage)
+    return folder
+
+
+@pytest.fixture
+def runs(family, tmp_path):
+    """A copy of it, to be spoiled."""
+    return shutil.copytree(family, tmp_path / 'runs', symlinks=True)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A user's data: 300 conversations about a picture of their own each, 0.jpg to 299.jpg in the folder `images`.
+
+    file: the conversations; rows: what is in it; fields: what makes a config take them, as micro.run_config() wants it.
+    """
+    folder, rng = tmp_path / 'own', np.random.default_rng(0)
+    (folder / 'images').mkdir(parents=True)
+    talk = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
+    rows = [{'id': str(number), 'image': f'{number}.jpg', 'conversations': talk} for number in range(300)]
+    for row in rows:
+        (folder / 'images' / row['image']).write_bytes(jpeg(rng))
+    file = folder / 'own.json'
+    file.write_text(json.dumps(rows))
+    fields = {'data__source': 'conversations', 'data__path': str(file)}
+    return types.SimpleNamespace(file=file, images=folder / 'images', rows=rows, fields=fields)

@@ -1,7 +1,8 @@
 """Trains stages one after the other, slowly enough to be disturbed: python resume_driver.py FAMILY CACHE STAGE …
 
 The environment says what is otherwise: FAULT makes one thing take long (start, compiling, evaluation, sampling or
-saving), FIELDS is JSON of config fields, as run_config() takes them, and TRIES how often a checkpoint is tried.
+saving) or the third batch's weights nan or inf; FIELDS is JSON of config fields, as run_config() takes them; TRIES is
+how often a checkpoint is tried; RESUME goes on with another config.
 """
 
 import json
@@ -12,9 +13,11 @@ import time
 
 import jax
 import micro
+import numpy as np
 import pytest
 
 from nanovision_jax import cli
+from nanovision_jax.data import pipeline
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.training import fit
 from nanovision_jax.training import loop as train
@@ -39,6 +42,14 @@ def long(owner, name):
     setattr(owner, name, taken)
 
 
+def poisoned(weight):
+    def spoiled(rows, *args, **options):
+        for number, made in enumerate(batches(rows, *args, **options), 1):
+            yield made | {'weights': made['weights'] * weight} if number == 3 and rows.shuffled.shuffle else made
+
+    batches, pipeline.batches = pipeline.batches, spoiled
+
+
 prefetch, train.prefetch = train.prefetch, slowly
 faults = {
     'start': (train, 'open_data'),
@@ -49,7 +60,9 @@ faults = {
 }
 if os.environ.get('FAULT') != 'sampling':
     train.show_samples = lambda *_: None
-if fault := os.environ.get('FAULT'):
+if (fault := os.environ.get('FAULT')) in ('nan', 'inf'):
+    poisoned(np.float32(fault))
+elif fault:
     long(*faults[fault])
 checkpoint.TRIES = int(os.environ.get('TRIES', checkpoint.TRIES))
 fields = dict(steps=9, checkpoint__every=3, optim__name='muon') | json.loads(os.environ.get('FIELDS', '{}'))
@@ -59,8 +72,7 @@ micro.quicken(pytest.MonkeyPatch(), cache)
 
 def main(_):
     for stage in stages:
-        train.train(micro.run_config(stage, pathlib.Path(family), **fields))
+        train.train(micro.run_config(stage, pathlib.Path(family), **fields), resume='RESUME' in os.environ)
 
 
-if __name__ == '__main__':  # and not in a data worker, which reads this too
-    cli.run(main)
+cli.run(main)

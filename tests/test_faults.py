@@ -4,7 +4,6 @@ import contextlib
 import copy
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import time
 import micro
 import numpy as np
 import pytest
-from conftest import ROOT, jpeg
+from conftest import ROOT
 from processes import log_of, logged, process, until
 
 from nanovision_jax.data import batch, pipeline
@@ -29,29 +28,7 @@ from nanovision_jax.runs.skips import Skips
 from nanovision_jax.training import loop as train
 from nanovision_jax.training.stopping import SIGNALS, StopOnSignal
 
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.getbasetemp() / 'compiled'
-        micro.quicken(patch, folder)
-        patch.setattr(train, 'show_samples', lambda *_: None)
-        yield folder
-
-
-@pytest.fixture(scope='module')
-def family(tmp_path_factory, tiny_family, cache):
-    """A family whose first stages never learned."""
-    folder = micro.family(tmp_path_factory.mktemp('family'), tiny_family)
-    for stage in ('pretrain', 'vision_pretrain'):
-        micro.parent_run(folder, stage)
-    return folder
-
-
-@pytest.fixture
-def runs(family, tmp_path):
-    """A copy of it, to be spoiled."""
-    return shutil.copytree(family, tmp_path / 'runs', symlinks=True)
+pytestmark = pytest.mark.usefixtures('unsampled')
 
 
 @pytest.fixture(autouse=True)
@@ -277,6 +254,20 @@ def test_metrics_that_cannot_be_written_are_kept_until_they_can(tmp_path, capsys
     assert [line['step'] for line in read_metrics(file)] == [1, 2, 3, 4]
 
 
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    gone, now = subprocess.Popen([sys.executable, '-c', '']), time.time()
+    gone.wait()
+    names = [f'a.json.{gone.pid}.part', f'a.json.{os.getpid()}.part', 'tokenizer.part', 'a.json', f'b.{gone.pid}.part']
+    for name in names:
+        (tmp_path / name).write_text('half')
+    os.utime(tmp_path / names[-1], (now - 90, now - 90))
+    runfolder.remove_partial(tmp_path, untouched=60)
+    assert {file.name for file in tmp_path.iterdir()} == set(names[:-1])
+    runfolder.remove_partial(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(names[1:-1])
+    runfolder.remove_partial(tmp_path / 'none')
+
+
 def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
     batches = pipeline.batches
 
@@ -295,7 +286,17 @@ def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
     assert 1 <= at < 8 and read_metrics(runs / 'sft/metrics.jsonl')[-1]['step'] == at
 
 
-def test_data_workers_that_die_are_started_again(runs, capsys, cache):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that are started, each a subprocess.Popen."""
+    begun, start = [], subprocess.Popen.__init__
+    monkeypatch.setattr(
+        subprocess.Popen, '__init__', lambda self, *a, **k: (begun.append(self), start(self, *a, **k))[1]
+    )
+    return begun
+
+
+def test_data_workers_that_die_are_started_again(runs, capsys, cache, started):
     cfg = micro.run_config('sft', runs)
     rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
     wanted = pipeline.batches(rows, 8)
@@ -303,30 +304,11 @@ def test_data_workers_that_die_are_started_again(runs, capsys, cache):
     for number in range(60):  # some are read ahead
         micro.assert_same(next(found), next(wanted))
         if number in (2, 30):
-            for child in multiprocessing.active_children():
+            for child in started[-2:]:
                 child.kill()
     found.close()
     assert capsys.readouterr().err.count('a data worker died') == 2
-    assert not multiprocessing.active_children()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A function: a config whose 300 conversations are about a picture of their own each, in a folder."""
-    folder, rng = tmp_path / 'own', np.random.default_rng(0)
-    (folder / 'images').mkdir(parents=True)
-    talk = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
-    rows = []
-    for number in range(300):
-        (folder / 'images' / f'{number}.jpg').write_bytes(jpeg(rng))
-        rows.append({'id': str(number), 'image': f'{number}.jpg', 'conversations': talk})
-    (folder / 'own.json').write_text(json.dumps(rows))
-
-    def config(runs, stage, **fields):
-        path = str(folder / 'own.json')
-        return micro.run_config(stage, runs, data__source='conversations', data__path=path, **fields), folder / 'images'
-
-    return config
+    assert len(started) == 6 and all(child.returncode is not None for child in started)
 
 
 def opened(cfg):
@@ -343,8 +325,8 @@ def taken(rows, n, **options):
         return [next(stream) for _ in range(n)]
 
 
-def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, pictures, cache):
-    cfg, images = pictures(runs, 'vision_instruct')
+def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, own, cache):
+    cfg, images = micro.run_config('vision_instruct', runs, **own.fields), own.images
     rows = opened(cfg)
     whole = taken(rows, 2)
     gone, broken, *_ = drawn_first(rows, 8)
@@ -368,8 +350,8 @@ def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, pi
     assert (whole[0]['weights'].sum(axis=1) >= found[0]['weights'].sum(axis=1)).all()
 
 
-def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, pictures, cache):
-    cfg, images = pictures(runs, 'clip')
+def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, own, cache):
+    cfg, images = micro.run_config('clip', runs, **own.fields), own.images
     rows = opened(cfg)
     whole, third = taken(copy.copy(rows), 2), drawn_first(rows, 8)[2]
     rows._start()  # has read nothing yet
@@ -383,8 +365,8 @@ def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, pictures, cac
     assert len(set(everywhere)) == 9  # and it is none of those beside it
 
 
-def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(runs, pictures, monkeypatch, cache):
-    whole, images = pictures(runs, 'vision_instruct', steps=6)
+def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(runs, own, monkeypatch, cache):
+    whole, images = micro.run_config('vision_instruct', runs, steps=6, **own.fields), own.images
     batches = pipeline.batches
 
     def losing(rows, *args, **options):
@@ -422,8 +404,8 @@ def test_more_than_one_in_a_hundred_end_a_run(tmp_path, capsys):
     assert Skips(tmp_path, 200).known == {(1, 5), (3, 5), (4, 6), (5, 7)}
 
 
-def test_a_file_that_hangs_is_named(runs, pictures, monkeypatch, cache):
-    cfg, _ = pictures(runs, 'vision_instruct')
+def test_a_file_that_hangs_is_named(runs, own, monkeypatch, cache):
+    cfg = micro.run_config('vision_instruct', runs, **own.fields)
     rows = opened(cfg)
     which = drawn_first(rows, 4)[1]
     read = ImageStore.read
@@ -432,7 +414,7 @@ def test_a_file_that_hangs_is_named(runs, pictures, monkeypatch, cache):
         taken(rows, 1, timeout=0.5)
 
 
-def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache):
+def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache, started):
     cfg = micro.run_config('sft', runs)
     rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
     wanted = pipeline.batches(rows, 8)
@@ -440,11 +422,11 @@ def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache):
     for number in range(20):
         micro.assert_same(next(found), next(wanted))
         if number == 2:
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGSTOP)
+            for child in started:
+                child.send_signal(signal.SIGSTOP)
     found.close()
     assert capsys.readouterr().err.count('data workers stood still, and they begin again at row') == 1
-    assert not multiprocessing.active_children()
+    assert len(started) == 4 and all(child.returncode is not None for child in started)
 
 
 def test_an_end_that_was_cut_is_completed(runs, monkeypatch, cache):

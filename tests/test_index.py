@@ -444,7 +444,7 @@ class Unreadable(Exception):
         ((UserError, 'the zip file is damaged.'), UserError, r'^the zip file is damaged\.'),
         ((KeyError, 'x'), KeyError, 'x'),
         ((Unreadable, 1, 2), RuntimeError, 'Unreadable: 1 2'),
-        ((SystemExit, 3), UserError, 'one of 2 processes that look through the data ended early, with code 3: '),
+        ((SystemExit, 3), UserError, 'one of 2 processes that read the data ended early, with code 3: '),
     ],
 )
 def test_what_goes_wrong_in_a_process_is_raised_and_leaves_none(

@@ -18,35 +18,18 @@ import time
 import micro
 import numpy as np
 import pytest
-from conftest import ROOT, jpeg
-from processes import logged, process, until
+from conftest import ROOT
+from processes import children, logged, process, until
 
 import nanovision_jax
+from nanovision_jax.data import pipeline
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.usefixtures('unsampled')]
 STEPS = 9
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.getbasetemp() / 'compiled'
-        micro.quicken(patch, folder)
-        patch.setattr(train, 'show_samples', lambda *_: None)
-        yield folder
-
-
-@pytest.fixture(scope='module')
-def family(tmp_path_factory, tiny_family, cache):
-    """A family whose first stages never learned."""
-    folder = micro.family(tmp_path_factory.mktemp('family'), tiny_family)
-    for stage in ('pretrain', 'vision_pretrain'):
-        micro.parent_run(folder, stage)
-    return folder
 
 
 @pytest.fixture(scope='module')
@@ -56,11 +39,6 @@ def whole(family, cache, tmp_path_factory):
     with process(folder, cache, 'sft') as started:
         assert started.wait(120) == 0
     return folder / 'sft'
-
-
-@pytest.fixture
-def runs(family, tmp_path):
-    return shutil.copytree(family, tmp_path / 'runs', symlinks=True)
 
 
 @pytest.fixture
@@ -338,6 +316,14 @@ def test_a_rate_that_diverges_keeps_nothing_that_is_not_finite(rate, runs, cache
             assert np.isfinite(leaf).all()
 
 
+@pytest.mark.parametrize('fault', ['nan', 'inf'])
+def test_a_batch_that_is_not_finite_changes_nothing(fault, runs, cache, log):
+    with process(runs, cache, 'sft', fault=fault, log=log) as started:
+        ends(started, 0, log)
+    assert [line['step'] for line in runfolder.read_lines(runs / 'sft/bad_steps.jsonl')] == [3]
+    assert all(np.isfinite(leaf).all() for leaf in micro.jax.tree.leaves(micro.read(runs / 'sft')['params']))
+
+
 def test_a_rate_that_is_not_finite_is_refused(runs):
     with pytest.raises(UserError, match='learning_rate'):
         micro.run_config('sft', runs, optim__learning_rate=float('inf'))
@@ -347,23 +333,113 @@ def test_a_rate_that_is_not_finite_is_refused(runs):
 
 
 @pytest.mark.parametrize('change', ['order', 'words', 'pictures'])
-def test_data_that_changes_while_a_run_is_stopped_is_refused(change, runs, cache, tmp_path):
-    rng, folder = np.random.default_rng(0), tmp_path / 'own'
-    (folder / 'images').mkdir(parents=True)
-    talk = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
-    rows = [{'id': str(i), 'image': f'{i}.jpg', 'conversations': talk} for i in range(100)]
-    for row in rows:
-        (folder / 'images' / row['image']).write_bytes(jpeg(rng))
-    (folder / 'own.json').write_text(json.dumps(rows))
-    own = dict(data__source='conversations', data__path=str(folder / 'own.json'))
-    train.train(micro.run_config('vision_instruct', runs, steps=2, **own))
+def test_data_that_changes_while_a_run_is_stopped_is_refused(change, runs, own, cache):
+    train.train(micro.run_config('vision_instruct', runs, steps=2, **own.fields))
     if change == 'pictures':
-        (folder / 'images' / '7.jpg').write_bytes(jpeg(rng))
+        (own.images / '7.jpg').write_bytes((own.images / '8.jpg').read_bytes())
     else:
-        rows = rows[::-1] if change == 'order' else [*rows[:-1], rows[-1] | {'conversations': talk * 2}]
-        (folder / 'own.json').write_text(json.dumps(rows))
+        other = own.rows[-1] | {'conversations': own.rows[-1]['conversations'] * 2}
+        own.file.write_text(json.dumps(own.rows[::-1] if change == 'order' else [*own.rows[:-1], other]))
     with pytest.raises(UserError, match=r'would go on with other rows than it began with \(data'):
-        train.train(micro.run_config('vision_instruct', runs, steps=4, **own), resume=True)
+        train.train(micro.run_config('vision_instruct', runs, steps=4, **own.fields), resume=True)
+
+
+def seen_last(runs, own, n):
+    """The pictures that the n-th row holds, which is read when the first have been learned from."""
+    cfg = micro.run_config('vision_instruct', runs, **own.fields)
+    rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
+    return [own.images / f'{example}.jpg' for example in rows.drawn(n)]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_pictures_that_vanish_as_a_run_goes(workers, runs, own, cache, log):
+    last, fields = seen_last(runs, own, 119), dict(steps=15, checkpoint__every=5, data__workers=workers) | own.fields
+    run, aside = runs / 'vision_instruct', own.images.parent / 'aside'
+    aside.mkdir()
+    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+        until(lambda: logged(run, 2))
+        last[0].rename(aside / last[0].name)
+        last[-1].write_bytes(last[-1].read_bytes()[:99])
+        ends(started, 0, log, f'goes without example {last[0].stem}')
+    told = list(runfolder.read_lines(run / 'skipped.jsonl'))
+    assert [(line['row'], line['example']) for line in told] == [(119, int(last[0].stem)), (119, int(last[-1].stem))]
+    wanted = micro.read(run)
+    shutil.rmtree(run / 'checkpoints/15')
+    (aside / last[0].name).rename(last[0])  # is back, and left out all the same
+    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+        ends(started, 0, log)
+    micro.assert_same(micro.read(run), wanted)
+
+
+def test_all_pictures_vanish(runs, own, cache, log):
+    run, fields = runs / 'vision_instruct', dict(steps=40, checkpoint__every=30) | own.fields
+    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+        until(lambda: logged(run, 2))
+        own.images.rename(own.images.parent / 'aside')
+        ends(started, 2, log, 'of 300 examples cannot be read any more')
+    at = runfolder.newest(run)
+    assert at >= 2 and read_metrics(run / 'metrics.jsonl')[-1]['step'] == at
+    (own.images.parent / 'aside').rename(own.images)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_picture_that_hangs(workers, runs, own, cache, log):
+    last = seen_last(runs, own, 119)[0]
+    fields = dict(steps=40, checkpoint__every=30, data__timeout=3, data__workers=workers) | own.fields
+    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+        until(lambda: logged(runs / 'vision_instruct', 2))
+        last.unlink()
+        os.mkfifo(last)  # which nobody will ever write to
+        ends(started, 1, log, f'reading hangs for more than 3 s (data.timeout) at example {last.stem}, {last.name}')
+    assert runfolder.newest(runs / 'vision_instruct') >= 2
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_data_workers_that_end_or_stand_still(number, runs, cache, whole, log):
+    with process(runs, cache, 'sft', log=log, data__workers=2, data__timeout=4) as started:
+        until(lambda: logged(runs / 'sft', 1))
+        for worker in children(started):
+            os.kill(worker, number)
+        ends(started, 0, log)
+    micro.assert_same(micro.read(runs / 'sft'), micro.read(whole))
+    assert told(runs / 'sft') == told(whole)
+
+
+# Going on otherwise --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'otherwise',
+    [
+        dict(data__workers=2),
+        dict(mesh__data=1),
+        dict(mesh__data=1, mesh__fsdp=8),
+        dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+        dict(optim__accumulate=2, mesh__data=4),
+    ],
+    ids=str,
+)
+def test_killed_it_goes_on_with_other_devices_and_workers(otherwise, runs, cache, whole, log):
+    run = runs / 'sft'
+    with process(runs, cache, 'sft', log=log) as started:
+        until(lambda: runfolder.whole_steps(run))
+    with process(runs, cache, 'sft', log=log, resume=True, **otherwise) as started:
+        ends(started, 0, log)
+    assert [line['tokens'] for line in told(run) if 'tokens' in line] == [
+        line['tokens'] for line in told(whole) if 'tokens' in line
+    ]
+    losses = [[line['loss'] for line in told(at) if 'loss' in line] for at in (run, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # bf16, summed in another order
+
+
+def test_killed_it_goes_on_with_larger_batches_at_its_row(runs, cache, log):
+    run = runs / 'sft'
+    with process(runs, cache, 'sft', log=log) as started:
+        until(lambda: runfolder.whole_steps(run))
+    at = runfolder.newest(run)
+    with process(runs, cache, 'sft', log=log, resume=True, data__batch_size=16) as started:
+        ends(started, 0, log)
+    assert runfolder.manifest(run, STEPS)['position'] == at * 8 + (STEPS - at) * 16
 
 
 # Long ----------------------------------------------------------------------------------------------------------------

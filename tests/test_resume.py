@@ -24,14 +24,6 @@ RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.getbasetemp() / 'compiled'
-        micro.quicken(patch, folder)
-        yield folder
-
-
-@pytest.fixture(scope='module')
 def parents(tmp_path_factory, tiny_family):
     """A family whose vision_pretrain never learned."""
     family = micro.family(tmp_path_factory.mktemp('parents'), tiny_family)

@@ -4,8 +4,9 @@ Nothing here imports jax; batches are dicts of numpy arrays with the shapes that
 """
 
 import contextlib
+import functools
+import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import queue
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from absl import flags
 
 from nanovision_jax.data import batch, conversation, formats, packing, pairs, sources, text
 from nanovision_jax.data.catalog import TOKENS
@@ -26,7 +26,7 @@ from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.index import build_index, join
 from nanovision_jax.data.templates import OWN
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
-from nanovision_jax.data.workers import ignore_signals
+from nanovision_jax.data.workers import ReadAhead, WorkerDied
 from nanovision_jax.errors import Stuck, UserError
 from nanovision_jax.runs.config_file import TRAINED, hub_id
 from nanovision_jax.runs.folder import file_digest, read_json, write_whole
@@ -184,7 +184,7 @@ def batches(
     """
     restarts = 0
     while True:
-        read = iter(_read_ahead(rows, batch_size, start, workers))
+        read = _read_ahead(rows, batch_size, start, workers)
         try:
             for made in _in_time(read, timeout, STARTING * bool(workers)):
                 if 'weights' in made and not made['weights'].any():
@@ -195,13 +195,9 @@ def batches(
         except TimeoutError:
             if example := _hanging(rows, range(start, start + batch_size), timeout):
                 raise Stuck(f'reading hangs for more than {timeout:g} s (data.timeout) at {example}.') from None
-            for child in multiprocessing.active_children():  # one that stands still does not end otherwise
-                child.kill()
             why, what = f'nothing came for {timeout:g} s (data.timeout)', 'data workers stood still'
-        except RuntimeError as error:
-            if 'Worker process was terminated' not in str(error):
-                raise
-            why, what = error, 'a data worker died'
+        except WorkerDied as error:
+            why, what = str(error).rstrip('.'), 'a data worker died'
         finally:
             if not isinstance(sys.exception(), Stuck):  # which would be waited for
                 read.close()
@@ -260,19 +256,19 @@ def _hanging(rows, numbers, timeout):
 
 
 def _read_ahead(rows, batch_size, start, workers):
-    """A Grain data set of the batches from a row on."""
-    stop = np.iinfo(np.int32).max
-    made = getattr(rows, 'captions', batch.stack)  # of pairs; rows of other stages are stacked
-    dataset = grain.MapDataset.range(start, stop).map(rows.__getitem__).batch(batch_size, batch_fn=made)
-    if not workers:
-        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    _parse_absl_flags()
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return dataset.mp_prefetch(options, worker_init_fn=ignore_signals)
+    """An iterator over the batches from a row on, with close(): by two threads of Grain's, or by processes.
+
+    Not by Grain's processes: what these have read when they are told to end is left in shared memory, and they take
+    seconds to end.
+    """
+    read = functools.partial(_read_batch, rows, batch_size)
+    if workers:
+        return ReadAhead(read, itertools.count(start, batch_size), workers)
+    dataset = grain.MapDataset.range(start, np.iinfo(np.int32).max, batch_size).map(read)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
-def _parse_absl_flags():
-    """Grain's worker processes read absl flags, which raise until somebody has parsed them."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(['nanovision_jax'])
+def _read_batch(rows, batch_size, start):
+    """The batch of the rows from `start` on."""
+    stacked = getattr(rows, 'captions', batch.stack)  # of pairs; rows of other stages are stacked
+    return stacked([rows[i] for i in range(start, start + batch_size)])

@@ -34,12 +34,16 @@ def ignore_signals(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
+class WorkerDied(UserError):
+    """A process of Workers ended before it was told to, as one that has no memory left does."""
+
+
 class Workers(concurrent.futures.ThreadPoolExecutor):
     """`count` processes that call `function`: submit(workers.call, item) gives function(item), or raises what it does.
 
     function, its items and its results are pickled, and must be of a module that can be imported. On exit of the with
     block the processes are ended, whatever they are at; they end by themselves where their parent is gone. Raises
-    UserError for a process that ended before that, as one that had no memory left does.
+    WorkerDied for a process that ended before that.
     """
 
     def __init__(self, function: Callable, count: int):
@@ -59,6 +63,7 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
     def __exit__(self, *error):
         for process in self._all:
             process.kill()
+        self.shutdown(wait=False, cancel_futures=True)
         try:
             return super().__exit__(*error)
         finally:
@@ -75,8 +80,8 @@ class Workers(concurrent.futures.ThreadPoolExecutor):
             _write(process.stdin, pickle.dumps(item))
             result, error = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as cut:
-            raise UserError(
-                f'one of {len(self._all)} processes that look through the data ended early, with code '
+            raise WorkerDied(
+                f'one of {len(self._all)} processes that read the data ended early, with code '
                 f'{process.wait()}: what it said stands above; -9 is mostly want of memory.'
             ) from cut
         finally:
@@ -97,6 +102,27 @@ def ordered_map(pool, function, items, ahead):
         yield done
 
 
+class ReadAhead:
+    """Yields function(item) of each item, in order, as `count` processes make it, three items ahead for each.
+
+    close() ends them, also while another thread waits for the next.
+    """
+
+    def __init__(self, function, items, count):
+        self._pool = Workers(function, count)
+        self._results = ordered_map(self._pool, self._pool.call, items, 3 * count)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._results)
+
+    def close(self):
+        """Ends the processes."""
+        self._pool.__exit__(None, None, None)
+
+
 def work():
     """What a process of Workers does, until its input ends."""
     ignore_signals()
@@ -114,7 +140,10 @@ def work():
             answer = pickle.dumps((function(item), None))
         except Exception as error:
             answer = _pickled(error)
-        _write(answers, answer)
+        try:
+            _write(answers, answer)
+        except BrokenPipeError:  # nobody is there to read it
+            os._exit(0)  # Python's own end would write it once more
 
 
 def _pickled(error):

@@ -133,6 +133,8 @@ def from_hf(weights: Weights, table: dict, shapes: dict, ignored=(), zero=()) ->
     wanted = {}  # {their name: the shape it must have}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         ours = path_name(path)
+        if ours.startswith('blocks/') and leaf.shape[0] > (held := len(weights.tensors)):
+            weights.refuse([f'config.json tells of {leaf.shape[0]:,} layers, and there are {held:,} tensors in all'])
         names = _names(table, ours, leaf.shape)
         piece = jax.ShapeDtypeStruct(_piece(ours, leaf.shape, len(names[0])), jnp.float32)
         shape = jax.eval_shape(table[ours][1].to_hf, piece).shape

@@ -9,7 +9,7 @@ import os
 import pathlib
 import typing
 
-from nanovision_jax.config import Config, fields, get, put
+from nanovision_jax.config import Config, check_model, check_values, fields, get, put
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import STAGES
@@ -59,6 +59,11 @@ def read(run_dir) -> Config:
     config.run_dir = str(run_dir) if pathlib.Path(run_dir).name not in ('', '..') else os.path.abspath(run_dir)
     if config.stage not in STAGES or 'stage' not in values:
         raise UserError(f'config.json in {run_dir} is damaged: its stage is {values.get("stage")!r}.')
+    try:
+        check_values(config)
+        check_model(config)
+    except UserError as error:
+        raise UserError(f'config.json in {run_dir} is damaged: {error}') from error
     if config.data.source == 'tiny_world' and not os.path.isdir(config.data.path):
         config.data.path = str(config.family / 'data')  # it would be made where the file says
     return config

@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 
 from nanovision_jax.errors import UserError
 
@@ -78,6 +79,29 @@ def whole(file):
         flush(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder, untouched: float = 0):
+    """Removes what processes that were killed while they wrote have left in a folder: see whole().
+
+    untouched: and that nobody has written to for so many seconds, where processes of other machines may write too.
+    """
+    for partial in pathlib.Path(folder).glob('*.*.part'):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            age = time.time() - partial.stat().st_mtime
+            if partial.is_file() and age >= untouched and not lives(int(partial.name.split('.')[-2])):
+                partial.unlink()
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this machine runs, or has not been seen to its end."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def copy_whole(folder, target):
@@ -177,10 +201,11 @@ def read_lineage(run_dir) -> dict:
     """lineage.json of a run, with the places of its parents as they are from here; {} where there is none."""
     file = Paths(run_dir).lineage
     record = read_json(file) if file.exists() else {}
-    parents = record.get('parents', [])
-    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
-        raise UserError(f'{file} is damaged: its parents are no runs.')
-    for parent in parents:
+    for name in ('parents', 'sessions'):
+        entries = record.get(name, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f'{file} is damaged: its {name} are no list of objects.')
+    for parent in record.get('parents', []):
         parent['run'] = locate(run_dir, parent['run'])
     return record
 
@@ -284,8 +309,7 @@ def check_beside(run_dir, step: int):
     A run that went on with another config (--resume) has that one too: lineage.json knows it. Older manifests say
     nothing of it.
     """
-    sessions = read_lineage(run_dir).get('sessions', [])
-    later = {session['config'] for session in sessions if isinstance(session, dict) and 'config' in session}
+    later = {session['config'] for session in read_lineage(run_dir).get('sessions', []) if 'config' in session}
     found = beside(run_dir)
     for name, digest in manifest(run_dir, step).get('beside', {}).items():
         if found.get(name) != digest and (name != 'config.json' or found.get(name) not in later):

@@ -18,6 +18,7 @@ import threading
 import time
 
 from nanovision_jax.errors import UserError
+from nanovision_jax.runs.folder import lives
 
 # What a file system without flock says.
 MISSING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -121,13 +122,7 @@ def _is_lost(file):
     with contextlib.suppress(ValueError, KeyError, TypeError):
         told = json.loads(_read(file))
         if told['host'] == socket.gethostname():
-            try:
-                os.kill(told['process'], 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-            return False
+            return not lives(told['process'])
     try:
         with tempfile.NamedTemporaryFile(dir=file.parent) as now:  # by the clock of the file system
             return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime > LOST

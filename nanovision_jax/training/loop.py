@@ -63,6 +63,8 @@ def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup
     """train(), while no other process may train this run."""
     stop.clean_first()
     folder = pathlib.Path(config.run_dir)
+    for place in (folder, folder / 'tokenizer'):
+        runfolder.remove_partial(place)
     sources = find_sources(config) if anew or not starts.is_run(folder) else []
     start = open_run(config, resume, anew)
     ended = runfolder.read_lineage(folder).get('finished') == start
@@ -123,6 +125,7 @@ def open_data(config, mesh, sources: list, start: int) -> RunData:
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
     # Stages that start side by side make tokenizer, data and index once: the second waits, and takes them.
     with lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True):
+        runfolder.remove_partial(config.family / 'data', untouched=60)  # an evaluation elsewhere may write there too
         tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
         parallel.check_divides(config, mesh, tokenizer.size)
         rows, bad = pipeline.open_rows(config, tokenizer)
@@ -231,8 +234,6 @@ def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
     finally:
         source.close()
         batches.close()
-        queue.clear()
-        gc.collect()  # of data workers' memory, which is let go by what refers to itself
 
 
 # Act 3: the steps ----------------------------------------------------------------------------------------------------
