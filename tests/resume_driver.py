@@ -1,8 +1,9 @@
 """Trains stages one after the other, slowly enough to be disturbed: python resume_driver.py FAMILY CACHE STAGE …
 
 The environment says what is otherwise: FAULT makes one thing take long (start, compiling, evaluation, sampling or
-saving) or the third batch's weights nan or inf; FIELDS is JSON of config fields, as run_config() takes them; TRIES is
-how often a checkpoint is tried; RESUME goes on with another config.
+saving), the third batch's weights nan or inf, or reading a picture hang ("hang 7.jpg"); FIELDS is JSON of config
+fields, as run_config() takes them; TRIES is how often a checkpoint is tried; RESUME goes on with another config;
+DEVICES is how many there are.
 """
 
 import json
@@ -18,11 +19,12 @@ import pytest
 
 from nanovision_jax import cli
 from nanovision_jax.data import pipeline
+from nanovision_jax.data.images import ImageStore
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.training import fit
 from nanovision_jax.training import loop as train
 
-jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_num_cpu_devices', int(os.environ.get('DEVICES', 8)))
 
 
 def slowly(*args):
@@ -62,6 +64,9 @@ if os.environ.get('FAULT') != 'sampling':
     train.show_samples = lambda *_: None
 if (fault := os.environ.get('FAULT')) in ('nan', 'inf'):
     poisoned(np.float32(fault))
+elif fault and fault.startswith('hang '):
+    read = ImageStore.read
+    ImageStore.read = lambda self, name: (name == fault[5:] and time.sleep(600)) or read(self, name)
 elif fault:
     long(*faults[fault])
 checkpoint.TRIES = int(os.environ.get('TRIES', checkpoint.TRIES))

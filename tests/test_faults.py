@@ -286,6 +286,19 @@ def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
     assert 1 <= at < 8 and read_metrics(runs / 'sft/metrics.jsonl')[-1]['step'] == at
 
 
+def test_an_evaluation_that_fails_loses_no_step(runs, monkeypatch, cache):
+    def failing(*_):
+        raise UserError('the disk with the pictures is gone.')
+
+    cfg = micro.run_config('sft', runs, steps=20, checkpoint__every=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'validate', failing)
+        with pytest.raises(UserError, match='the disk with the pictures is gone'):
+            train.train(cfg)
+    assert runfolder.newest(cfg.run_dir) == 4
+    assert [line['step'] for line in read_metrics(runs / 'sft/metrics.jsonl')] == [1, 2, 3, 4]
+
+
 @pytest.fixture
 def started(monkeypatch):
     """The processes that are started, each a subprocess.Popen."""
@@ -365,7 +378,8 @@ def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, own, cache):
     assert len(set(everywhere)) == 9  # and it is none of those beside it
 
 
-def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(runs, own, monkeypatch, cache):
+@pytest.mark.parametrize('back', [True, False])
+def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(back, runs, own, monkeypatch, cache):
     whole, images = micro.run_config('vision_instruct', runs, steps=6, **own.fields), own.images
     batches = pipeline.batches
 
@@ -381,10 +395,10 @@ def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(runs, own, 
         train.train(whole)
     told = list(runfolder.read_lines(runs / 'vision_instruct/skipped.jsonl'))
     assert told and all(line['reason'].startswith('missing image') for line in told)
-    # From the middle on, with the pictures back: the same rows go without them, and all ends alike.
+    # From the middle on, with the pictures back or not: the same rows go without them, and all ends alike.
     wanted = micro.read(whole.run_dir)
     shutil.rmtree(runs / 'vision_instruct/checkpoints/6')
-    for file in images.glob('*.aside'):
+    for file in images.glob('*.aside') if back else ():
         file.rename(file.with_suffix('.jpg'))
     record = json.loads((runs / 'vision_instruct/lineage.json').read_text())
     (runs / 'vision_instruct/lineage.json').write_text(json.dumps(record | {'finished': None}))

@@ -303,7 +303,7 @@ def test_the_name_of_a_folder_is_no_picture(tmp_path, name):
     for near in (NamedImages(tmp_path), NamedImages(tmp_path / 'more.zip')):
         with pytest.raises(BadExample, match=r'missing image|leaves the folder'):
             near.read(name)
-        near.stamp([name])
+        near.stamp_of([name])
 
 
 def damage(file):
@@ -368,12 +368,12 @@ def test_base64_may_have_line_breaks_and_any_case_before_it():
 
 def test_the_stamp_tells_which_pictures_are_there(tmp_path):
     (tmp_path / 'a.jpg').write_bytes(STORED[0])
-    stamps = [NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg'])]
+    stamps = [NamedImages(tmp_path).stamp_of(['a.jpg', 'c.jpg'])]
     (tmp_path / 'unrelated.jpg').write_bytes(STORED[0])
-    assert NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']) == stamps[0]
+    assert NamedImages(tmp_path).stamp_of(['a.jpg', 'c.jpg']) == stamps[0]
     (tmp_path / 'images').mkdir()
     (tmp_path / 'images/c.png').write_bytes(STORED[2])
-    stamps.append(NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    stamps.append(NamedImages(tmp_path).stamp_of(['a.jpg', 'c.jpg']))
     write_zip(tmp_path / 'images.zip', {'c.jpg': STORED[3]})
-    stamps.append(NamedImages(tmp_path).stamp(['a.jpg', 'c.jpg']))
+    stamps.append(NamedImages(tmp_path).stamp_of(['a.jpg', 'c.jpg']))
     assert len(set(stamps)) == 3

@@ -300,6 +300,31 @@ def test_another_file_or_config_has_another_index(made, tokenizer):
     assert len(files(config)) == 4
 
 
+def test_a_run_that_goes_on_has_its_index_though_pictures_are_lost(own, tokenizer, tmp_path):
+    fields = ['data.source=conversations', f'data.path={own.file}', 'data.length=64', 'data.slots=2']
+    config = parse('vision_instruct', f'run_dir={tmp_path}/x/vision_instruct', *fields)
+
+    def built(lost=(), split='train'):
+        return index.build_index(sources.open_source(config, split), config, tokenizer, split, frozenset(lost))
+
+    def same(one, other):
+        return one.key == other.key and np.array_equal(one.rows, other.rows)
+
+    before, held_out = built(), built(split='validation')
+    gone, broken, other = before.rows[[3, 5, 7]].tolist()
+    (own.images / f'{gone}.jpg').rename(tmp_path / 'aside')
+    (own.images / f'{broken}.jpg').write_bytes(b'nothing')
+    lost = [gone, broken, other]
+    assert same(built(lost), before) and same(built(lost, 'validation'), held_out)
+    assert not same(built([gone]), before)  # something else has changed too
+    assert len(built().rows) == len(before.rows) - 2  # a new run has an index of its own
+    assert same(built(lost), before)  # which is not taken for the older one
+    (tmp_path / 'aside').rename(own.images / f'{gone}.jpg')
+    assert same(built(lost), before)
+    own.file.write_text(json.dumps(own.rows[::-1]))
+    assert not same(built(range(300)), before)
+
+
 def test_an_interrupted_pass_leaves_no_index(made, tokenizer, monkeypatch):
     config = made(good(10))
     with monkeypatch.context() as patch:
@@ -392,7 +417,7 @@ def test_processes_find_what_one_finds(made, tokenizer, tmp_path, request, stage
     for name in ('one', 'two'):
         with np.load(tmp_path / f'{name}.npz') as saved:
             found[name] = {key: saved[key] for key in saved.files}
-    assert found['one'].keys() == {'lengths', 'pictures', 'sides', 'fits'}
+    assert found['one'].keys() == {'lengths', 'pictures', 'sides', 'fits', 'key', 'base', 'stamps'}
     for key, array in found['one'].items():
         assert array.dtype == found['two'][key].dtype and np.array_equal(array, found['two'][key])
     listed = [(tmp_path / f'{name}.bad_rows.jsonl').read_bytes() for name in ('one', 'two')]

@@ -428,8 +428,8 @@ def test_shuffled_captions_fill_most_of_their_rows_and_hardly_ever_need_more(mak
 
 def test_what_is_read_is_kept_where_all_of_it_has_room(make, monkeypatch):
     for stage, *more in (('clip',), ('vision_instruct',), ('clip', 'data.augment=true')):
-        read = []
-        load = images.load
+        make(stage, 0, *more)  # the index is there
+        read, load = [], images.load
         monkeypatch.setattr(images, 'load', lambda *args, load=load, read=read: read.append(0) or load(*args))
         rows = make(stage, 0, *more)
         n = rows.rows_per_epoch()

@@ -514,8 +514,8 @@ def test_a_source_without_answers_is_refused(family, tmp_path):
 
 
 def test_a_batch_in_which_nothing_is_learned_is_an_error(family, monkeypatch):
-    def blank(config, tokenizer, split='train'):
-        rows, bad = open_rows(config, tokenizer, split)
+    def blank(config, tokenizer, split='train', lost=()):
+        rows, bad = open_rows(config, tokenizer, split, lost)
         get = type(rows).__getitem__
         monkeypatch.setattr(type(rows), '__getitem__', lambda self, i: get(self, i) | {'weights': np.zeros(128, 'f4')})
         return rows, bad

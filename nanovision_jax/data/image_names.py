@@ -3,7 +3,6 @@
 import base64
 import binascii
 import collections
-import hashlib
 import pathlib
 import threading
 import unicodedata
@@ -39,20 +38,22 @@ class NamedImages:
         store, name = self._find(name)
         return store.read(name)
 
-    def stamp(self, names):
-        """What the images of these names depend on, as a digest, wherever they lie: they are not read."""
-        digest = hashlib.sha256(repr([(inside, store.stamp(())) for inside, store in self._zips()]).encode())
-        for name in names if self._loose else ():
-            try:
-                store, inner = self._find(name)
-            except BadExample:  # another stamp once it is there
-                store = None
-            if store in self._loose:
-                place = store.path.relative_to(self.path).as_posix()
-                digest.update(repr((name, place, store.stamp([inner]))).encode())
-            else:
-                digest.update(repr((name, store is None)).encode())
-        return digest.hexdigest()
+    def stamp(self) -> bytes:
+        """What the images in zip files depend on: they are not read."""
+        return repr([(inside, store.stamp(())) for inside, store in self._zips()]).encode()
+
+    def stamp_of(self, names) -> bytes:
+        """What the images of these names depend on, wherever they lie, but for what is in zip files: see stamp()."""
+        return b''.join(map(self._stamp_of, names)) if self._loose else b''
+
+    def _stamp_of(self, name):
+        try:
+            store, inner = self._find(name)
+        except BadExample:  # another stamp once it is there
+            store = None
+        if store not in self._loose:
+            return repr((name, store is None)).encode()
+        return repr((name, store.path.relative_to(self.path).as_posix(), store.stamp([inner]))).encode()
 
     def _zips(self):
         """[(parts of its path, zip)] of a folder, images.zip first, without the damaged ones: they may be anything."""

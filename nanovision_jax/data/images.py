@@ -67,6 +67,8 @@ class ImageStore:
         if self._zip is None:
             try:
                 self._zip = zipfile.ZipFile(self.path)
+            except FileNotFoundError as error:
+                raise UserError(f'{self.path} is gone: the pictures were there when the data were opened.') from error
             except _ZIP_ERRORS as error:
                 raise UserError(f'{self.path} is a damaged zip file: {error}.') from error
         return self._zip

@@ -33,6 +33,7 @@ BLOCK = 64  # examples a process takes at once
 MOST_WORKERS = 32  # processes of a pass: each opens the source, and may hold half a GiB of a parquet file
 # Seconds: how long a pass is timed, and how much must be left of it for processes, which take two to start, to pay.
 TIMED, LEFT = 1, 10
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading an index may raise
 WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so that it fits into a row
 
 
@@ -40,12 +41,13 @@ WHOLE, SHORTENED, CUT, DROPPED = range(4)  # what is done to a conversation so t
 class Index:
     """One split of a source, as a stage sees it.
 
-    `rows`, `lengths`, `images`: int32 arrays over the usable examples of the split; `asked`: how many examples it
-    has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of all splits of the source; `dropped`:
-    how many have a first answer too long for a row, and are left out for it; `cut`: how many such answers are cut;
-    `shortened`: how many conversations end earlier, with their last answer that fits.
+    `key`: of the source as it was looked at; `rows`, `lengths`, `images`: int32 arrays over the usable examples of the
+    split; `asked`: how many examples it has; `left_out`: {row, reason} of those that cannot be used; `bad`: the same of
+    all splits; `dropped`: how many have a first answer too long for a row, and are left out for it; `cut`:
+    how many such answers are cut; `shortened`: how many conversations end earlier, with their last answer that fits.
     """
 
+    key: str
     rows: np.ndarray
     lengths: np.ndarray
     images: np.ndarray
@@ -107,9 +109,11 @@ def _encode(example, config, tokenizer):
     return ids, learned, example.images[:kept], done
 
 
-def build_index(source, config, tokenizer, split: str) -> Index:
+def build_index(source, config, tokenizer, split: str, lost: frozenset = frozenset()) -> Index:
     """The Index of one split of a source.
 
+    lost: examples whose pictures a run that goes on could not read any more. If nothing else has changed since, it is
+    the index of before: the run leaves these out by itself, and has the rows that it began with.
     Raises UserError if over 1% of the examples are bad, if more have a first answer beyond data.length than
     data.too_long allows, or if none is left.
     """
@@ -118,18 +122,23 @@ def build_index(source, config, tokenizer, split: str) -> Index:
     limits = tuple(getattr(image_files, name) for name in bounds)
     words = tokenizer.digest, tokenizer.template.digest
     shape = data.length, data.slots, vision.patches, data.too_long == 'cut'
-    parts = (8, source.key, words, config.stage, shape, limits)
-    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    file = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest}.npz'
+
+    def digest(of):
+        return hashlib.sha256(repr((8, of, words, config.stage, shape, limits)).encode()).hexdigest()[:16]
+
+    made = pathlib.Path(config.family) / 'data' / f'index-{config.stage}-{digest(source.key)}.npz'
+    file = (lost and _of_before(made.parent, config.stage, source, digest, lost)) or made
     if not file.exists():
         _scan(source, config, tokenizer, file)
     try:
-        lengths, images, sides, fits = _saved(file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        lengths, images, sides, fits, *looked_at = _saved(file)
+    except DAMAGE as error:
         print(f'{file} is damaged ({error}), and is made again')
         file.unlink()
+        file = made
         _scan(source, config, tokenizer, file)
-        lengths, images, sides, fits = _saved(file)
+        lengths, images, sides, fits, *looked_at = _saved(file)
+    key = looked_at[0] if looked_at else source.key  # older ones do not say
     listed = _list_of_bad(file)
     place = f'{source.name} {data.path}'.strip()
     if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
@@ -149,13 +158,32 @@ def build_index(source, config, tokenizer, split: str) -> Index:
     left_out = [row for row, here in zip(bad, in_split[lengths == 0], strict=True) if here]
     dropped, cut, shortened = (int((fits[in_split] == done).sum()) for done in (DROPPED, CUT, SHORTENED))
     asked = len(rows) + len(left_out) + dropped
-    return Index(rows, lengths[rows], images[rows], bad, asked, left_out, dropped, cut, shortened)
+    return Index(key, rows, lengths[rows], images[rows], bad, asked, left_out, dropped, cut, shortened)
 
 
 def _saved(file):
-    """(lengths, images, sides, fits) of a file."""
+    """(lengths, images, sides, fits) of a file, and then what _seen() was."""
     with open(file, 'rb') as opened, np.load(opened) as saved:
-        return [saved[name] for name in ('lengths', 'pictures', 'sides', 'fits')]
+        found = [saved[name] for name in ('lengths', 'pictures', 'sides', 'fits')]
+        return found + ([str(saved['key']), str(saved['base']), saved['stamps']] if 'key' in saved else [])
+
+
+def _seen(source):
+    """{key, base, stamps}: what a source was when it was looked at; see Source.stamps."""
+    base, stamps = source.stamps or ('', np.empty(0, np.uint64))
+    return {'key': source.key, 'base': base, 'stamps': stamps}
+
+
+def _of_before(folder, stage, source, digest, lost):
+    """The oldest index from which a source now differs in the pictures of `lost` examples alone; None for none."""
+    now = _seen(source)
+    for file in sorted(folder.glob(f'index-{stage}-*.npz'), key=lambda file: file.stat().st_mtime):
+        with contextlib.suppress(*DAMAGE):
+            key, base, stamps = _saved(file)[4:] or ('', '', ())
+            same = base and base == now['base'] and file.stem.endswith(digest(key))
+            if same and lost.issuperset(np.flatnonzero(stamps != now['stamps'])):
+                return file
+    return None
 
 
 def _check_dropped(dropped, asked, data, place):
@@ -174,6 +202,7 @@ def join(indices: list[Index], sizes: list[int]) -> Index:
     """The Index of sources one after the other, of `sizes` examples each."""
     starts = np.cumsum([0, *sizes])
     return Index(
+        ' and '.join(index.key for index in indices),
         np.concatenate([index.rows + start for index, start in zip(indices, starts, strict=False)]).astype(np.int32),
         np.concatenate([index.lengths for index in indices]),
         np.concatenate([index.images for index in indices]),
@@ -220,6 +249,7 @@ def _scan(source, config, tokenizer, file):
                 pictures=np.frombuffer(counts, np.int32),
                 sides=np.frombuffer(validation, bool),
                 fits=np.frombuffer(fits, np.uint8),
+                **_seen(source),
             )
 
 

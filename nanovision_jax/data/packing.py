@@ -134,7 +134,7 @@ class Mixed(Shuffled):
 
 def data_identity(rows):
     """What the examples of rows depend on, as a digest: their source, the tokenizer, and which of them are bad."""
-    parts = (rows.source.key, rows.tokenizer.digest, [row['row'] for row in rows.index.bad])
+    parts = (rows.index.key, rows.tokenizer.digest, [row['row'] for row in rows.index.bad])
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

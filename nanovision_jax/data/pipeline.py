@@ -145,10 +145,11 @@ def _tokenizer_texts(config):
                     yield from map(conversation.text_of, formats.read_row(row)[0])
 
 
-def open_rows(config, tokenizer, split: str = 'train') -> tuple:
+def open_rows(config, tokenizer, split: str = 'train', lost: frozenset = frozenset()) -> tuple:
     """The rows of a stage: (rows, bad), `bad` being the examples that cannot be used.
 
-    Training rows are shuffled by config.seed; those of another split come in order.
+    lost: examples that a run that goes on could not read any more; see index.build_index. Training rows are shuffled by
+    config.seed; those of another split come in order.
     """
     shuffle = split == 'train'
     kind = stage_of(config).data
@@ -164,7 +165,7 @@ def open_rows(config, tokenizer, split: str = 'train') -> tuple:
         weights = [part.weight for part in config.data.prepared]
         shuffled = packing.Mixed([len(part.rows) for part in indices], weights, config.seed, shuffle)
     else:
-        index = build_index(source, config, tokenizer, split)
+        index = build_index(source, config, tokenizer, split, lost)
         shuffled = packing.Shuffled(len(index.rows), config.seed, shuffle)
     if shuffle:
         print(''.join(f'{line}\n' for line in index.told(config.data.length)), end='')
@@ -265,7 +266,7 @@ def _read_ahead(rows, batch_size, start, workers):
     if workers:
         return ReadAhead(read, itertools.count(start, batch_size), workers)
     dataset = grain.MapDataset.range(start, np.iinfo(np.int32).max, batch_size).map(read)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def _read_batch(rows, batch_size, start):

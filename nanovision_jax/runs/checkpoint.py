@@ -152,13 +152,27 @@ class Checkpoints:
 
 
 def _writer():
-    """Orbax's, which tells of its failures in a sentence of ours, not in tracebacks."""
+    """Orbax's, which tells of its failures in a sentence of ours, not in tracebacks: its own, and TensorStore's."""
     logging.getLogger('absl').addFilter(_not_orbax)
+    logging.getLogger('asyncio').addFilter(_not_tensorstore)
+    if sys.unraisablehook is not _unraisable:
+        _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
 def _not_orbax(record):
     return 'orbax' not in record.pathname
+
+
+def _not_tensorstore(record):
+    """Of many files that could not be written, the first has said so: the others' errors are asked for by nobody."""
+    return not (record.exc_info and 'OCDBT' in str(record.exc_info[1]))
+
+
+def _unraisable(what):
+    """What TensorStore's threads have to tell of those files comes when nobody listens any more."""
+    if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == 'Event loop is closed'):
+        _unraisable.before(what)
 
 
 def _reason(error):

@@ -18,8 +18,7 @@ class Skips:
 
     def __init__(self, run_dir, examples: int):
         self.file, self.examples = Paths(run_dir).skipped, examples
-        lines = [line for line in read_lines(self.file) if line.keys() >= {'row', 'example'}]
-        if lines:
+        if lines := _lines(self.file):
             write_lines(self.file, lines)  # without the half of a line that a crash left
         self.known = {(line['row'], line['example']) for line in lines}
 
@@ -40,3 +39,13 @@ class Skips:
                 f'{lost} of {self.examples} examples cannot be read any more (at most {MOST:.0%} may be), the last: '
                 f'{new[-1][2]}. {self.file} lists them; bring them back, and the same command goes on.'
             )
+
+
+def lost_examples(run_dir) -> frozenset:
+    """The examples of a run's skipped.jsonl."""
+    return frozenset(line['example'] for line in _lines(Paths(run_dir).skipped))
+
+
+def _lines(file):
+    """What the file holds, but for what is damaged."""
+    return [line for line in read_lines(file) if line.keys() >= {'row', 'example'}]

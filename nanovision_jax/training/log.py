@@ -66,9 +66,10 @@ class Log:
         self.window['waited'] += seconds
 
     def put_by(self):
-        """Remembers that the last step has a line, for flush()."""
-        self._waiting = self._taken, self.window, self.tokens
-        self._taken, self.window = [], collections.Counter()
+        """Remembers that the last step has a line, for flush(), unless it has it already."""
+        if self._taken:
+            self._waiting = self._taken, self.window, self.tokens
+            self._taken, self.window = [], collections.Counter()
 
     def flush(self):
         """Writes the line that was put by, if there is one. Raises UserError where training has diverged."""

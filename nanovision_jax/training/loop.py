@@ -24,7 +24,7 @@ from nanovision_jax.parallel import compile_cache, hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
-from nanovision_jax.runs.skips import Skips
+from nanovision_jax.runs.skips import Skips, lost_examples
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import features, fit, optim
 from nanovision_jax.training import start as starts
@@ -128,8 +128,9 @@ def open_data(config, mesh, sources: list, start: int) -> RunData:
         runfolder.remove_partial(config.family / 'data', untouched=60)  # an evaluation elsewhere may write there too
         tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
         parallel.check_divides(config, mesh, tokenizer.size)
-        rows, bad = pipeline.open_rows(config, tokenizer)
-        validation, _ = pipeline.open_rows(config, tokenizer, 'validation')
+        lost = lost_examples(config.run_dir) if start else frozenset()
+        rows, bad = pipeline.open_rows(config, tokenizer, lost=lost)
+        validation, _ = pipeline.open_rows(config, tokenizer, 'validation', lost)
     steps = config.steps or max(1, round(config.epochs * rows.rows_per_epoch() / config.data.batch_size))
     return RunData(tokenizer, rows, validation, bad, steps)
 
@@ -268,29 +269,36 @@ def run_steps(
                 f'the state is not finite after step {step}, which is not saved: training has diverged. '
                 'Try a lower optim.learning_rate.'
             )
-        position = training.first_row + (step - start) * rows
+        nonlocal saved
+        saved, position = step, training.first_row + (step - start) * rows
         writer.save(step, state['params'], state['optimizer'], {'position': position})
 
-    def evaluate(step):
-        with stop.interruptible():
-            if stop.signal is None:
-                validate(config, step, eval_step, state['params'], data.validation, mesh, log)
-                show_samples(config, step, training.graphdef, state['params'], data, log)
-
-    def further():
-        """The next batch, or (None, None) after a signal. Where it cannot be had, the steps taken are not lost."""
+    @contextlib.contextmanager
+    def keeping():
+        """What fails within it, data that cannot be read say, loses no step. It ends when a signal comes, too."""
         try:
             with stop.interruptible():
-                if stop.signal is None:
-                    return next(batches)
+                yield
         except Exception:
             if stop.signal is None:  # which ends data workers too
-                if step > start:
+                if step > saved:
                     log.put_by()
                     log.flush()
                     save(step)
                     writer.until_saved(lambda: save(step))
                 raise
+
+    def evaluate(step):
+        with keeping():
+            if stop.signal is None:
+                validate(config, step, eval_step, state['params'], data.validation, mesh, log)
+                show_samples(config, step, training.graphdef, state['params'], data, log)
+
+    def further():
+        """The next batch, or (None, None) after a signal."""
+        with keeping():
+            if stop.signal is None:
+                return next(batches)
         return None, None
 
     def is_evaluated(step):
@@ -299,7 +307,7 @@ def run_steps(
     stop.save_first()
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
-    step = start
+    step = saved = start
     with Log(config, data.tokenizer.size, start, data.steps, drawn) as log, Trace(folder, profile) as trace:
         if start and is_evaluated(start) and start not in log.metrics.evaluated:
             evaluate(start)  # it was stopped between the checkpoint and this

@@ -39,6 +39,13 @@ class Source:
         raise NotImplementedError
 
     @property
+    def stamps(self) -> tuple[str, np.ndarray] | None:
+        """(what the content depends on but for pictures in files of their own, uint64 [n]: a number for each row of
+        what its pictures are). Sources with equal keys have equal ones. None where no picture has a file of its own.
+        """
+        return None
+
+    @property
     def pictures(self) -> str:
         """What the pictures of its rows depend on, whatever is said of them."""
         return self.key

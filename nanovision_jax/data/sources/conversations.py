@@ -1,5 +1,6 @@
 """Files of conversations as a source."""
 
+import array
 import hashlib
 import pathlib
 import threading
@@ -25,7 +26,7 @@ class Conversations(Source):
 
     def __init__(self, path, images='', text_only=False):
         self.path, self.images, self.text_only = str(path), str(images), text_only
-        self._lock, self._rows, self._images, self._key = threading.Lock(), None, None, None
+        self._lock, self._rows, self._images, self._known = threading.Lock(), None, None, None
         if not pathlib.Path(path).is_file():
             raise UserError(f'no conversations at {path}: data.path is a JSON, JSON lines or parquet file.')
         if images:
@@ -37,12 +38,29 @@ class Conversations(Source):
     @property
     def key(self) -> str:
         """As Source.key."""
-        if self._key is None:
+        return self._seen()[0]
+
+    @property
+    def stamps(self):
+        """As Source.stamps."""
+        return self._seen()[1:]
+
+    def _seen(self):
+        """(key, what it is without the pictures that lie loose, the number of each row)."""
+        if self._known is None:
             with open(self.path, 'rb') as file:
                 digest = hashlib.file_digest(file, 'sha256').hexdigest()
-            stamp = self.images_by_name().stamp(name for row in self.rows() for name in _names(row))
-            self._key = f'conversations {digest} {stamp} {self.text_only}'
-        return self._key
+            images, rows = self.images_by_name(), self.rows()
+            stamp, numbers = hashlib.sha256(images.stamp()), array.array('Q')
+            zipped = stamp.hexdigest()
+            for row in rows:
+                of_row = images.stamp_of(_names(row))
+                stamp.update(of_row)
+                numbers.append(int.from_bytes(hashlib.sha256(of_row).digest()[:8], 'little'))
+            key = f'conversations {digest} {stamp.hexdigest()} {self.text_only}'
+            stamps = np.frombuffer(numbers, np.uint64)[self._numbers]
+            self._known = key, f'conversations {digest} {zipped} {self.text_only}', stamps
+        return self._known
 
     def images_by_name(self) -> NamedImages:
         """Where the names of images are looked up."""
