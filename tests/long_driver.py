@@ -13,7 +13,7 @@ import pytest
 from nanovision_jax import cli
 from nanovision_jax.training import loop as train
 
-jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_num_cpu_devices', 1)  # of more, XLA's threads may wait for each other for ever
 family, cache = pathlib.Path(sys.argv[1]), sys.argv[2]
 micro.quicken(pytest.MonkeyPatch(), cache)
 validate = train.validate

@@ -66,8 +66,7 @@ def _flocked(file, what, wait):
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                opened.seek(0)
-                _refuse_or_wait(opened.read(), what, wait)
+                _refuse_or_wait(_told_by(opened), what, wait)
                 fcntl.flock(opened, fcntl.LOCK_EX)
         except BaseException:
             opened.close()
@@ -76,6 +75,16 @@ def _flocked(file, what, wait):
             if os.path.samestat(os.fstat(opened.fileno()), os.stat(file)):
                 return opened
         opened.close()  # whoever held it has removed it
+
+
+def _told_by(opened):
+    """What the holder of an open file says, which it may be just about to write."""
+    for _ in range(20):
+        opened.seek(0)
+        if text := opened.read():
+            return text
+        time.sleep(0.02)
+    return ''
 
 
 @contextlib.contextmanager

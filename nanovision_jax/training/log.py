@@ -38,7 +38,7 @@ class Log:
         self.rate = optim.schedule(config.optim, steps)
         self.bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5)
         self.tokens = self.metrics.last['tokens']  # of the whole run
-        self.window, self._taken, self._waiting = collections.Counter(), [], None  # window: work since the last line
+        self._taken, self._waited, self._waiting = [], 0.0, None  # steps, and seconds, since the last line
         self.skipped, self._in_a_row = self.metrics.last.get('skipped', 0), 0
         self._losses = collections.deque(maxlen=RECENT)
         self.clock = meter.Clock(self.metrics.last['seconds'])
@@ -54,44 +54,41 @@ class Log:
         """Prints a line above the progress bar."""
         self.bar.write(text, file=sys.stdout)
 
-    def count(self, step: int, metrics: dict, work: dict):
-        """Counts a step, its metrics, which may still be on their way, and its work, {tokens, learned, images}."""
+    def count(self, step: int, metrics: dict):
+        """Counts a step and its metrics (make_train_step), which may still be on their way."""
         self._taken.append((step, metrics))
-        self.window.update(work | {'steps': 1})
-        self.tokens += work['tokens']
         self.bar.update()
 
     def waited(self, seconds: float):
         """Counts seconds in which the next batch was not there yet."""
-        self.window['waited'] += seconds
+        self._waited += seconds
 
     def put_by(self):
         """Remembers that the last step has a line, for flush(), unless it has it already."""
         if self._taken:
-            self._waiting = self._taken, self.window, self.tokens
-            self._taken, self.window = [], collections.Counter()
+            self._waiting, self._taken, self._waited = (self._taken, self._waited), [], 0.0
 
     def flush(self):
         """Writes the line that was put by, if there is one. Raises UserError where training has diverged."""
         if self._waiting is None:
             return
-        (taken, window, tokens), self._waiting = self._waiting, None
+        (taken, waited), self._waiting = self._waiting, None
         step, every = taken[-1][0], jax.device_get([metrics for _, metrics in taken])
+        work = {name: sum(int(values[name]) for values in every) for name in ('tokens', 'images', 'learned')}
+        self.tokens += work['tokens']
         seconds, elapsed = self.clock.lap()  # only now: the step was still running when it was dispatched
         for (number, _), values in zip(taken, every, strict=True):
             self._look_at(number, float(values['loss']), float(values['grad_norm']), bool(values['sound']))
         # Of a skipped step there is nothing to tell; the line of a window without any other has no loss.
         sound = [values for values in every if values['sound']]
         values = {name: float(sound[-1][name]) for name in ('loss', 'grad_norm')} if sound else {}
-        speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
-        flops = meter.step_flops(
-            self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
-        )
-        measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
-        measured['waited'] = min(1.0, window['waited'] / seconds)
+        speed, rate = work['tokens'] / seconds, float(self.rate(step - 1))
+        flops = meter.step_flops(self.config, self.vocab_size, work['tokens'], work['images'], work['learned'])
+        measured = {'tokens': self.tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
+        measured['waited'] = min(1.0, waited / seconds)
         measured |= {'skipped': self.skipped} if self.skipped else {}
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
-        left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
+        left = datetime.timedelta(seconds=round((self.steps - step) * seconds / len(taken)))
         loss, norm = (values.get(name, math.nan) for name in ('loss', 'grad_norm'))
         self.bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
         self.say(

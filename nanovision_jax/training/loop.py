@@ -144,7 +144,7 @@ class Training(NamedTuple):
     graphdef: Any
     state: dict
     step: Any  # compiled
-    batches: Any  # an iterator of (device batch, its work)
+    batches: Any  # an iterator of batches on the devices
     first_row: int  # which row of the data these begin with
     frozen: dict  # the digests of what does not learn
 
@@ -198,7 +198,7 @@ def read_features(config, data: RunData, program: fit.Program, state: dict, mesh
 
 
 def stream(config, data: RunData, mesh, start: int) -> tuple[Iterator, int]:
-    """(device batches from step `start` on, as prefetch() yields them, the row they begin with)."""
+    """(batches on the devices from step `start` on, the row they begin with)."""
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
     skips = Skips(config.run_dir, data.rows.shuffled.n)
@@ -208,23 +208,14 @@ def stream(config, data: RunData, mesh, start: int) -> tuple[Iterator, int]:
 
 
 def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
-    """Yields device batches, `ahead` of them on their way, each with its {tokens, learned, images}, padding aside.
-
-    images: those that go through a tower. skips: takes down what rows left out.
-    """
+    """Yields device batches, `ahead` of them on their way. skips: takes down what rows left out."""
 
     def put():
         for batch in batches:
             left_out = skipped(batch)
             if skips:
                 skips.add(left_out)
-            tokens = int((batch['segments'] > 0).sum())
-            work = {'tokens': tokens, 'learned': tokens, 'images': 0}
-            if 'weights' in batch:
-                work['learned'] = int((batch['weights'] > 0).sum())
-            if 'images' in batch:
-                work['images'] = int(batch['images'].any(axis=(-3, -2, -1)).sum())
-            yield parallel.put_batch(batch, mesh), work
+            yield parallel.put_batch(batch, mesh)
 
     queue, source = collections.deque(), put()
     try:
@@ -295,11 +286,11 @@ def run_steps(
                 show_samples(config, step, training.graphdef, state['params'], data, log)
 
     def further():
-        """The next batch, or (None, None) after a signal."""
+        """The next batch, or None after a signal."""
         with keeping():
             if stop.signal is None:
                 return next(batches)
-        return None, None
+        return None
 
     def is_evaluated(step):
         return step % config.eval.every == 0 or step == data.steps
@@ -313,7 +304,7 @@ def run_steps(
             evaluate(start)  # it was stopped between the checkpoint and this
         with writer, contextlib.closing(batches):
             if step < data.steps:
-                batch, work = further()
+                batch = further()
                 startup.reached('first batch')
             while step < data.steps and stop.signal is None:
                 step += 1
@@ -325,11 +316,11 @@ def run_steps(
                     startup.reached('step')
                     log.say(startup.told())
                 log.flush()  # the line of the step before: the device never waits for it
-                log.count(step, metrics, work)
+                log.count(step, metrics)
                 evaluating = is_evaluated(step)
                 if step < data.steps:
                     asked = time.perf_counter()
-                    batch, work = further()
+                    batch = further()
                     log.waited(time.perf_counter() - asked)
                 last = step == data.steps or stop.signal is not None
                 saving = step % config.checkpoint.every == 0 or last or writer.due()
