@@ -21,9 +21,9 @@ from ml_collections import config_flags
 
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
-from nanovision_jax.errors import FAILURE, INTERRUPTED, MISTAKE, UNREAD, Stuck, UserError, nearest
+from nanovision_jax.errors import FAILURE, INTERRUPTED, MISTAKE, UNREAD, Stuck, UserError, leave, nearest
 from nanovision_jax.training import start
-from nanovision_jax.training.stopping import Unfinished, leave
+from nanovision_jax.training.stopping import Unfinished
 
 # Objects made before Python looks for garbage among them: at its 700, that is a quarter of the time jax takes to load.
 RARELY = 100_000
@@ -159,8 +159,8 @@ def _no_device():
 def parse(argv, usage='', **extra):
     """Turns `--config=FILE[:SIZE] [--config.FIELD=VALUE …]` into (Config, {option: value}).
 
-    extra: further options and their defaults, which tell their types: a bool, or a number above 0. Raises UserError,
-    one sentence, for every mistake.
+    extra: further options and their defaults, which tell their types: a bool, a text, or a number above the default.
+    Raises UserError, one sentence, for every mistake.
     """
     if '--help' in argv or '-h' in argv:
         _help([arg for arg in argv if arg not in ('--help', '-h')], usage)
@@ -189,7 +189,7 @@ def parse(argv, usage='', **extra):
         raise UserError(
             'data.source and data.mixture are both given: a mixture names its sources, leave data.source out.'
         )
-    chosen = extra | {name: _option(name, type(extra[name]), options[name]) for name in extra if name in options}
+    chosen = extra | {name: _option(name, extra[name], options[name]) for name in extra if name in options}
     config = _read(file, size, given)
     fill(config)
     check_values(config)
@@ -199,10 +199,10 @@ def parse(argv, usage='', **extra):
     return config, chosen
 
 
-def _option(name, kind, text):
-    value = parse_value(f'--{name}', kind, text)
-    if kind is int and value < 1:
-        raise UserError(f'--{name} takes a number above 0, not {value}.')
+def _option(name, default, text):
+    value = parse_value(f'--{name}', type(default), text)
+    if type(default) is int and value <= default:
+        raise UserError(f'--{name} takes a number above {default}, not {value}.')
     return value
 
 

@@ -4,9 +4,11 @@
 SIGTERM, SIGHUP or SIGUSR1, and 130 by Ctrl-C: the same command goes on. 141: the reader of the output went away.
 """
 
+import contextlib
 import difflib
 import os
 import pathlib
+import sys
 import tempfile
 
 FAILURE, MISTAKE, GO_ON, INTERRUPTED, UNREAD = 1, 2, 75, 130, 141  # 75 is the system's "try again" (EX_TEMPFAIL)
@@ -26,6 +28,17 @@ class Failure(UserError):
 
 class Stuck(Failure):
     """A Failure of something that still hangs: the process ends without waiting for it."""
+
+
+def leave(code: int):
+    """Ends the process here: Python's own end crashes where a signal came within jax's work, and may wait for threads.
+
+    Data workers see it, and end too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a signal may have come while it was written to
+            stream.flush()
+    os._exit(code)
 
 
 def nearest(word, choices):

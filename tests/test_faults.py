@@ -35,6 +35,10 @@ pytestmark = pytest.mark.usefixtures('unsampled')
 def heard():
     """Signals as a terminal has them, whoever started the tests: nohup has SIGHUP ignored."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background has it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background has it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -105,14 +105,10 @@ def test_state_stays_where_it_was_born(trained):
     jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or 1 / 0, state, shardings)
 
 
-def test_the_step_gives_loss_and_gradient_norm_and_counts_its_work(trained):
-    stage, metrics = trained[0], trained[6]
-    assert set(metrics) == {'loss', 'grad_norm', 'sound', 'tokens', 'learned', 'images'}
+def test_the_step_gives_loss_and_gradient_norm(trained):
+    metrics = trained[6]
+    assert set(metrics) == {'loss', 'grad_norm', 'sound'}
     chex.assert_tree_all_finite(metrics)
-    last, first = (micro.batch(micro.config(stage), seed) for seed in (2, 0))  # the last had no pictures
-    assert metrics['tokens'] == (last['segments'] > 0).sum() > 0 and metrics['images'] == 0
-    assert metrics['learned'] == ((last['weights'] if 'weights' in last else last['segments']) > 0).sum() > 0
-    assert step.work_of(first)['images'] == (first['images'].any((-3, -2, -1)).sum() if 'images' in first else 0)
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_is(trained):
@@ -392,9 +388,9 @@ def test_what_was_settled_stays_so(family):
 def test_another_batch_size_goes_on_at_the_same_row(family, monkeypatch):
     starts, batches = [], pipeline.batches
 
-    def watched(rows, batch_size, start=0, workers=0, timeout=60):
+    def watched(rows, batch_size, start=0, workers=0, timeout=60, own=None):
         starts.append((batch_size, start))
-        return batches(rows, batch_size, start, workers, timeout)
+        return batches(rows, batch_size, start, workers, timeout, own)
 
     monkeypatch.setattr(pipeline, 'batches', watched)
     train.train(micro.run_config('pretrain', family, steps=6, data__batch_size=16, eval__every=9), resume=True)

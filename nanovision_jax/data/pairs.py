@@ -19,22 +19,25 @@ class Captions(NamedTuple):
 
     The batch is split over `shards` devices, and there into `parts` (optim.accumulate). A caption stays with its
     image: every such share has as many rows, and fills them longest caption first. Should these not be enough, the
-    longest captions are halved.
+    longest captions are halved. own: the devices whose pairs are there, if not those of all.
     """
 
     length: int
     rows: int
     shards: int = 1
     parts: int = 1
+    own: tuple[int, ...] | None = None
 
     def __call__(self, pairs: list[dict]) -> dict[str, np.ndarray]:
         """Pairs of {images, ids} as a batch. As step.py splits it, row j is of part j mod `parts`."""
         each = self.rows // (self.shards * self.parts)
-        text = {name: np.zeros((self.rows, self.length), np.int32) for name in ('tokens', 'segments', 'positions')}
+        own = range(self.shards) if self.own is None else self.own
+        rows, share = each * self.parts * len(own), len(pairs) // len(own)
+        text = {name: np.zeros((rows, self.length), np.int32) for name in ('tokens', 'segments', 'positions')}
         ends = np.zeros(len(pairs), np.int32)
-        for group in range(self.shards * self.parts):
+        for group in range(len(own) * self.parts):
             shard, part = divmod(group, self.parts)
-            share = len(pairs) // self.shards
+            before = (own[shard] - shard) * each * self.parts  # rows of devices whose pairs are not there
             members = range(shard * share + part, (shard + 1) * share, self.parts)
             captions = [pairs[i]['ids'] for i in members]
             while len(laid := longest_first([len(ids) for ids in captions], self.length)) > each:
@@ -48,7 +51,7 @@ class Captions(NamedTuple):
                     text['tokens'][place, start:stop] = captions[k]
                     text['segments'][place, start:stop] = segment
                     text['positions'][place, start:stop] = np.arange(stop - start)
-                    ends[members[k]] = place * self.length + stop - 1
+                    ends[members[k]] = (before + place) * self.length + stop - 1
                     start = stop
         return {'images': np.stack([pair['images'] for pair in pairs]), **text, 'ends': ends, **left_out(pairs)}
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -174,27 +174,28 @@ def open_rows(config, tokenizer, split: str = 'train', lost: frozenset = frozens
 
 
 def batches(
-    rows, batch_size: int, start: int = 0, workers: int = 0, timeout: float = 120
+    rows, batch_size: int, start: int = 0, workers: int = 0, timeout: float = 120, own: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of `batch_size` rows from row `start` on, read ahead by threads, or by worker processes.
 
+    own: which rows of a batch are read, those of this host; None: all.
     Batch n is rows[start + n·batch_size : …] whatever the number of workers. Workers that die, or give nothing for
     `timeout` seconds, are started again, RESTARTS times in a row. What rows leave out is in a batch, too: see
     batch.skipped(). Raises UserError for a batch in which nothing is learned, and where workers go on dying; Stuck
     where reading an example hangs.
     """
-    restarts = 0
+    restarts, own = 0, range(batch_size) if own is None else own
     while True:
-        read = _read_ahead(rows, batch_size, start, workers)
+        read = _read_ahead(rows, batch_size, own, start, workers)
         try:
             for made in _in_time(read, timeout, STARTING * bool(workers)):
-                if 'weights' in made and not made['weights'].any():
+                if len(own) == batch_size and 'weights' in made and not made['weights'].any():
                     why = next((reason for *_, reason in batch.skipped(made)), 'no answer in any of them')
                     raise UserError(f'nothing is learned in rows {start} and on: {why}.')
                 yield made
                 start, restarts = start + batch_size, 0
         except TimeoutError:
-            if example := _hanging(rows, range(start, start + batch_size), timeout):
+            if example := _hanging(rows, [start + i for i in own], timeout):
                 raise Stuck(f'reading hangs for more than {timeout:g} s (data.timeout) at {example}.') from None
             why, what = f'nothing came for {timeout:g} s (data.timeout)', 'data workers stood still'
         except WorkerDied as error:
@@ -256,20 +257,20 @@ def _hanging(rows, numbers, timeout):
     return None
 
 
-def _read_ahead(rows, batch_size, start, workers):
+def _read_ahead(rows, batch_size, own, start, workers):
     """An iterator over the batches from a row on, with close(): by two threads of Grain's, or by processes.
 
     Not by Grain's processes: what these have read when they are told to end is left in shared memory, and they take
     seconds to end.
     """
-    read = functools.partial(_read_batch, rows, batch_size)
+    read = functools.partial(_read_batch, rows, own)
     if workers:
         return ReadAhead(read, itertools.count(start, batch_size), workers)
     dataset = grain.MapDataset.range(start, np.iinfo(np.int32).max, batch_size).map(read)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def _read_batch(rows, batch_size, start):
-    """The batch of the rows from `start` on."""
+def _read_batch(rows, own, start):
+    """The rows `own` of the batch from row `start` on."""
     stacked = getattr(rows, 'captions', batch.stack)  # of pairs; rows of other stages are stacked
-    return stacked([rows[i] for i in range(start, start + batch_size)])
+    return stacked([rows[start + i] for i in own])

@@ -61,7 +61,7 @@ def make_mesh(sizes, devices: list | None = None, rows: int | None = None) -> ja
         copies = len(devices) // known
         halves = (n for n in range(copies, 0, -1) if copies % n == 0)  # a TPU's slice cannot be any number of chips
         dividing = next((n for n in halves if rows % (n * sizes.fsdp) == 0), copies)
-        if dividing < copies:
+        if dividing < copies and jax.process_count() == 1:
             print(
                 f'using {dividing * known} of {len(devices)} devices: {rows} rows do not divide by '
                 f'{copies * sizes.fsdp}; another data.batch_size would use them all'
@@ -111,7 +111,32 @@ def shardings(tree, mesh: jax.sharding.Mesh):
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
+def own_shards(mesh: jax.sharding.Mesh) -> list[int]:
+    """Which of the equal shares of a batch, one for each place of data × fsdp, this host's devices hold."""
+    places = mesh.devices.reshape(-1, mesh.shape['tensor'])
+    return [n for n, place in enumerate(places) if any(d.process_index == jax.process_index() for d in place)]
+
+
+def own_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """Which rows of a batch this host's devices hold."""
+    size = batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    return [row for shard in own_shards(mesh) for row in range(shard * size, (shard + 1) * size)]
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Numpy batch to device arrays, rows split over data and fsdp."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """Numpy batch to device arrays, rows split over data and fsdp. Of several hosts each has its own_rows()."""
+    sharding, own = NamedSharding(mesh, BATCH), own_shards(mesh)
+    shards = mesh.shape['data'] * mesh.shape['fsdp']
+
+    def put(value):
+        rows = len(value) // len(own)
+
+        def share(index):
+            at = own.index((index[0].start or 0) // rows)
+            return value[at * rows : (at + 1) * rows]
+
+        return jax.make_array_from_callback((rows * shards, *value.shape[1:]), sharding, share)
+
+    if jax.process_count() == 1:
+        return {name: jax.device_put(value, sharding) for name, value in batch.items()}
+    return {name: put(value) for name, value in batch.items()}

@@ -74,7 +74,7 @@ class Checkpoints:
         trees = {'params': params} | ({} if optimizer is None else {'optimizer': optimizer})
         try:
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
-            for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')]:
+            for stale in [self.folder / str(step), *self.folder.glob(f'{step}.*')] if hosts.is_first() else ():
                 shutil.rmtree(stale, ignore_errors=True)  # damaged: a whole one would not be written again
             if jax.default_backend() == 'cpu':  # Orbax would write from the very buffers that the next step is given
                 trees = _copy(trees)
@@ -139,8 +139,9 @@ class Checkpoints:
         why = f'a checkpoint could not be written to {self.folder}: {_reason(error)}'
         kept = next(iter(whole_steps(self.run_dir)), None)
         kept = 'there is none yet' if kept is None else f'the last one is step {kept}'
-        if self._failures == TRIES:
-            raise Failure(f'{why}. That was try {TRIES} of {TRIES}; {kept}.') from error
+        tries = 1 if hosts.several() else TRIES  # hosts that try again at other times would wait for each other
+        if self._failures == tries:
+            raise Failure(f'{why}. That was try {tries} of {tries}; {kept}.') from error
         print(f'warning: {why}; {kept}, and the next try is in {self.pause:.0f} s', file=sys.stderr, flush=True)
 
     def _remove_partial(self):
@@ -230,7 +231,7 @@ def tree_digest(tree) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         digest.update(f'{path_name(path)} {leaf.dtype} {list(leaf.shape)} '.encode())
-        digest.update(jax.device_get(leaf).tobytes())
+        digest.update(hosts.fetch(leaf).tobytes())
     return f'2:{digest.hexdigest()}'
 
 

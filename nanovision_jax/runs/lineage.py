@@ -10,6 +10,7 @@ import jax
 
 from nanovision_jax.data.sources import provenance
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hosts
 from nanovision_jax.runs.checkpoint import former_tree_digest, tree_digest
 from nanovision_jax.runs.config_file import to_json
 from nanovision_jax.runs.folder import Paths, locate, portable, read_json, weights_digest, write_whole
@@ -121,4 +122,5 @@ def end(config, step, frozen, peak_memory):
 
 
 def _write(file, record):
-    write_whole(file, json.dumps(record, indent=1) + '\n')
+    if hosts.is_first():
+        write_whole(file, json.dumps(record, indent=1) + '\n')

@@ -10,25 +10,29 @@ class Metrics:
     """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first.
 
     Lines that cannot be written, on a full disk say, are kept, said once, and written with the next that can be.
+    writes: of several hosts one does; the others know what it has written.
     """
 
-    def __init__(self, run_dir, to='', start=0):
-        self.file = Paths(run_dir).metrics
+    def __init__(self, run_dir, to='', start=0, writes=True):
+        self.file, self._writes = Paths(run_dir).metrics, writes
         kept = [line for line in read_metrics(self.file) if line['step'] <= start]
-        write_lines(self.file, kept)  # a half-written last line is gone too: the next one would be glued to it
+        if writes:
+            write_lines(self.file, kept)  # a half-written last line is gone too: the next one would be glued to it
         self.last = next((line for line in reversed(kept) if 'tokens' in line), {'tokens': 0, 'seconds': 0.0})
         self.evaluated = {line['step'] for line in kept if 'eval_loss' in line}
         self._board, self._unwritten, self._size = None, [], self.file.stat().st_size
-        if to == 'tensorboard':
+        if to == 'tensorboard' and writes:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / 'tensorboard'))
 
     def write(self, **values):
         """Appends one object; numbers other than `step` go to TensorBoard too."""
+        self.evaluated |= {values['step']} if 'eval_loss' in values else set()
+        if not self._writes:
+            return
         self._unwritten.append(json.dumps(values) + '\n')
         self.flush()
-        self.evaluated |= {values['step']} if 'eval_loss' in values else set()
         if self._board:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name != 'step':

@@ -4,6 +4,7 @@ import json
 import sys
 
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hosts
 from nanovision_jax.runs.folder import Paths, read_lines, write_lines
 
 MOST = 0.01  # of the examples
@@ -18,7 +19,8 @@ class Skips:
 
     def __init__(self, run_dir, examples: int):
         self.file, self.examples = Paths(run_dir).skipped, examples
-        if lines := _lines(self.file):
+        lines = _lines(self.file)
+        if lines and hosts.is_first():
             write_lines(self.file, lines)  # without the half of a line that a crash left
         self.known = {(line['row'], line['example']) for line in lines}
 
@@ -27,12 +29,13 @@ class Skips:
         new = [entry for entry in found if tuple(entry[:2]) not in self.known]
         if not new:
             return
-        with open(self.file, 'a', encoding='utf-8') as file:
-            for row, example, reason in new:
-                file.write(json.dumps({'row': row, 'example': example, 'reason': reason}) + '\n')
-                self.known.add((row, example))
-                if len(self.known) <= LISTED:
-                    print(f'row {row} goes without example {example}: {reason} ({self.file})', file=sys.stderr)
+        if hosts.is_first():
+            with open(self.file, 'a', encoding='utf-8') as file:
+                for row, example, reason in new:
+                    file.write(json.dumps({'row': row, 'example': example, 'reason': reason}) + '\n')
+            for row, example, reason in new[: max(0, LISTED - len(self.known))]:
+                print(f'row {row} goes without example {example}: {reason} ({self.file})', file=sys.stderr)
+        self.known |= {(row, example) for row, example, _ in new}
         lost = len({example for _, example in self.known})
         if lost > MOST * self.examples:
             raise UserError(

@@ -19,7 +19,7 @@ from nanovision_jax import models
 from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.errors import UserError
 from nanovision_jax.models import kernels
-from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import meter, objectives
@@ -93,7 +93,7 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None, pack:
     config.model.attention = kernel
     if memory is None:
         own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
-        memory = hardware.memory(next(own, mesh.devices.flat[0]))
+        memory = min(hosts.gather(hardware.memory(next(own, mesh.devices.flat[0])) or 0)) or None
     room = memory - min(ROOM, memory // 7) if memory else float('inf')
     found, scale = _candidates(config, vocabulary, mesh), 1.0
     for last in range(AT_MOST - 1, -1, -1):

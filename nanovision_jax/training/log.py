@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics
 from nanovision_jax.training import meter, optim
@@ -32,13 +32,15 @@ class Log:
 
     def __init__(self, config, vocab_size: int, start: int, steps: int, drawn: Callable):
         self.config, self.vocab_size, self.steps, self.drawn = config, vocab_size, steps, drawn
-        self.metrics = Metrics(pathlib.Path(config.run_dir), config.log.to, start)
+        with hosts.first_before_others():
+            self.metrics = Metrics(pathlib.Path(config.run_dir), config.log.to, start, hosts.is_first())
         self.peak, source = hardware.peak_flops()
         print(f'MFU is of {self.peak:.3g} FLOP/s ({source}); full-attention convention, padding not counted')
         self.rate = optim.schedule(config.optim, steps)
-        self.bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5)
+        quiet = not hosts.is_first()
+        self.bar = tqdm(total=steps, initial=start, desc=config.stage, unit='step', mininterval=0.5, disable=quiet)
         self.tokens = self.metrics.last['tokens']  # of the whole run
-        self._taken, self._waited, self._waiting = [], 0.0, None  # steps, and seconds, since the last line
+        self.window, self._taken, self._waiting = collections.Counter(), [], None  # window: work since the last line
         self.skipped, self._in_a_row = self.metrics.last.get('skipped', 0), 0
         self._losses = collections.deque(maxlen=RECENT)
         self.clock = meter.Clock(self.metrics.last['seconds'])
@@ -54,41 +56,44 @@ class Log:
         """Prints a line above the progress bar."""
         self.bar.write(text, file=sys.stdout)
 
-    def count(self, step: int, metrics: dict):
-        """Counts a step and its metrics (make_train_step), which may still be on their way."""
+    def count(self, step: int, metrics: dict, work: dict):
+        """Counts a step, its metrics, which may still be on their way, and its work, {tokens, learned, images}."""
         self._taken.append((step, metrics))
+        self.window.update(work | {'steps': 1})
+        self.tokens += work['tokens']
         self.bar.update()
 
     def waited(self, seconds: float):
         """Counts seconds in which the next batch was not there yet."""
-        self._waited += seconds
+        self.window['waited'] += seconds
 
     def put_by(self):
         """Remembers that the last step has a line, for flush(), unless it has it already."""
         if self._taken:
-            self._waiting, self._taken, self._waited = (self._taken, self._waited), [], 0.0
+            self._waiting = self._taken, self.window, self.tokens
+            self._taken, self.window = [], collections.Counter()
 
     def flush(self):
         """Writes the line that was put by, if there is one. Raises UserError where training has diverged."""
         if self._waiting is None:
             return
-        (taken, waited), self._waiting = self._waiting, None
+        (taken, window, tokens), self._waiting = self._waiting, None
         step, every = taken[-1][0], jax.device_get([metrics for _, metrics in taken])
-        work = {name: sum(int(values[name]) for values in every) for name in ('tokens', 'images', 'learned')}
-        self.tokens += work['tokens']
         seconds, elapsed = self.clock.lap()  # only now: the step was still running when it was dispatched
         for (number, _), values in zip(taken, every, strict=True):
             self._look_at(number, float(values['loss']), float(values['grad_norm']), bool(values['sound']))
         # Of a skipped step there is nothing to tell; the line of a window without any other has no loss.
         sound = [values for values in every if values['sound']]
         values = {name: float(sound[-1][name]) for name in ('loss', 'grad_norm')} if sound else {}
-        speed, rate = work['tokens'] / seconds, float(self.rate(step - 1))
-        flops = meter.step_flops(self.config, self.vocab_size, work['tokens'], work['images'], work['learned'])
-        measured = {'tokens': self.tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
-        measured['waited'] = min(1.0, waited / seconds)
+        speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
+        flops = meter.step_flops(
+            self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
+        )
+        measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
+        measured['waited'] = min(1.0, window['waited'] / seconds)
         measured |= {'skipped': self.skipped} if self.skipped else {}
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
-        left = datetime.timedelta(seconds=round((self.steps - step) * seconds / len(taken)))
+        left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
         loss, norm = (values.get(name, math.nan) for name in ('loss', 'grad_norm'))
         self.bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
         self.say(
@@ -110,8 +115,9 @@ class Log:
         paths, why = runfolder.Paths(self.config.run_dir), 'leaps' if sound else 'is not finite, so the step is skipped'
         record = {'step': step, 'skipped': not sound, 'loss': str(loss), 'grad_norm': str(norm)}
         self.say(f'step {step}: the loss {why} ({loss:.4g}, gradient norm {norm:.4g}); its examples: {paths.bad_steps}')
-        with contextlib.suppress(OSError), open(paths.bad_steps, 'a') as file:
-            file.write(json.dumps(record | {'examples': self.drawn(step)}) + '\n')
+        if hosts.is_first():
+            with contextlib.suppress(OSError), open(paths.bad_steps, 'a') as file:
+                file.write(json.dumps(record | {'examples': self.drawn(step)}) + '\n')
         if self._in_a_row >= self.config.optim.max_skipped:
             saved = next(iter(runfolder.whole_steps(self.config.run_dir)), 0)
             raise UserError(

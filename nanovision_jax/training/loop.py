@@ -20,7 +20,7 @@ from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError, check_writable
 from nanovision_jax.inference import prompt
 from nanovision_jax.inference.run import Run
-from nanovision_jax.parallel import compile_cache, hardware
+from nanovision_jax.parallel import compile_cache, hardware, hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
@@ -44,18 +44,23 @@ def train(
     profile: int = 0,
     began: float | None = None,
     stop: StopOnSignal | None = None,
+    cluster: hosts.Cluster | None = None,
 ) -> pathlib.Path:
     """Runs a stage to its end (or to the next signal), and returns the run folder.
 
     profile: so many steps are traced, into the run's folder profile. began: as Startup takes it. stop: which hears
-    signals already. Raises UserError where another process trains this run.
+    signals already. cluster: of which this process is one host. Raises UserError where another process trains this run.
     """
     startup = Startup(began)
     startup.reached('imports')
     folder = pathlib.Path(config.run_dir)
     check_writable(folder)
     hearing = contextlib.nullcontext(stop) if stop else StopOnSignal()
-    with hearing as stop, lock.of_run(folder):
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(hearing)
+        stack.enter_context(hosts.joined(cluster))
+        if hosts.is_first():
+            stack.enter_context(lock.of_run(folder))
         return train_alone(config, resume, anew, profile, startup, stop)
 
 
@@ -63,10 +68,12 @@ def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup
     """train(), while no other process may train this run."""
     stop.clean_first()
     folder = pathlib.Path(config.run_dir)
-    for place in (folder, folder / 'tokenizer'):
-        runfolder.remove_partial(place)
-    sources = find_sources(config) if anew or not starts.is_run(folder) else []
-    start = open_run(config, resume, anew)
+    with hosts.first_before_others():
+        if hosts.is_first():
+            for place in (folder, folder / 'tokenizer'):
+                runfolder.remove_partial(place)
+        sources = find_sources(config) if anew or not starts.is_run(folder) else []
+        start = open_run(config, resume, anew)
     ended = runfolder.read_lineage(folder).get('finished') == start
     if config.steps and start >= config.steps and ended:
         return finished(folder, start, config.steps)
@@ -83,6 +90,7 @@ def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup
         training = begin(config, data, sources, mesh, start, startup)
         step, params = run_steps(config, data, training, mesh, start, stop, startup, profile)
         if stop.signal is not None:  # the end, too, is completed by the same command
+            hosts.part()
             print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
             sys.exit(stop.code)
         frozen = lineage.digests(partition(config, params)[1])
@@ -124,7 +132,8 @@ def open_data(config, mesh, sources: list, start: int) -> RunData:
     """Opens tokenizer and rows."""
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
     # Stages that start side by side make tokenizer, data and index once: the second waits, and takes them.
-    with lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True):
+    shared = lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True)
+    with hosts.first_before_others(), shared:
         runfolder.remove_partial(config.family / 'data', untouched=60)  # an evaluation elsewhere may write there too
         tokenizer = pipeline.family_tokenizer(config, runfolder.Paths(config.run_dir).tokenizer if start else known)
         parallel.check_divides(config, mesh, tokenizer.size)
@@ -144,7 +153,7 @@ class Training(NamedTuple):
     graphdef: Any
     state: dict
     step: Any  # compiled
-    batches: Any  # an iterator of batches on the devices
+    batches: Any  # an iterator of (device batch, its work)
     first_row: int  # which row of the data these begin with
     frozen: dict  # the digests of what does not learn
 
@@ -182,8 +191,9 @@ def compile_step(config, data: RunData, optimizer, mesh) -> fit.Program:
     program = fit.settle(config, data.tokenizer, optimizer, mesh, pack=data.rows.pack if pairs else None)
     if pairs:
         shards = mesh.shape['data'] * mesh.shape['fsdp']
-        data.rows.captions = data.rows.pack(shards, config.optim.parts)
-        data.validation.captions = data.validation.pack(shards)
+        own = tuple(parallel.own_shards(mesh))
+        data.rows.captions = data.rows.pack(shards, config.optim.parts)._replace(own=own)
+        data.validation.captions = data.validation.pack(shards)._replace(own=own)
     return program
 
 
@@ -194,28 +204,60 @@ def read_state(config, program: fit.Program, step: int) -> dict:
 
 def read_features(config, data: RunData, program: fit.Program, state: dict, mesh):
     """Lets rows hold the tower's features: those that are learned from, held-out ones are read as pictures."""
+    if hosts.several():
+        raise UserError('data.cache_features is made by one process: train a step without the others first.')
     data.rows.use_features(features.keep(config, data.rows, program.graphdef, state['params'], mesh))
 
 
 def stream(config, data: RunData, mesh, start: int) -> tuple[Iterator, int]:
-    """(batches on the devices from step `start` on, the row they begin with)."""
+    """(device batches from step `start` on, as prefetch() yields them, the row they begin with)."""
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
     skips = Skips(config.run_dir, data.rows.shuffled.n)
     data.rows.skips = skips.known
     how = config.data.batch_size, first_row, config.data.workers, config.data.timeout
+    how = *how, parallel.own_rows(mesh, config.data.batch_size)
     return prefetch(pipeline.batches(data.rows, *how), mesh, skips), first_row
 
 
+def read_together(batches):
+    """Yields (batch, its work, what rows left out): work and what was left out are of all hosts' parts of the batch.
+
+    work: {tokens, learned, images}, padding aside; images: those that go through a tower. Where one host cannot read
+    on, none does.
+    """
+    while True:
+        try:
+            batch, error = next(batches), None
+            told = [None, skipped(batch), work_of(batch)]
+        except UserError as raised:
+            error, told = raised, [str(raised), [], {}]
+        every = hosts.gather(told)
+        if error and not hosts.several():
+            raise error
+        for host, (failed, *_) in enumerate(every):
+            if failed:
+                raise hosts.AllFailed(f'host {host} cannot read on: {failed}') from error
+        work = sum((collections.Counter(work) for _, _, work in every), collections.Counter())
+        yield batch, work, [entry for _, left_out, _ in every for entry in left_out]
+
+
+def work_of(batch) -> dict[str, int]:
+    """{tokens, learned, images} of a batch, see read_together()."""
+    tokens = int((batch['segments'] > 0).sum())
+    learned = int((batch['weights'] > 0).sum()) if 'weights' in batch else tokens
+    images = int(batch['images'].any(axis=(-3, -2, -1)).sum()) if 'images' in batch else 0
+    return {'tokens': tokens, 'learned': learned, 'images': images}
+
+
 def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
-    """Yields device batches, `ahead` of them on their way. skips: takes down what rows left out."""
+    """Yields (device batch, its work), `ahead` of them on their way. skips: takes down what rows left out."""
 
     def put():
-        for batch in batches:
-            left_out = skipped(batch)
+        for batch, work, left_out in read_together(batches):
             if skips:
                 skips.add(left_out)
-            yield parallel.put_batch(batch, mesh)
+            yield parallel.put_batch(batch, mesh), work
 
     queue, source = collections.deque(), put()
     try:
@@ -268,11 +310,11 @@ def run_steps(
     def keeping():
         """What fails within it, data that cannot be read say, loses no step. It ends when a signal comes, too."""
         try:
-            with stop.interruptible():
+            with contextlib.nullcontext() if hosts.several() else stop.interruptible():
                 yield
-        except Exception:
+        except Exception as error:
             if stop.signal is None:  # which ends data workers too
-                if step > saved:
+                if step > saved and (isinstance(error, hosts.AllFailed) or not hosts.several()):
                     log.put_by()
                     log.flush()
                     save(step)
@@ -286,16 +328,16 @@ def run_steps(
                 show_samples(config, step, training.graphdef, state['params'], data, log)
 
     def further():
-        """The next batch, or None after a signal."""
+        """The next batch, or (None, None) after a signal."""
         with keeping():
             if stop.signal is None:
                 return next(batches)
-        return None
+        return None, None
 
     def is_evaluated(step):
         return step % config.eval.every == 0 or step == data.steps
 
-    stop.save_first()
+    stop.save_first(agrees=hosts.several())
     gc.collect()
     gc.freeze()  # what lives this long lives on: collecting it again and again would stall the loop
     step = saved = start
@@ -304,7 +346,7 @@ def run_steps(
             evaluate(start)  # it was stopped between the checkpoint and this
         with writer, contextlib.closing(batches):
             if step < data.steps:
-                batch = further()
+                batch, work = further()
                 startup.reached('first batch')
             while step < data.steps and stop.signal is None:
                 step += 1
@@ -316,11 +358,12 @@ def run_steps(
                     startup.reached('step')
                     log.say(startup.told())
                 log.flush()  # the line of the step before: the device never waits for it
-                log.count(step, metrics)
+                log.count(step, metrics, work)
+                stop.agree(hosts.gather)
                 evaluating = is_evaluated(step)
                 if step < data.steps:
                     asked = time.perf_counter()
-                    batch = further()
+                    batch, work = further()
                     log.waited(time.perf_counter() - asked)
                 last = step == data.steps or stop.signal is not None
                 saving = step % config.checkpoint.every == 0 or last or writer.due()
@@ -343,9 +386,10 @@ def run_steps(
 def validate(config, step: int, eval_step, params: dict, rows, mesh, log: Log):
     """Logs the mean loss over the same validation batches each time; training data is untouched by their stream."""
     total, count, left_out = 0.0, 0.0, 0 if _is_text(config) else len(rows.index.left_out) + rows.index.dropped
-    batches = pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout)
-    for batch in itertools.islice(batches, config.eval.batches):
-        left_out += len(skipped(batch))
+    own = parallel.own_rows(mesh, config.data.batch_size)
+    batches = pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout, own=own)
+    for batch, _, without in itertools.islice(read_together(batches), config.eval.batches):
+        left_out += len(without)
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
     log.metrics.write(step=step, eval_loss=total / count, left_out=left_out)
@@ -357,6 +401,10 @@ def show_samples(config, step: int, graphdef, params: dict, data: RunData, log: 
     """Shows a few validation prompts, answered by the model as it is now."""
     if not stage_of(config).decodes:
         return
+    if hosts.several():
+        params = hosts.fetch(params)
+        if not hosts.is_first():
+            return
     examples = min(n, data.validation.rows_per_epoch() if _is_text(config) else len(data.validation.index.rows))
     try:
         prompts, asked = zip(*(validation_prompt(config, data, i) for i in range(examples)), strict=True)

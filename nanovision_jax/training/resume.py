@@ -5,6 +5,7 @@ import os
 import pathlib
 
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hosts
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.training import start as starts
@@ -58,6 +59,8 @@ def open_run(config, resume: bool, anew: bool) -> int:
 
 def write_run(config, tokenizer, bad: list[dict]):
     """Writes what a run folder holds beside checkpoints and metrics: config, tokenizer, the list of bad examples."""
+    if not hosts.is_first():
+        return
     paths = runfolder.Paths(config.run_dir)
     paths.folder.mkdir(parents=True, exist_ok=True)
     runconfig.save(config)

@@ -205,10 +205,9 @@ def _split(batch, parts):
 
 
 def make_train_step(config, graphdef, optimizer, shardings):
-    """The jitted step (state, batch) → (state, metrics); the old state's memory becomes the new one's.
+    """The jitted step (state, batch) → (state, {loss, grad_norm, sound}); the old state's memory becomes the new one's.
 
-    metrics: loss, grad_norm, what work_of() counts, and sound: whether loss and gradients are finite. Where they are
-    not, the state stays as it is, bit by bit.
+    sound: whether loss and gradients are finite. Where they are not, the state stays as it is, bit by bit.
     """
     gradients = make_gradients(config, graphdef)
 
@@ -223,21 +222,10 @@ def make_train_step(config, graphdef, optimizer, shardings):
             sound = jnp.isfinite(loss) & jnp.isfinite(norm)
             before, after = (learned, state['optimizer']), (updated, opt_state)
             learned, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
-        metrics = {'loss': loss, 'grad_norm': norm, 'sound': sound} | work_of(batch)
+        metrics = {'loss': loss, 'grad_norm': norm, 'sound': sound}
         return {'params': join(learned, frozen), 'optimizer': opt_state}, metrics
 
     return train_step
-
-
-def work_of(batch) -> dict:
-    """{tokens, learned, images} of a batch, padding aside: all tokens, those learned, pictures that go through a tower.
-
-    Counted on the device: each of several hosts has a part of the batch.
-    """
-    tokens = (batch['segments'] > 0).sum()
-    learned = (batch['weights'] > 0).sum() if 'weights' in batch else tokens
-    images = batch['images'].any((-3, -2, -1)).sum() if 'images' in batch else 0
-    return {'tokens': tokens, 'learned': learned, 'images': images}
 
 
 def make_eval_step(config, graphdef):

@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 
-from nanovision_jax.errors import GO_ON, INTERRUPTED
+from nanovision_jax.errors import GO_ON, INTERRUPTED, leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE = 2.0  # seconds that Python gets to hear a signal: within a compilation it hears none
@@ -33,8 +34,8 @@ class StopOnSignal:
     """
 
     def __init__(self):
-        self.signal, self._before = None, {}
-        self._cleans = self._saves = self._interrupts = False
+        self.signal, self._heard, self._before = None, None, {}
+        self._cleans = self._saves = self._interrupts = self._agrees = False
         self._noticed = threading.Event()
 
     def __enter__(self):
@@ -59,9 +60,17 @@ class StopOnSignal:
         """From here on what is being made is cleaned up; within imports there is nothing, and exceptions crash some."""
         self._cleans = True
 
-    def save_first(self):
-        """From here on there is a state to save: a first signal is remembered for the loop."""
-        self._saves = True
+    def save_first(self, agrees: bool = False):
+        """From here on there is a state to save: a first signal is remembered for the loop.
+
+        agrees: of several hosts, which stop after the same step; a signal counts once agree() was called.
+        """
+        self._saves, self._agrees = True, agrees
+
+    def agree(self, gather: Callable):
+        """Lets a signal count that any host has heard. gather: gives what every host tells, as hosts.gather does."""
+        if self._agrees and self.signal is None:
+            self.signal = next((number for number in gather(self._heard) if number), None)
 
     @contextlib.contextmanager
     def interruptible(self):
@@ -84,9 +93,10 @@ class StopOnSignal:
 
     def _hear(self, number, _):
         self._noticed.set()
-        if self.signal is not None:
+        if self._heard is not None:
             self._leave(number)
-        self.signal = number
+        self._heard = number
+        self.signal = None if self._agrees else number
         if self._interrupts:
             raise _Heard
         if not self._saves:
@@ -110,14 +120,6 @@ class StopOnSignal:
         self.signal = number
         _say(f'stopped by signal {number} at once; the same command goes on from the last checkpoint')
         leave(self.code)
-
-
-def leave(code: int):
-    """Ends the process here: Python's own end crashes where a signal came within jax's work. Data workers see it."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a signal may have come while it was written to
-            stream.flush()
-    os._exit(code)
 
 
 def _say(text):

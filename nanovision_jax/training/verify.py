@@ -58,7 +58,7 @@ def _taken(config, data, program, mesh, start, steps):
     batches, _ = loop.stream(config, data, mesh, start)
     with contextlib.closing(batches):
         for _ in range(steps):
-            state, metrics = program.step(state, next(batches))
+            state, metrics = program.step(state, next(batches)[0])
             losses.append(float(metrics['loss']))
     return losses, jax.device_get(state)
 
