@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from nanovision_jax import config as configs
 from nanovision_jax import models
 from nanovision_jax.data import conversation, pipeline
 from nanovision_jax.data.batch import skipped
@@ -401,8 +402,8 @@ def show_samples(config, step: int, graphdef, params: dict, data: RunData, log: 
     """Shows a few validation prompts, answered by the model as it is now."""
     if not stage_of(config).decodes:
         return
-    if hosts.several():
-        params = hosts.fetch(params)
+    if hosts.several():  # the first answers, alone
+        params, alone = hosts.fetch(params), parallel.make_mesh(configs.Mesh(), [hosts.first_device()])
         if not hosts.is_first():
             return
     examples = min(n, data.validation.rows_per_epoch() if _is_text(config) else len(data.validation.index.rows))
@@ -411,7 +412,9 @@ def show_samples(config, step: int, graphdef, params: dict, data: RunData, log: 
     except conversation.BadExample as error:
         log.say(f'  no samples are shown: {error}')
         return
-    answers = Run(config, step, graphdef, params, data.tokenizer).answer(prompts, max_new_tokens=32)
+    with jax.set_mesh(alone) if hosts.several() else contextlib.nullcontext():
+        params = jax.device_put(params, hosts.first_device()) if hosts.several() else params
+        answers = Run(config, step, graphdef, params, data.tokenizer).answer(prompts, max_new_tokens=32)
     for text, answer in zip(asked, answers, strict=True):
         log.say(f'  {text[-70:]!r} → {answer.strip()!r}')
 

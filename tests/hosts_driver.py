@@ -1,0 +1,57 @@
+"""One host of several: python hosts_driver.py FAMILY CACHE INDEX PORT STAGE …
+
+The environment says the rest: COUNT is how many hosts there are, of 8 / COUNT devices each; FIELDS is JSON of config
+fields, as run_config() takes them; SLOW makes steps take a tenth of a second. Which rows were read for training is
+written to FAMILY/rows-STAGE-INDEX.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import micro
+import pytest
+
+from nanovision_jax import cli
+from nanovision_jax.data import pipeline
+from nanovision_jax.parallel import hosts
+from nanovision_jax.training import loop as train
+from nanovision_jax.training.stopping import StopOnSignal
+
+family, cache, index, port, *stages = sys.argv[1:]
+count, fields = int(os.environ.get('COUNT', 2)), json.loads(os.environ.get('FIELDS', '{}'))
+jax.config.update('jax_num_cpu_devices', 8 // count)
+micro.quicken(pytest.MonkeyPatch(), cache)
+read_batch, prefetch = pipeline._read_batch, train.prefetch
+
+
+def noted(rows, own, start):
+    if rows.shuffled.shuffle:
+        with open(f'{family}/rows-{rows.config.stage}-{index}', 'a') as file:
+            file.write(''.join(f'{start + i}\n' for i in own))
+    return read_batch(rows, own, start)
+
+
+def slowly(*args):
+    for item in prefetch(*args):
+        yield item
+        time.sleep(0.1)
+
+
+pipeline._read_batch = noted
+if 'SLOW' in os.environ:
+    train.prefetch = slowly
+
+
+def main(_):
+    cluster = hosts.find(f'127.0.0.1:{port}', count, int(index)) if count > 1 else None
+    for stage in stages:
+        cfg = micro.run_config(stage, pathlib.Path(family), **fields)
+        with StopOnSignal() as stop:
+            train.train(cfg, resume=True, stop=stop, cluster=cluster)
+
+
+cli.run(main)
