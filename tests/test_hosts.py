@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import micro
 import numpy as np
 import pytest
 from conftest import ROOT
+from processes import logged, until
 
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hosts
@@ -95,6 +97,61 @@ def test_two_hosts_learn_what_one_learns(families):
     records = [runfolder.read_lineage(run) for run in (both, one)]
     assert records[0]['finished'] == 6 and records[0]['rows'] == records[1]['rows']
     assert runfolder.newest(both) == 6 and 'Traceback' not in logs(both.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'mesh', [{}, {'mesh__data': 1, 'mesh__fsdp': 8}, {'mesh__data': 2, 'mesh__tensor': 2}], ids=str
+)
+def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, tiny_family, cache, tmp_path):
+    mesh = mesh | ({'mesh__fsdp': 2} if 'mesh__tensor' in mesh else {})
+    both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
+    for folder, count in ((both, 2), (one, 1)):
+        train(folder, cache, *micro.STAGES, count=count, **mesh)
+    for stage in micro.STAGES:
+        read, alone = rows(both, stage), rows(one, stage)[0]
+        assert sorted(set(read[0] + read[1]) & set(range(48))) == sorted(set(alone) & set(range(48))) == list(range(48))
+        assert not set(read[0]) & set(read[1])
+        assert told(both / stage, 'step', 'tokens') == told(one / stage, 'step', 'tokens'), stage
+        losses = [np.concatenate(told(folder / stage, 'loss', 'eval_loss', 'grad_norm')) for folder in (both, one)]
+        np.testing.assert_allclose(*losses, rtol=1e-5 if not mesh else 1e-3, err_msg=stage)
+        records = [runfolder.read_lineage(folder / stage) for folder in (both, one)]
+        assert records[0]['frozen_before'] == records[0]['frozen_after'] and records[0]['finished'] == 6
+
+
+def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, cache, tmp_path):
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    with started(folder, cache, 'sft', slow=True) as found:
+        until(lambda: runfolder.whole_steps(folder / 'sft'))
+        found[1].kill()
+        assert found[0].wait(60) == 75, logs(folder)
+    assert 'host 1 of 2 is gone, so host 0 ends' in logs(folder) and 'Traceback' not in logs(folder), logs(folder)
+    train(folder, cache, 'sft')
+    micro.assert_same(micro.read(folder / 'sft'), micro.read(families[0] / 'sft'))
+    assert told(folder / 'sft', 'step', 'loss') == told(families[0] / 'sft', 'step', 'loss')
+
+
+def test_a_signal_to_one_host_stops_all_at_one_step(families, family, cache, tmp_path):
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    with started(folder, cache, 'sft', slow=True, checkpoint__every=50) as found:
+        until(lambda: logged(folder / 'sft', 1))
+        found[1].send_signal(signal.SIGTERM)
+        assert [process.wait(60) for process in found] == [75, 75], logs(folder)
+    stopped = runfolder.newest(folder / 'sft')
+    assert 1 <= stopped < 6 and f'stopped by signal 15 at step {stopped}' in logs(folder)
+    assert 'Traceback' not in logs(folder) and 'is gone' not in logs(folder), logs(folder)
+    train(folder, cache, 'sft', count=1, checkpoint__every=50)  # one process goes on with what two have saved
+    losses = [np.concatenate(told(run / 'sft', 'loss')) for run in (folder, families[0])]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, cache):
+    with started(runs, cache, 'vision_instruct', slow=True, steps=30, checkpoint__every=50, **own.fields) as found:
+        until(lambda: logged(runs / 'vision_instruct', 2))
+        own.images.rename(own.images.parent / 'aside')
+        assert [process.wait(60) for process in found] == [2, 2], logs(runs)
+    assert runfolder.newest(runs / 'vision_instruct') >= 2
+    assert 'cannot read on' in logs(runs) and 'Traceback' not in logs(runs)
 
 
 def test_find_takes_flags_then_the_environment():
