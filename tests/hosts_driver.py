@@ -1,4 +1,4 @@
-"""One host of several: python hosts_driver.py FAMILY CACHE INDEX PORT STAGE …
+"""One host of several: python hosts_driver.py FAMILY CACHE INDEX PORT STAGE
 
 The environment says the rest: COUNT is how many hosts there are, of 8 / COUNT devices each; FIELDS is JSON of config
 fields, as run_config() takes them; SLOW makes steps take a tenth of a second. Which rows were read for training is
@@ -21,7 +21,7 @@ from nanovision_jax.parallel import hosts
 from nanovision_jax.training import loop as train
 from nanovision_jax.training.stopping import StopOnSignal
 
-family, cache, index, port, *stages = sys.argv[1:]
+family, cache, index, port, stage = sys.argv[1:]
 count, fields = int(os.environ.get('COUNT', 2)), json.loads(os.environ.get('FIELDS', '{}'))
 jax.config.update('jax_num_cpu_devices', 8 // count)
 micro.quicken(pytest.MonkeyPatch(), cache)
@@ -48,10 +48,9 @@ if 'SLOW' in os.environ:
 
 def main(_):
     cluster = hosts.find(f'127.0.0.1:{port}', count, int(index)) if count > 1 else None
-    for stage in stages:
-        cfg = micro.run_config(stage, pathlib.Path(family), **fields)
-        with StopOnSignal() as stop:
-            train.train(cfg, resume=True, stop=stop, cluster=cluster)
+    cfg = micro.run_config(stage, pathlib.Path(family), **fields)
+    with StopOnSignal() as stop:
+        train.train(cfg, resume=True, stop=stop, cluster=cluster)
 
 
 cli.run(main)
