@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
 from nanovision_jax.errors import FAILURE, INTERRUPTED, MISTAKE, UNREAD, Stuck, UserError, leave, nearest
+from nanovision_jax.runs import mirror
 from nanovision_jax.training import start
 from nanovision_jax.training.stopping import Unfinished
 
@@ -193,6 +194,8 @@ def parse(argv, usage='', **extra):
     config = _read(file, size, given)
     fill(config)
     check_values(config)
+    if config.checkpoint.mirror and 'anew' in chosen:  # a command that trains: what it starts from may be there
+        mirror.fetch(config, chosen['anew'])
     told = start.inherit(config, _given(config, options), chosen.get('anew', False))
     check(config)
     print('\n'.join(told), end='\n' * bool(told))

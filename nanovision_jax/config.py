@@ -205,6 +205,7 @@ class Checkpoint:
 
     every: int = option(1000, 'steps between checkpoints', above=0)
     keep: int = option(2, 'the newest so many stay', above=0)
+    mirror: str = option('', 'a folder of an object store, s3://… or gs://…, to which runs are copied and fetched from')
 
 
 @dataclasses.dataclass

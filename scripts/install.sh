@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts, from the repository's root: makes a virtual environment and installs the project into it,
 # once for each content of pyproject.toml. Sets $python; returns 1 where the packages cannot be had.
 #

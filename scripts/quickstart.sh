@@ -8,7 +8,7 @@
 # folder of them. What is finished is skipped; what was interrupted goes on where it stopped.
 set -euo pipefail
 started=$SECONDS
-name=tiny data= text=
+name=tiny data='' text=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --name|--data|--text) [ $# -ge 2 ] || { echo "error: $1 needs a value." >&2; exit 2; }; declare "${1#--}=$2"; shift 2;;

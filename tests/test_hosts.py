@@ -126,7 +126,7 @@ def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, c
         until(lambda: runfolder.whole_steps(folder / 'sft'))
         found[1].kill()
         assert found[0].wait(60) == 75, logs(folder)
-    assert 'host 1 of 2 is gone, so host 0 ends' in logs(folder) and 'Traceback' not in logs(folder), logs(folder)
+    assert 'error: host 1: it is gone, one of 2' in logs(folder) and 'Traceback' not in logs(folder), logs(folder)
     train(folder, cache, 'sft')
     micro.assert_same(micro.read(folder / 'sft'), micro.read(families[0] / 'sft'))
     assert told(folder / 'sft', 'step', 'loss') == told(families[0] / 'sft', 'step', 'loss')
@@ -140,7 +140,7 @@ def test_a_signal_to_one_host_stops_all_at_one_step(families, family, cache, tmp
         assert [process.wait(60) for process in found] == [75, 75], logs(folder)
     stopped = runfolder.newest(folder / 'sft')
     assert 1 <= stopped < 6 and f'stopped by signal 15 at step {stopped}' in logs(folder)
-    assert 'Traceback' not in logs(folder) and 'is gone' not in logs(folder), logs(folder)
+    assert 'Traceback' not in logs(folder) and 'it is gone' not in logs(folder), logs(folder)
     train(folder, cache, 'sft', count=1, checkpoint__every=50)  # one process goes on with what two have saved
     losses = [np.concatenate(told(run / 'sft', 'loss')) for run in (folder, families[0])]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -153,6 +153,13 @@ def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, ca
         assert [process.wait(60) for process in found] == [2, 2], logs(runs)
     assert runfolder.newest(runs / 'vision_instruct') >= 2
     assert 'cannot read on' in logs(runs) and 'Traceback' not in logs(runs)
+
+
+def test_a_mistake_on_one_host_ends_all_with_its_code(family, cache, tmp_path):
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    with started(folder, cache, 'sft', optim__learning_rate=1e30, optim__max_skipped=1, optim__name='sgd') as found:
+        assert [process.wait(60) for process in found] == [2, 2], logs(folder)
+    assert 'training has diverged' in logs(folder) and 'Traceback' not in logs(folder)
 
 
 def test_find_takes_flags_then_the_environment():

@@ -53,15 +53,15 @@ def memory(device) -> int | None:
 def peak_flops() -> tuple[float, str]:
     """(FLOP/s of all devices together, where the figure comes from): a data sheet's, or a measured product's.
 
-    On CPU one product is measured, which uses all cores, however many devices they pretend to be; elsewhere a larger
-    one on one device, times their number.
+    On CPU one product is measured, which uses all cores of a host, however many devices they pretend to be; elsewhere a
+    larger one on one device, times their number.
     """
     kind = jax.devices()[0].device_kind
     for name in sorted(PEAK, key=len, reverse=True):
         if re.search(rf'\b{name}\b', kind):
             return PEAK[name] * jax.device_count(), f'{name} data sheet, bf16'
     if jax.default_backend() == 'cpu':
-        return measured_flops(1024, jnp.float32), 'measured 1024³ float32 product'
+        return measured_flops(1024, jnp.float32) * jax.process_count(), 'measured 1024³ float32 product'
     return measured_flops(4096, jnp.bfloat16) * jax.device_count(), 'measured 4096³ bf16 product, times the devices'
 
 

@@ -25,6 +25,7 @@ from nanovision_jax.errors import GO_ON, UserError, leave
 
 AUTO = 'auto'  # the coordinator that is for jax to find
 BEAT, LOST = 5, 45  # seconds: between signs of life, and without one until a host is taken for lost
+PATIENCE = 15  # seconds that a host gets to end by itself, once another one has told of a mistake
 STARTING = 300  # seconds that the others get to come
 
 
@@ -99,7 +100,8 @@ _channel = None  # to the other hosts, where there are some
 def joined(cluster: Cluster | None):
     """A context in which the hosts of a cluster are one program. It comes before anything touches a device.
 
-    A host that fails says why, and ends; the others say which, and end with 75: the same command goes on.
+    A host that cannot go on says why, and all end with its code. Where one is lost, killed say, the others end with 75:
+    the same command goes on.
     """
     global _channel
     if cluster is None or cluster.count == 1:  # AUTO has none yet
@@ -123,9 +125,12 @@ def joined(cluster: Cluster | None):
     try:
         yield
         part()
-    except UserError as error:
-        print(f'error: host {cluster.index}: {error}', file=sys.stderr)
+    except AllFailed as error:
+        part()
+        print(f'error: {error}', file=sys.stderr)
         leave(error.code)
+    except UserError as error:
+        _channel.fail(cluster.index, error.code, str(error))
     except jax.errors.JaxRuntimeError:
         time.sleep(2 * BEAT)  # it may be that another host is gone: then the channel ends this one
         raise
@@ -149,6 +154,7 @@ class Channel:
         self.cluster, self._ended = cluster, False
         self._asked, self._answers = 0, {}  # number of the question: queue of what every host said
         self._heard, self._lock = {}, threading.Lock()  # of the first: {number: {host: value}}
+        self._failing = threading.Lock()
         host, port = cluster.coordinator.rsplit(':', 1)
         address = (host.strip('[]'), int(port) + 1)
         self._links, said = self._listen(address) if cluster.index == 0 else self._connect(address)
@@ -158,7 +164,9 @@ class Channel:
 
     def _listen(self, address):
         links, said = {}, {}
-        with socket.create_server(address, backlog=self.cluster.count) as server:
+        # The first may know itself by another address than the others do: many a machine calls itself 127.0.1.1.
+        here = address[0] if re.match(r'127\.|localhost$|::1$', address[0]) else ''
+        with socket.create_server((here, address[1]), backlog=self.cluster.count) as server:
             server.settimeout(STARTING)
             while len(links) < self.cluster.count - 1:
                 try:
@@ -231,8 +239,9 @@ class Channel:
                 if message == 'bye':  # all have come to the end
                     self._ended = True
                     return
-                if isinstance(message, int):
-                    self._lose(message)
+                if isinstance(message, dict):
+                    time.sleep(PATIENCE)  # it may be at the same itself, and write what is to be kept
+                    self.fail(**message)
                 elif message and self.cluster.index == 0:
                     self._collect(index, *message)
                 elif message:
@@ -250,20 +259,25 @@ class Channel:
 
     def _lose(self, index):
         """Ends this host, as another one is gone."""
-        if self._ended:
-            return
-        self._ended = True
-        for other, link in self._links.items():
-            if other != index:
-                with contextlib.suppress(OSError):
-                    link.sendall(f'{index}\n'.encode())
-        print(
-            f'host {index} of {self.cluster.count} is gone, so host {self.cluster.index} ends; the same command on all '
-            'of them goes on from the last checkpoint',
-            file=sys.stderr,
-            flush=True,
+        time.sleep(BEAT)  # in which a checkpoint may become whole that was being written
+        why = (
+            f'it is gone, one of {self.cluster.count}; the same command on all of them goes on from the last checkpoint'
         )
-        leave(GO_ON)
+        self.fail(index, GO_ON, why)
+
+    def fail(self, host: int, code: int, why: str):
+        """Ends this host with a code, and all others: `host` cannot go on."""
+        with self._failing:  # one says it
+            if self._ended:
+                return
+            self._ended = True
+            told = json.dumps({'host': host, 'code': code, 'why': why}).encode() + b'\n'
+            for index, link in self._links.items():
+                if index != host:
+                    with contextlib.suppress(OSError):
+                        link.sendall(told)
+            print(f'error: host {host}: {why}', file=sys.stderr, flush=True)
+            leave(code)
 
 
 class AllFailed(UserError):

@@ -37,11 +37,12 @@ class Checkpoints:
 
     A checkpoint that cannot be written, on a full disk say, is no end: that is said, what was written of it is removed,
     and due() tells when to save again; after TRIES in a row it is a Failure. Whatever else happens, whole ones stay.
+    written: is called when one is whole.
     """
 
-    def __init__(self, run_dir, keep):
+    def __init__(self, run_dir, keep, written: Callable | None = None):
         self.run_dir, self.keep = pathlib.Path(run_dir).absolute(), keep
-        self.folder = Paths(self.run_dir).checkpoints
+        self.folder, self._written = Paths(self.run_dir).checkpoints, written
         self.beside = beside(self.run_dir)
         self.pause, self._failures, self._again = 0.0, 0, 0.0  # seconds to the next try; failed ones; when it is time
         self._thread, self._error, self._writer = None, None, _writer()
@@ -128,6 +129,8 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # else it is removed another time
                 (self.folder / str(old) / MANIFEST).unlink()  # from here on it does not count
                 shutil.rmtree(self.folder / str(old))
+        if self._written:
+            self._written()
 
     def _fail(self, error):
         """Says that a save failed, and when the next try is. Raises Failure after the last one."""

@@ -101,6 +101,7 @@ def public(config: Config) -> dict:
         value = get(config, name)
         if name not in NAMES or (value and hub_id(value) is None):
             _put(kept, name, os.path.basename(os.path.normpath(value)) if value else '')
+    _put(kept, 'checkpoint.mirror', '')
     return kept
 
 

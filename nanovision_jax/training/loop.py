@@ -7,7 +7,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from nanovision_jax.parallel import compile_cache, hardware, hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs.mirror import Mirror
 from nanovision_jax.runs.skips import Skips, lost_examples
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import features, fit, optim
@@ -60,13 +61,18 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hearing)
         stack.enter_context(hosts.joined(cluster))
+        written = None
         if hosts.is_first():
             stack.enter_context(lock.of_run(folder))
-        return train_alone(config, resume, anew, profile, startup, stop)
+            if config.checkpoint.mirror:
+                written = stack.enter_context(Mirror(config)).push
+        return train_alone(config, resume, anew, profile, startup, stop, written)
 
 
-def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup, stop: StopOnSignal) -> pathlib.Path:
-    """train(), while no other process may train this run."""
+def train_alone(
+    config, resume: bool, anew: bool, profile: int, startup: Startup, stop: StopOnSignal, written: Callable | None
+) -> pathlib.Path:
+    """train(), while no other process may train this run. written: is called when a checkpoint is whole."""
     stop.clean_first()
     folder = pathlib.Path(config.run_dir)
     with hosts.first_before_others():
@@ -89,7 +95,7 @@ def train_alone(config, resume: bool, anew: bool, profile: int, startup: Startup
         if start >= data.steps and ended:
             return finished(folder, start, data.steps)
         training = begin(config, data, sources, mesh, start, startup)
-        step, params = run_steps(config, data, training, mesh, start, stop, startup, profile)
+        step, params = run_steps(config, data, training, mesh, start, stop, startup, profile, written)
         if stop.signal is not None:  # the end, too, is completed by the same command
             hosts.part()
             print(f'stopped by signal {stop.signal} at step {step}; the same command goes on from there')
@@ -283,14 +289,15 @@ def run_steps(
     stop: StopOnSignal,
     startup: Startup,
     profile: int = 0,
+    written: Callable | None = None,
 ) -> tuple[int, dict]:
     """Takes steps until the run ends or is stopped. Returns the last step and the parameters after it.
 
-    However it ends, a checkpoint that is being written is written to its end.
+    However it ends, a checkpoint that is being written is written to its end. written: as Checkpoints takes it.
     """
     folder, state, batches = pathlib.Path(config.run_dir), training.state, training.batches
     eval_step = make_eval_step(config, training.graphdef)
-    writer = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+    writer = checkpoint.Checkpoints(folder, config.checkpoint.keep, written)
     rows = config.data.batch_size
 
     def drawn(step):
