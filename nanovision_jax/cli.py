@@ -160,7 +160,8 @@ def _no_device():
 def parse(argv, usage='', **extra):
     """Turns `--config=FILE[:SIZE] [--config.FIELD=VALUE …]` into (Config, {option: value}).
 
-    extra: further options and their defaults, which tell their types: a bool, a text, or a number above the default.
+    extra: further options and their defaults, which tell their types: a bool, a text, or a number above 0, or above a
+    default below that.
     Raises UserError, one sentence, for every mistake.
     """
     if '--help' in argv or '-h' in argv:
@@ -204,8 +205,8 @@ def parse(argv, usage='', **extra):
 
 def _option(name, default, text):
     value = parse_value(f'--{name}', type(default), text)
-    if type(default) is int and value <= default:
-        raise UserError(f'--{name} takes a number above {default}, not {value}.')
+    if type(default) is int and value <= (above := min(default, 0)):
+        raise UserError(f'--{name} takes a number above {above}, not {value}.')
     return value
 
 
