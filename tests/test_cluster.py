@@ -1,4 +1,4 @@
-"""scripts/cluster/: what starts a stage on schedulers and clouds. None of it was ever run on one."""
+"""scripts/cluster/ and speedrun.sh: what runs on schedulers, clouds and large machines. None was ever run on one."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from nanovision_jax import cli
 from nanovision_jax.parallel import hosts
+from nanovision_jax.stages import STAGES
 
 CLUSTER = ROOT / 'scripts' / 'cluster'
 OPTIONS = dict(resume=False, anew=False, profile=0, verify=0, coordinator='', processes=0, process=-1)
@@ -109,3 +110,30 @@ def test_skypilot_runs_what_the_command_understands(monkeypatch):
     assert arguments[1:3] == ['-m', 'nanovision_jax.train']
     config, _ = parsed(arguments[3:])
     assert config.checkpoint.mirror == 'memory://bucket/runs' and config.stage == 'pretrain'
+
+
+@pytest.mark.parametrize('given', [['--yes'], []])
+def test_the_speedrun_plans_asks_and_goes_down_the_road(given, stand_in, monkeypatch, tmp_path):
+    stand_in('python')
+    project = tmp_path / 'project'
+    shutil.copytree(ROOT / 'scripts', project / 'scripts')
+    for name in ('fineweb_edu', 'magpie'):
+        (project / 'data' / name).mkdir(parents=True)
+    monkeypatch.setenv('PYTHON', str(tmp_path / 'python'))
+    argv = ['bash', project / 'scripts' / 'speedrun.sh', '--hardware=h100x8', '--config.mesh.fsdp=8', *given]
+    done = subprocess.run(argv, input='n\n', capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    planned, *rest = stand_in.calls()
+    assert planned[1:] == ['nanovision_jax.plan', '--config=configs/pretrain.py:d20', '--hardware=h100x8', '--road',
+                           '--config.mesh.fsdp=8']  # fmt: skip
+    if not given:
+        assert not rest and 'nothing was spent' in done.stdout
+        return
+    assert [call[1:] for call in rest[:2]] == [
+        ['nanovision_jax.prepare', f'llava_{of}'] for of in ('pretrain', 'instruct')
+    ]
+    stages = [call for call in rest if call[1] == 'nanovision_jax.train']
+    assert [call[2] for call in stages] == [f'--config=configs/{stage}.py:d20' for stage in STAGES]
+    assert all(call[3:] == ['--config.name=speedrun', '--config.mesh.fsdp=8'] for call in stages)
+    assert rest[-1] == ['-m', 'nanovision_jax.report', 'runs/speedrun']
+    assert subprocess.run(argv[:2], capture_output=True).returncode == 2

@@ -142,7 +142,7 @@ def test_split_parameters_are_rather_recomputed_with_than_gathered_again():
 
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct', 'clip'])
 def test_the_estimate_grows_with_what_is_kept(stage):
-    fixed, by_part = fit._estimate(open_config(stage), VOCABULARY, mesh_of(1, 1, 1))
+    fixed, by_part = fit.estimate(open_config(stage), VOCABULARY, mesh_of(1, 1, 1))
     assert 0 < by_part['full'] < by_part['dots'] < by_part['none'] and fixed > 0
 
 

@@ -14,7 +14,7 @@ from nanovision_jax import prepare
 from nanovision_jax.data import catalog
 
 PACKAGE = ROOT / 'nanovision_jax'
-VERBS = {'train', 'chat', 'serve', 'evaluate', 'show', 'report', 'prepare', 'convert'}
+VERBS = {'train', 'plan', 'chat', 'serve', 'evaluate', 'show', 'report', 'prepare', 'convert'}
 # Packages that most runs do without; transformers takes long to load, and only who imports a tokenizer needs it.
 # jax's kernels are for one hardware each.
 OPTIONAL = {'torch', 'apache_beam', 'tensorboardX', 'readline', 'transformers', 'jax.experimental.pallas.ops'}

@@ -94,17 +94,16 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None, pack:
     if memory is None:
         own = (device for device in mesh.devices.flat if device.process_index == jax.process_index())
         memory = min(hosts.gather(hardware.memory(next(own, mesh.devices.flat[0])) or 0)) or None
-    room = memory - min(ROOM, memory // 7) if memory else float('inf')
+    free = room(memory)
     found, scale = _candidates(config, vocabulary, mesh), 1.0
     for last in range(AT_MOST - 1, -1, -1):
-        fitting = [c for c in found if c.bytes * scale <= room]
-        chosen = fitting[0] if fitting else min(found, key=lambda c: c.bytes)
+        chosen = _fastest(found, free / scale)
         config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
         rows = pack(mesh.shape['data'] * mesh.shape['fsdp'], chosen.parts).rows if pack else None
         program = _compiled(config, vocabulary, optimizer, mesh, rows)
         peak = program.peak if program else None
         found = [c for c in found if c.bytes < chosen.bytes]
-        if not found or (peak and peak <= room) or not last:
+        if not found or (peak and peak <= free) or not last:
             break
         scale = max(scale, (peak or 1.25 * chosen.bytes * scale) / chosen.bytes)
     if program is None:
@@ -120,6 +119,25 @@ def settle(config, vocabulary, optimizer, mesh, memory: int | None = None, pack:
     return program
 
 
+def room(memory: int | None) -> float:
+    """Bytes of a device that the step may take."""
+    return float(memory - min(ROOM, memory // 7)) if memory else float('inf')
+
+
+def choose(config, vocabulary, mesh, memory: int | None, kernel: str):
+    """What settle() would try first: (remat, parts, bytes estimated of one device, time).
+
+    mesh: its shape is enough. kernel: as estimate() takes it.
+    """
+    return _fastest(_candidates(config, vocabulary, mesh, kernel), room(memory))
+
+
+def _fastest(found, free):
+    """The fastest candidate that is estimated to fit, or the smallest."""
+    fitting = [c for c in found if c.bytes <= free]
+    return fitting[0] if fitting else min(found, key=lambda c: c.bytes)
+
+
 class _Candidate(NamedTuple):
     remat: str
     parts: int
@@ -127,13 +145,13 @@ class _Candidate(NamedTuple):
     time: float  # estimated, relative
 
 
-def _candidates(config, vocabulary, mesh):
+def _candidates(config, vocabulary, mesh, kernel=''):
     """What model.remat and optim.accumulate may be, the fastest first."""
     rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
     every = [parts for parts in range(1, rows + 1) if rows % parts == 0]
     parts = [config.optim.accumulate] if config.optim.accumulate else every
     remats = REMAT if config.model.remat == 'auto' else [config.model.remat]
-    fixed, by_part = _estimate(config, vocabulary, mesh)
+    fixed, by_part = estimate(config, vocabulary, mesh, kernel)
     # A part of few tokens leaves matrix units waiting, and each part reads all weights and adds all gradients. Where
     # they are split it gathers them for both passes and reduces: 8 bytes sent for 6 FLOPs a token.
     lost = 512 if mesh.shape['fsdp'] == 1 else 512 + round(8 / 6 * FLOPS_A_BYTE)
@@ -157,8 +175,11 @@ def _compiled(config, vocabulary, optimizer, mesh, caption_rows):
         return None
 
 
-def _estimate(config, vocabulary, mesh):
-    """(bytes of a device whatever the part, {model.remat: bytes of a whole step's rows}), within a quarter or so."""
+def estimate(config, vocabulary, mesh, kernel: str = ''):
+    """(bytes of a device whatever the part, {model.remat: bytes of a whole step's rows}), within a quarter or so.
+
+    kernel: of attention, if it is not model.attention's.
+    """
     size = models.compute_dtype(config.dtype).itemsize
     shards = mesh.shape['fsdp'] * mesh.shape['tensor']
     learned, frozen = (
@@ -174,7 +195,7 @@ def _estimate(config, vocabulary, mesh):
     def add(part, tokens, length, learns):
         """Adds what the blocks of a transformer keep for the backward pass."""
         width, heads = part.width, part.heads
-        scores = 0 if model.attention in kernels.PACKED else heads * length * (4 + size)
+        scores = 0 if (kernel or model.attention) in kernels.PACKED else heads * length * (4 + size)
         block = size * (8 * width + 4 * meter.attention_width(part) + 4 * part.ffn) + scores
         kept = {
             'none': block,

@@ -1,0 +1,254 @@
+"""Counts what a stage takes on a machine: parameters, FLOPs, memory, what is sent, hours and dollars."""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import math
+import os
+import statistics
+import time
+import types
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from nanovision_jax import models
+from nanovision_jax.data.batch import fake_batch
+from nanovision_jax.data.datasets import tiny_world
+from nanovision_jax.data.packing import MEMORY
+from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hardware
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.planning.machines import SHAPES, Machine
+from nanovision_jax.stages import stage_of
+from nanovision_jax.training import fit, meter, optim
+from nanovision_jax.training.step import init_state, partition
+
+MFU = 0.4  # of the peak that training is taken to reach; the reference's eight A100 reached 0.52
+STEPS = 10  # that are measured
+# Examples of the published sets, and about how many a row holds, for recipes that tell epochs instead of steps.
+EXAMPLES = {'llava_pretrain': 595_375, 'llava_instruct': 157_712, 'magpie': 300_000}
+A_ROW = {'clip': 1.0, 'vision_pretrain': 6.8, 'vision_instruct': 3.2}
+USED = {'clip': 0.8, 'pretrain': 1.0, 'sft': 0.97}  # share of a batch's tokens that is no padding; 0.9 of the others
+LEARNED = {'pretrain': 1.0, 'clip': 1.0}  # share of the tokens that are targets; a quarter of the others
+SPANS = (8, 64, 256, 1024)  # chips
+
+
+class Plan(NamedTuple):
+    """What one stage takes. Bytes are of one device."""
+
+    config: object
+    machine: Machine
+    parameters: int
+    learned: int
+    tokens: int  # a step, padding aside
+    images: int
+    flops: float  # a step
+    steps: int
+    memory: int | None  # bytes of a device that a program may take; None where nothing says
+    parts: dict[str, int]  # bytes by what they hold, counted
+    peak: int  # bytes; compiled, or their sum
+    compiled: str  # what it was compiled for; '' where it is counted
+    process: int | None  # bytes of main memory of the whole process, on the CPU at hand
+    rows: int  # of a device at once, with the settled remat and accumulation
+    most_rows: int  # of a device at once that fit
+    sent: float  # bytes that a device sends in a step
+    step: float  # seconds
+    source: str  # of the seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits into a device."""
+        return self.memory is None or self.peak <= fit.room(self.memory)
+
+    @property
+    def hours(self) -> float:
+        """Of all steps."""
+        return self.steps * self.step / 3600
+
+    @property
+    def dollars(self) -> float:
+        """Of all steps."""
+        return self.hours * self.machine.count * (self.machine.chip.price if self.machine.chip else 0.0)
+
+
+def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> Plan:
+    """The Plan of a stage. measured: takes ten steps on the devices at hand instead of counting.
+
+    Raises UserError where the mesh does not divide the machine, or its recipe does not say how long it is.
+    """
+    config = copy.deepcopy(config)
+    stage, size = stage_of(config), vocabulary_of(config)
+    vocabulary = types.SimpleNamespace(size=size, image=size - 1)
+    if machine.chip:
+        config.dtype = 'bfloat16' if config.dtype == 'auto' else config.dtype
+    devices = machine.count if machine.chip else jax.device_count()
+    mesh = shape_of(config, devices)
+    parallel.check_divides(config, mesh, size)
+    learned, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(part))
+        for part in partition(config, models.abstract(config, size, size - 1)[1])
+    )
+    tokens = round(config.data.batch_size * config.data.length * USED.get(stage.name, 0.9))
+    images = config.data.batch_size * (config.data.slots if stage.sees else stage.model == 'clip')
+    flops = meter.step_flops(config, size, tokens, images, round(tokens * LEARNED.get(stage.name, 0.25)))
+    memory = int(machine.chip.memory * 2**30) if machine.chip else hardware.memory(jax.devices()[0])
+    program, compiled, seconds, source = None, '', None, f'{mfu:.0%} MFU assumed'
+    if measured:
+        program, seconds = _measured(config, vocabulary)
+        compiled, source = 'the devices at hand', f'{STEPS} steps measured'
+    elif machine.chip is None or (machine.chip.is_tpu and importlib.util.find_spec('libtpu')):
+        program, compiled = _compiled(config, vocabulary, machine)
+    kernel = 'xla'
+    if machine.chip and stage.decodes and config.model.attention != 'xla':
+        kernel = 'splash' if machine.chip.is_tpu else 'pallas'
+    chosen = fit.choose(config, vocabulary, mesh, memory, kernel)
+    if program is None:
+        config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
+    at_once = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']) // config.optim.parts
+    parts = _parts(config, learned, frozen, mesh, program.peak if program else chosen.bytes)
+    if seconds is None:
+        peak = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
+        seconds = flops / (mfu * peak)
+    return Plan(
+        config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts,
+        program.peak if program else sum(parts.values()), compiled, _process(config, program, machine, images), at_once,
+        _most_rows(config, vocabulary, mesh, memory, at_once, kernel), sent(config, learned, mesh), seconds, source,
+    )  # fmt: skip
+
+
+def vocabulary_of(config) -> int:
+    """How many tokens there are: GPT-2's and our special ones, or as many as are trained."""
+    return 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
+
+
+def shape_of(config, devices: int):
+    """What is asked of a mesh of so many devices, which need not be there: its shape. Raises UserError as make_mesh."""
+    sizes = [getattr(config.mesh, axis) for axis in parallel.AXES]
+    known = math.prod(n for n in sizes if n != -1)
+    sizes = [devices // known if n == -1 else n for n in sizes]
+    if math.prod(sizes) != devices:
+        raise UserError(f'mesh {dict(zip(parallel.AXES, sizes, strict=True))} does not use {devices} devices.')
+    return types.SimpleNamespace(shape=dict(zip(parallel.AXES, sizes, strict=True)))
+
+
+def steps_of(config) -> int:
+    """Steps of a stage. Raises UserError where only its data would say."""
+    if config.steps:
+        return config.steps
+    if config.data.source not in EXAMPLES or config.stage not in A_ROW:
+        raise UserError(
+            f'{config.stage} learns from {config.data.source!r} for {config.epochs:g} epochs: say --config.steps.'
+        )
+    rows = EXAMPLES[config.data.source] / A_ROW[config.stage]
+    return max(1, round(config.epochs * rows / config.data.batch_size))
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def _process(config, program, machine, images):
+    """Bytes of the process that trains: what Python and the libraries take by now, the step, and pictures in memory."""
+    if machine.chip or not os.path.exists('/proc/self/statm'):
+        return None
+    read = min(config.steps * images, tiny_world.EXAMPLES['scenes']['train'])  # of its own drawings; others may not fit
+    kept = read * config.model.vision.image_size**2 * 3 if config.data.source == 'tiny_world' else 0
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') + program.peak + kept * (kept <= MEMORY)
+
+
+def _parts(config, learned, frozen, mesh, peak) -> dict[str, int]:
+    """Bytes of a device by what they hold: the state is counted, what is left of the peak are activations."""
+    shards = mesh.shape['fsdp'] * mesh.shape['tensor']
+    size = models.compute_dtype(config.dtype).itemsize
+    moments = {'sgd': 0, 'muon': 1}.get(config.optim.name, 2)
+    held = {
+        'parameters': (4 + size) * (learned + frozen) // shards,  # and a copy in the dtype of compute
+        'optimizer': 4 * moments * learned // shards,
+        'gradients': 4 * learned // shards,
+    }
+    return held | {'activations': max(0, round(peak - sum(held.values())))}
+
+
+def _most_rows(config, vocabulary, mesh, memory, now, kernel):
+    """How many rows a device takes at once, with remat as it is; 0 if not one fits."""
+    if memory is None:
+        return now
+    rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    fixed, by_part = fit.estimate(config, vocabulary, mesh, kernel)
+    remat = config.model.remat if config.model.remat != 'auto' else 'none'
+    return max(0, int((fit.room(memory) - fixed) / (by_part[remat] / rows)))
+
+
+def _compiled(config, vocabulary, machine):
+    """(the true step, compiled, for what) of a TPU's topology or of the CPU at hand."""
+    if machine.chip:
+        shape = SHAPES[machine.count]
+        alone = {'chips_per_host_bounds': (1, 1, 1)} if machine.count == 1 else {}
+        topology = f'{machine.chip.topology}:{shape}'
+        os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+        devices = list(topologies.get_topology_desc(topology, 'tpu', **alone).devices)
+    else:
+        topology, devices = 'the devices at hand', jax.devices()
+    mesh = parallel.make_mesh(config.mesh, devices, config.data.batch_size // config.optim.parts)
+    with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
+        return fit.settle(config, vocabulary, optim.make_optimizer(config.optim, 1000), mesh), topology
+
+
+def _measured(config, vocabulary):
+    """(the compiled step, the median of its seconds) on random batches, on the devices at hand."""
+    mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.parts)
+    optimizer = optim.make_optimizer(config.optim, 1000)
+    with jax.set_mesh(mesh):
+        with contextlib.redirect_stdout(io.StringIO()):
+            program = fit.settle(config, vocabulary, optimizer, mesh)
+        state = init_state(config, vocabulary, optimizer, program.shapes)
+        batch, seconds = parallel.put_batch(fake_batch(config, vocabulary.size), mesh), []
+        for _ in range(STEPS + 1):
+            began = time.perf_counter()
+            state, metrics = program.step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+    return program, statistics.median(seconds[1:])
+
+
+# What is sent --------------------------------------------------------------------------------------------------------
+
+
+def sent(config, learned: int, mesh) -> float:
+    """Bytes that a device sends in a step for parameters and gradients, as rings send them.
+
+    Over n copies all-reduced gradients are 2·(n-1)/n of their bytes; split over n, parameters are gathered twice (each
+    (n-1)/n of their bytes) and gradients scattered once. What tensor splits is sent beside that, and not counted.
+    """
+    copies, splits, tensor = (mesh.shape[axis] for axis in ('data', 'fsdp', 'tensor'))
+    reduced = 4 if config.optim.reduce_dtype == 'float32' else 2
+    own = learned / (splits * tensor)  # that the copies reduce
+    total = 2 * (copies - 1) / copies * own * reduced
+    if splits > 1:
+        share = (splits - 1) / splits * learned / tensor
+        total += config.optim.parts * 2 * share * 2 + share * reduced
+    return total
+
+
+def scaling(plan: Plan) -> list[tuple[int, float, float]]:
+    """[(chips, seconds that a step sends, weak-scaling efficiency)] of copies of this plan's model over more hosts.
+
+    The work of a chip stays as it is. Within a host gradients go over its links, between hosts each chip sends its
+    share of them, 2·(h-1)/h of what a host's chips split, over the network. Nothing is taken to overlap, so it is the
+    least.
+    """
+    chip, found = plan.machine.chip, []
+    reduced = 4 if plan.config.optim.reduce_dtype == 'float32' else 2
+    for count in SPANS:
+        hosts = math.ceil(count / chip.host)
+        inside = min(count, chip.host)
+        seconds = 2 * (inside - 1) / inside * plan.learned * reduced / (chip.link * 1e9)
+        if hosts > 1:
+            if not chip.network:
+                break
+            seconds += 2 * (hosts - 1) / hosts * plan.learned * reduced / inside / (chip.network * 1e9)
+        found.append((count, seconds, plan.step / (plan.step + seconds)))
+    return found

@@ -1,0 +1,126 @@
+"""What a run will need: plans against figures by hand, against compiled steps, and the command."""
+
+import types
+
+import jax
+import micro
+import pytest
+from conftest import ROOT, parse
+
+from nanovision_jax import plan as verb
+from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.planning import estimate, machines, text
+from nanovision_jax.training import fit, optim
+
+PRETRAIN = ROOT / 'configs' / 'pretrain.py'
+ROAD = ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
+
+
+def planned(stage='pretrain', hardware='a100-80gx8', *overrides, size='d20', **options):
+    return estimate.plan(parse(stage, *overrides, size=size), machines.parse(hardware), **options)
+
+
+def test_the_reference_s_pretraining_takes_the_hours_and_dollars_that_it_published():
+    """About 6 hours and $90 on eight A100 at 52.1% of their peak, its own figure."""
+    plan = planned(mfu=0.521)
+    assert plan.parameters == plan.learned == 522_124_800
+    assert plan.flops / plan.tokens == pytest.approx(3.060e9, rel=1e-3)
+    assert plan.steps * plan.tokens == 35_000 * 262_144
+    assert plan.hours == pytest.approx(9.175e9 * 3.060e9 / (0.521 * 8 * 312e12) / 3600, rel=1e-3)
+    assert 5.7 < plan.hours < 6.3 and 80 < plan.dollars < 95
+
+
+@pytest.mark.parametrize('stage', ROAD)
+def test_what_is_held_adds_up_and_is_split(stage):
+    one, split = (planned(stage, 'h100x8', *mesh) for mesh in ([], ['mesh.data=1', 'mesh.fsdp=8']))
+    assert sum(one.parts.values()) == one.peak and one.fits and one.most_rows >= one.rows >= 1
+    for name in ('parameters', 'optimizer', 'gradients'):
+        assert split.parts[name] == pytest.approx(one.parts[name] / 8, rel=1e-6)
+    held = one.parts['parameters'] / (4 + 2), one.parts['optimizer'] / 8, one.parts['gradients'] / 4
+    assert held == pytest.approx((one.parameters, one.learned, one.learned))
+
+
+def test_what_does_not_fit_is_said_and_what_would():
+    plan = planned('pretrain', 'rtx4090x1', 'data.length=1024', size='d40')
+    assert not plan.fits and plan.most_rows == 0
+    told = '\n'.join(text.lines([plan]))
+    assert 'DOES NOT FIT' in told and 'not one row of 1024 tokens fits: split the model with mesh.fsdp' in told
+    small = planned('pretrain', 'rtx4090x1')
+    assert small.fits and small.config.optim.accumulate > 1 and small.rows <= small.most_rows
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 4, 1)])
+def test_what_is_sent_is_what_the_compiled_step_sends(sizes):
+    cfg = micro.config('pretrain')
+    mesh = jax.make_mesh(sizes, parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        program = fit.compile_step(cfg, micro.TOKENIZER, optim.make_optimizer(cfg.optim, 10), mesh)
+    learned = sum(leaf.size for leaf in jax.tree.leaves(program.shapes['params']))
+    n, found = sizes[0], fit.collectives(program.step.as_text())
+    if sizes == (8, 1, 1):  # all-reduced once: a ring sends each byte 2·(n-1)/n times
+        reduced = found['all-reduce', 'f32'].bytes
+        assert estimate.sent(cfg, learned, mesh) == pytest.approx(2 * (n - 1) / n * reduced, rel=0.01)
+        return
+    # CPU programs gather bfloat16 as float32: twice the bytes. What is small is not split, and sent otherwise.
+    gathered = sum(one.bytes for (kind, _), one in found.items() if kind == 'all-gather')
+    by_count = 2 * (sizes[1] - 1) / sizes[1] * learned * 4
+    assert by_count == pytest.approx(gathered, rel=0.35), found
+
+
+def test_more_chips_lose_what_they_send_by_hand():
+    plan = planned('pretrain', 'h100x8')
+    spans = {count: (seconds, share) for count, seconds, share in estimate.scaling(plan)}
+    inside = 2 * 7 / 8 * 522_124_800 * 4 / 450e9
+    assert spans[8][0] == pytest.approx(inside)
+    between = 2 * 127 / 128 * 522_124_800 * 4 / 8 / 50e9
+    assert spans[1024][0] == pytest.approx(inside + between)
+    assert spans[1024][1] == pytest.approx(plan.step / (plan.step + inside + between))
+    assert [share for _, share in spans.values()] == sorted((share for _, share in spans.values()), reverse=True)
+    assert [count for count, *_ in estimate.scaling(planned('pretrain', 'rtx4090x1'))] == []
+
+
+def test_hardware_is_known_by_name_or_given():
+    assert machines.parse('tpu-v6e-8').chip.topology == 'v6e' and machines.parse('cpu').chip is None
+    own = machines.parse('ownx4', price=2.0, flops=100, memory=40)
+    assert (own.count, own.chip.flops, own.chip.memory, own.chip.price) == (4, 1e14, 40, 2.0)
+    assert machines.parse('h100x2', price=0.5).chip.price == 0.5
+    for wrong, why in {
+        'gtx1080x2': 'no hardware',
+        'h100': 'how many',
+        'h100x0': 'how many',
+        'tpu-v5e-3': 'no slice of 3',
+        'ownx4': 'no hardware',
+    }.items():
+        with pytest.raises(UserError, match=why):
+            machines.parse(wrong)
+
+
+def test_the_command_plans_the_road(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    verb.main([f'--config={PRETRAIN}', '--hardware=h100x8', '--road', '--mfu=0.5', '--price=2'])
+    told = capsys.readouterr().out
+    assert all(f'\n{stage}: ' in told for stage in ROAD) and 'all 5 stages: ' in told and '50% MFU assumed' in told
+    assert '$2.00 a chip and hour' in told and 'DOES NOT FIT' not in told
+    for argv, why in {
+        (): 'which hardware',
+        ('--hardware=h100x8', '--measure'): 'say --hardware=cpu',
+        ('--hardware=h100x8', '--mfu=2'): 'share of the peak',
+        ('--hardware=h100x8', '--price=x'): 'takes a number',
+        ('--hardware=h100x6',): 'does not divide data.batch_size',
+    }.items():
+        with pytest.raises(UserError, match=why):
+            verb.main([f'--config={PRETRAIN}', *argv])
+
+
+def test_on_the_cpu_at_hand_the_step_is_compiled_and_measured(capsys):
+    cfg = micro.config('sft')
+    cfg.steps, cfg.data.source, cfg.data.vocab_size = 100, 'tiny_world', 120
+    cfg.mesh.data = -1
+    plan = estimate.plan(cfg, machines.parse('cpu'), measured=True)
+    assert plan.compiled == 'the devices at hand' and plan.source == '10 steps measured' and plan.step > 0
+    assert plan.hours == plan.step * 100 / 3600 and plan.dollars == 0 and plan.process > plan.peak > 0
+    assert sum(plan.parts.values()) >= plan.peak
+    assert isinstance(plan.config, types.SimpleNamespace) or plan.config is not cfg  # what was asked for is left alone
+    with pytest.raises(UserError, match=r'say --config\.steps'):
+        estimate.steps_of(micro.config('sft'))
