@@ -16,6 +16,7 @@ for the CPU at hand; for GPUs memory is counted, which is an estimate.
 """
 
 import json
+import os
 import pathlib
 
 from nanovision_jax import cli
@@ -40,6 +41,8 @@ def main(argv):
     if flags['road']:
         path, _, size = next(a.removeprefix('--config=') for a in argv if a.startswith('--config=')).partition(':')
         planned = [_stage(pathlib.Path(path).with_name(f'{stage}.py'), size, argv) for stage in STAGES]
+    if machine.chip:  # it is not asked for, wherever this runs
+        os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1'}
     from nanovision_jax.planning import estimate, text  # jax loads once the command line is read
 
     plans = [estimate.plan(one, machine, mfu or estimate.MFU, flags['measure']) for one in planned]

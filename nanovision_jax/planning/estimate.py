@@ -95,6 +95,8 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
     images = config.data.batch_size * (config.data.slots if stage.sees else stage.model == 'clip')
     flops = meter.step_flops(config, size, tokens, images, round(tokens * LEARNED.get(stage.name, 0.25)))
     memory = int(machine.chip.memory * 2**30) if machine.chip else hardware.memory(jax.devices()[0])
+    counted = copy.deepcopy(config)  # a kernel that this machine lacks builds no model here
+    counted.model.attention = 'xla'
     program, compiled, seconds, source = None, '', None, f'{mfu:.0%} MFU assumed'
     if measured:
         program, seconds = _measured(config, vocabulary)
@@ -104,18 +106,19 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
     kernel = 'xla'
     if machine.chip and stage.decodes and config.model.attention != 'xla':
         kernel = 'splash' if machine.chip.is_tpu else 'pallas'
-    chosen = fit.choose(config, vocabulary, mesh, memory, kernel)
+    chosen = fit.choose(counted, vocabulary, mesh, memory, kernel)
     if program is None:
         config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
     at_once = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']) // config.optim.parts
     parts = _parts(config, learned, frozen, mesh, program.peak if program else chosen.bytes)
     if seconds is None:
-        peak = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
-        seconds = flops / (mfu * peak)
+        fastest = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
+        seconds = flops / (mfu * fastest)
+    most = _most_rows(counted, config.model.remat, vocabulary, mesh, memory, at_once, kernel)
+    peak = program.peak if program else sum(parts.values())
     return Plan(
-        config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts,
-        program.peak if program else sum(parts.values()), compiled, _process(config, program, machine, images), at_once,
-        _most_rows(config, vocabulary, mesh, memory, at_once, kernel), sent(config, learned, mesh), seconds, source,
+        config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts, peak,
+        compiled, _process(config, program, machine, images), at_once, most, sent(config, learned, mesh), seconds, source,
     )  # fmt: skip
 
 
@@ -172,13 +175,12 @@ def _parts(config, learned, frozen, mesh, peak) -> dict[str, int]:
     return held | {'activations': max(0, round(peak - sum(held.values())))}
 
 
-def _most_rows(config, vocabulary, mesh, memory, now, kernel):
-    """How many rows a device takes at once, with remat as it is; 0 if not one fits."""
+def _most_rows(config, remat, vocabulary, mesh, memory, now, kernel):
+    """How many rows a device takes at once, with a model.remat; 0 if not one fits."""
     if memory is None:
         return now
     rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
     fixed, by_part = fit.estimate(config, vocabulary, mesh, kernel)
-    remat = config.model.remat if config.model.remat != 'auto' else 'none'
     return max(0, int((fit.room(memory) - fixed) / (by_part[remat] / rows)))
 
 
@@ -188,7 +190,6 @@ def _compiled(config, vocabulary, machine):
         shape = SHAPES[machine.count]
         alone = {'chips_per_host_bounds': (1, 1, 1)} if machine.count == 1 else {}
         topology = f'{machine.chip.topology}:{shape}'
-        os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
         devices = list(topologies.get_topology_desc(topology, 'tpu', **alone).devices)
     else:
         topology, devices = 'the devices at hand', jax.devices()
