@@ -116,9 +116,10 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
         seconds = flops / (mfu * fastest)
     most = _most_rows(counted, config.model.remat, vocabulary, mesh, memory, at_once, kernel)
     peak = program.peak if program else sum(parts.values())
+    process = _process(config, program, machine, images)
     return Plan(
         config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts, peak,
-        compiled, _process(config, program, machine, images), at_once, most, sent(config, learned, mesh), seconds, source,
+        compiled, process, at_once, most, sent(config, learned, mesh), seconds, source,
     )  # fmt: skip
 
 
