@@ -133,6 +133,21 @@ def test_what_is_interruptible_ends_and_what_is_behind_it_goes_on():
         assert stop.signal is None
 
 
+def test_a_signal_that_another_thread_takes_wakes_the_one_that_waits():
+    """The system gives a signal to any thread; Python's handlers run in the main one, which may sleep on."""
+    with StopOnSignal() as stop:
+        stop.save_first()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            began = time.monotonic()
+            with stop.interruptible():
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(30)
+            assert stop.signal == signal.SIGHUP and time.monotonic() - began < 10
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
 # One writer ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from nanovision_jax.errors import GO_ON, INTERRUPTED, leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+WAKE = signal.SIGURG  # means nothing to us, and interrupts what the main thread waits for
 GRACE = 2.0  # seconds that Python gets to hear a signal: within a compilation it hears none
 
 
@@ -42,6 +43,7 @@ class StopOnSignal:
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         if heard and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in heard}
+            self._waking = signal.signal(WAKE, lambda *_: None)
             self._ours, theirs = socket.socketpair()
             theirs.setblocking(False)
             self._theirs, self._fd = theirs, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -52,6 +54,7 @@ class StopOnSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
+            signal.signal(WAKE, self._waking)
             signal.set_wakeup_fd(self._fd)
             self._theirs.close()  # which ends the watcher
             self._before = {}
@@ -112,8 +115,11 @@ class StopOnSignal:
             while byte := self._ours.recv(1):
                 if byte[0] in self._before:
                     count += 1
-                    if count > 1 or not (self._noticed.wait(GRACE) or self._saves):
+                    noticed = count == 1 and self._noticed.wait(GRACE)
+                    if count > 1 or not (noticed or self._saves):
                         self._leave(byte[0])
+                    if not noticed:  # it came to another thread, and the main one waits for something
+                        signal.pthread_kill(threading.main_thread().ident, WAKE)
 
     def _leave(self, number):
         """Ends the process, and its workers with it."""
