@@ -21,6 +21,7 @@ import pathlib
 
 from nanovision_jax import cli
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import huge_pages
 from nanovision_jax.planning import machines
 from nanovision_jax.stages import STAGES
 
@@ -73,4 +74,5 @@ def _number(name, text):
 
 
 if __name__ == '__main__':
+    huge_pages.use()  # as training does, whose steps are measured
     cli.run(main)

@@ -5,13 +5,13 @@ import copy
 import importlib.util
 import io
 import math
-import os
 import statistics
 import time
 import types
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from nanovision_jax import models
@@ -28,11 +28,14 @@ from nanovision_jax.training.step import init_state, partition
 
 MFU = 0.4  # of the peak that training is taken to reach; the reference's eight A100 reached 0.52
 STEPS = 10  # that are measured
+BASE = 1 << 29  # bytes of Python, the libraries and compiling, as measured of tiny's stages
 # Examples of the published sets, and about how many a row holds, for recipes that tell epochs instead of steps.
 EXAMPLES = {'llava_pretrain': 595_375, 'llava_instruct': 157_712, 'magpie': 300_000}
 A_ROW = {'clip': 1.0, 'vision_pretrain': 6.8, 'vision_instruct': 3.2}
-USED = {'clip': 0.8, 'pretrain': 1.0, 'sft': 0.97}  # share of a batch's tokens that is no padding; 0.9 of the others
-LEARNED = {'pretrain': 1.0, 'clip': 1.0}  # share of the tokens that are targets; a quarter of the others
+USED = {'pretrain': 1.0, 'sft': 0.95}  # share of a batch's tokens that is no padding; 0.9 of the others
+LEARNED = {'pretrain': 1.0}  # share of the tokens that are targets; a quarter of the others, as of the built-in data
+SLOTS = {'vision_pretrain': 0.95, 'vision_instruct': 0.7}  # share of image slots that hold a picture
+CAPTION, PACKED = 15, 0.8  # tokens of a caption, and the share of clip's tokens that packing uses
 SPANS = (8, 64, 256, 1024)  # chips
 
 
@@ -91,8 +94,10 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
         sum(leaf.size for leaf in jax.tree.leaves(part))
         for part in partition(config, models.abstract(config, size, size - 1)[1])
     )
-    tokens = round(config.data.batch_size * config.data.length * USED.get(stage.name, 0.9))
-    images = config.data.batch_size * (config.data.slots if stage.sees else stage.model == 'clip')
+    pairs = stage.data == 'pairs'
+    a_row = min(CAPTION, config.data.length) if pairs else config.data.length * USED.get(stage.name, 0.9)
+    tokens = round(config.data.batch_size * a_row)
+    images = round(config.data.batch_size * (config.data.slots * SLOTS[stage.name] if stage.sees else pairs))
     flops = meter.step_flops(config, size, tokens, images, round(tokens * LEARNED.get(stage.name, 0.25)))
     memory = int(machine.chip.memory * 2**30) if machine.chip else hardware.memory(jax.devices()[0])
     counted = copy.deepcopy(config)  # a kernel that this machine lacks builds no model here
@@ -154,13 +159,12 @@ def steps_of(config) -> int:
 
 
 def _process(config, program, machine, images):
-    """Bytes of the process that trains: what Python and the libraries take by now, the step, and pictures in memory."""
-    if machine.chip or not os.path.exists('/proc/self/statm'):
+    """Bytes of the process that trains: Python and the libraries, the step, and the pictures that stay in memory."""
+    if machine.chip:
         return None
     read = min(config.steps * images, tiny_world.EXAMPLES['scenes']['train'])  # of its own drawings; others may not fit
     kept = read * config.model.vision.image_size**2 * 3 if config.data.source == 'tiny_world' else 0
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') + program.peak + kept * (kept <= MEMORY)
+    return BASE + program.peak + kept * (kept <= MEMORY)
 
 
 def _parts(config, learned, frozen, mesh, peak) -> dict[str, int]:
@@ -196,7 +200,8 @@ def _compiled(config, vocabulary, machine):
         topology, devices = 'the devices at hand', jax.devices()
     mesh = parallel.make_mesh(config.mesh, devices, config.data.batch_size // config.optim.parts)
     with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
-        return fit.settle(config, vocabulary, optim.make_optimizer(config.optim, 1000), mesh), topology
+        program = fit.settle(config, vocabulary, optim.make_optimizer(config.optim, 1000), mesh, pack=_pack(config))
+    return program, topology
 
 
 def _measured(config, vocabulary):
@@ -205,15 +210,43 @@ def _measured(config, vocabulary):
     optimizer = optim.make_optimizer(config.optim, 1000)
     with jax.set_mesh(mesh):
         with contextlib.redirect_stdout(io.StringIO()):
-            program = fit.settle(config, vocabulary, optimizer, mesh)
+            program = fit.settle(config, vocabulary, optimizer, mesh, pack=_pack(config))
         state = init_state(config, vocabulary, optimizer, program.shapes)
-        batch, seconds = parallel.put_batch(fake_batch(config, vocabulary.size), mesh), []
+        batch, seconds = parallel.put_batch(_batch(config, vocabulary.size, mesh), mesh), []
         for _ in range(STEPS + 1):
             began = time.perf_counter()
             state, metrics = program.step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
     return program, statistics.median(seconds[1:])
+
+
+def _pack(config):
+    """What PairRows.pack() would make of captions of the usual length; None where a stage has none."""
+    if stage_of(config).data != 'pairs':
+        return None
+    filled = config.data.batch_size * min(CAPTION, config.data.length) / (PACKED * config.data.length)
+
+    def pack(shards, parts):
+        return types.SimpleNamespace(rows=shards * parts * math.ceil(filled / (shards * parts)))
+
+    return pack
+
+
+def _batch(config, size, mesh):
+    """A random batch, in which as much is learned and shown as is usual."""
+    batch, rng = fake_batch(config, size), np.random.default_rng(0)
+    if pack := _pack(config):
+        rows = pack(mesh.shape['data'] * mesh.shape['fsdp'], config.optim.parts).rows
+        batch |= {name: batch[name][:rows] for name in fit.PACKED} | {
+            'ends': batch['ends'] % (rows * config.data.length)
+        }
+        return batch
+    learned, shown = LEARNED.get(config.stage, 0.25), SLOTS.get(config.stage, 1.0)
+    batch['weights'] *= rng.random(batch['weights'].shape) * batch['weights'].mean() < learned
+    if 'images' in batch:
+        batch['images'] *= (rng.random(batch['images'].shape[:2]) < shown)[..., None, None, None]
+    return batch
 
 
 # What is sent --------------------------------------------------------------------------------------------------------
