@@ -1,5 +1,6 @@
 """Several hosts on loopback are as one: the same rows, each read once, the same losses, one writer."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -160,6 +161,25 @@ def test_a_mistake_on_one_host_ends_all_with_its_code(family, cache, tmp_path):
     with started(folder, cache, 'sft', optim__learning_rate=1e30, optim__max_skipped=1, optim__name='sgd') as found:
         assert [process.wait(60) for process in found] == [2, 2], logs(folder)
     assert 'training has diverged' in logs(folder) and 'Traceback' not in logs(folder)
+
+
+def test_the_channel_takes_its_hosts_and_nobody_else():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(hosts.Channel, hosts.Cluster(f'127.0.0.1:{port}', 2, 0))
+        for said in (b'GET / HTTP/1.1\r\n\r\n', b'7\n', b'0\n', b''):
+            until(lambda said=said: _knock(port + 1, said))
+        channels = [pool.submit(hosts.Channel, hosts.Cluster(f'127.0.0.1:{port}', 2, 1)).result(60), first.result(60)]
+        told = list(pool.map(lambda channel: channel.gather([channel.cluster.index]), channels))
+        assert told == [[[0], [1]]] * 2
+        list(pool.map(lambda channel: channel.close(), channels))
+
+
+def _knock(port, said):
+    with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port), timeout=1) as link:
+        link.sendall(said)
+        return True
+    return False
 
 
 def test_find_takes_flags_then_the_environment():

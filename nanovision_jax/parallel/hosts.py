@@ -131,8 +131,9 @@ def joined(cluster: Cluster | None):
         leave(error.code)
     except UserError as error:
         _channel.fail(cluster.index, error.code, str(error))
+        raise
     except jax.errors.JaxRuntimeError:
-        time.sleep(2 * BEAT)  # it may be that another host is gone: then the channel ends this one
+        time.sleep(PATIENCE + 2 * BEAT)  # it may be that another host is gone: then the channel ends this one
         raise
     finally:
         _channel = None
@@ -175,8 +176,9 @@ class Channel:
                     raise UserError(f'{len(links) + 1} of {self.cluster.count} hosts came.') from None
                 link.settimeout(LOST)
                 lines = link.makefile(encoding='utf-8')
-                index = int(lines.readline())
-                links[index], said[index] = link, lines
+                with contextlib.suppress(OSError, ValueError):  # whoever else knocks
+                    if (index := int(lines.readline(20))) in range(1, self.cluster.count) and index not in links:
+                        links[index], said[index] = link, lines
         return links, said
 
     def _connect(self, address):
@@ -189,9 +191,9 @@ class Channel:
                 time.sleep(1)
         raise UserError(f'the first host does not answer at {address[0]}:{address[1]}.')
 
-    def post(self, value):
-        """Tells all hosts a value that JSON can hold. Returns a function that waits for what each of them told, in
-        the order of the hosts. All post equally often, in the same order.
+    def gather(self, value) -> list:
+        """Tells all hosts a value that JSON can hold, and waits for what each of them tells: in the order of the hosts.
+        All do so equally often, in the same order.
         """
         with self._lock:
             number, self._asked = self._asked, self._asked + 1
@@ -200,11 +202,7 @@ class Channel:
             self._collect(0, number, value)
         else:
             self._send(0, [number, value])
-        return answer.get
-
-    def gather(self, value) -> list:
-        """What every host told."""
-        return self.post(value)()
+        return answer.get()
 
     def close(self):
         """Comes to an end with all other hosts: that one is gone from here on is no loss."""
@@ -313,11 +311,6 @@ def part():
 def gather(value) -> list:
     """What each host tells, in their order; all call it. JSON can hold a value."""
     return _channel.gather(value) if _channel else [value]
-
-
-def post(value):
-    """As gather(), but it does not wait: a function that does, and returns what each told."""
-    return _channel.post(value) if _channel else lambda: [value]
 
 
 def fetch(tree):
