@@ -158,9 +158,13 @@ class Channel:
         self._failing = threading.Lock()
         host, port = cluster.coordinator.rsplit(':', 1)
         address = (host.strip('[]'), int(port) + 1)
-        self._links, said = self._listen(address) if cluster.index == 0 else self._connect(address)
-        for index, lines in said.items():
-            threading.Thread(target=self._read, args=(index, lines), daemon=True, name=f'host {index}').start()
+        self._links, self._said = self._listen(address) if cluster.index == 0 else self._connect(address)
+        self._readers = [
+            threading.Thread(target=self._read, args=(index, lines), daemon=True, name=f'host {index}')
+            for index, lines in self._said.items()
+        ]
+        for reader in self._readers:
+            reader.start()
         threading.Thread(target=self._beat, daemon=True, name='hosts').start()
 
     def _listen(self, address):
@@ -179,6 +183,9 @@ class Channel:
                 with contextlib.suppress(OSError, ValueError):  # whoever else knocks
                     if (index := int(lines.readline(20))) in range(1, self.cluster.count) and index not in links:
                         links[index], said[index] = link, lines
+                        continue
+                lines.close()
+                link.close()
         return links, said
 
     def _connect(self, address):
@@ -210,6 +217,10 @@ class Channel:
         self._ended = True
         for index in self._links:
             self._send(index, 'bye')
+        for reader in self._readers:
+            reader.join(BEAT)
+        for opened in (*self._said.values(), *self._links.values()):
+            opened.close()
 
     def _collect(self, host, number, value):
         with self._lock:
@@ -257,6 +268,8 @@ class Channel:
 
     def _lose(self, index):
         """Ends this host, as another one is gone."""
+        if self._ended:
+            return
         time.sleep(BEAT)  # in which a checkpoint may become whole that was being written
         why = (
             f'it is gone, one of {self.cluster.count}; the same command on all of them goes on from the last checkpoint'
