@@ -1,8 +1,8 @@
 """One host of several: python hosts_driver.py FAMILY CACHE INDEX PORT STAGE
 
 The environment says the rest: COUNT is how many hosts there are, of 8 / COUNT devices each; FIELDS is JSON of config
-fields, as run_config() takes them; SLOW makes steps take a tenth of a second. Which rows were read for training is
-written to FAMILY/rows-STAGE-INDEX.
+fields, as run_config() takes them; SLOW makes steps take a tenth of a second; MISTAKE is a host that makes one at its
+third batch. Which rows were read for training is written to FAMILY/rows-STAGE-INDEX.
 """
 
 import json
@@ -17,6 +17,7 @@ import pytest
 
 from nanovision_jax import cli
 from nanovision_jax.data import pipeline
+from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hosts
 from nanovision_jax.training import loop as train
 from nanovision_jax.training.stopping import StopOnSignal
@@ -36,7 +37,9 @@ def noted(rows, own, start):
 
 
 def slowly(*args):
-    for item in prefetch(*args):
+    for number, item in enumerate(prefetch(*args)):
+        if number == 3 and os.environ.get('MISTAKE') == index:
+            raise UserError('its own disk is wrong.')
         yield item
         time.sleep(0.1)
 

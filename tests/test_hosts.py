@@ -34,11 +34,11 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(family, cache, stage, count=2, slow=False, **fields):
+def started(family, cache, stage, count=2, slow=False, mistake=None, **fields):
     """`count` hosts that train a stage, each a process; what they say is in FAMILY/log-INDEX."""
     port, found = free_port(), []
     env = os.environ | {'PYTHONPATH': str(ROOT), 'FIELDS': json.dumps(RUN | fields), 'COUNT': str(count)}
-    env |= {'SLOW': '1'} if slow else {}
+    env |= ({'SLOW': '1'} if slow else {}) | ({} if mistake is None else {'MISTAKE': str(mistake)})
     with contextlib.ExitStack() as logs:
         for index in range(count):
             command = [sys.executable, f'{ROOT}/tests/hosts_driver.py', family, cache, index, port, stage]
@@ -127,7 +127,9 @@ def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, c
         until(lambda: runfolder.whole_steps(folder / 'sft'))
         found[1].kill()
         assert found[0].wait(60) == 75, logs(folder)
-    assert 'error: host 1: it is gone, one of 2' in logs(folder) and 'Traceback' not in logs(folder), logs(folder)
+    said = logs(folder)
+    assert 'error: host 1: it is gone, one of 2' in said or 'error: the runtime has aborted' in said, said
+    assert 'Traceback' not in said, said
     train(folder, cache, 'sft')
     micro.assert_same(micro.read(folder / 'sft'), micro.read(families[0] / 'sft'))
     assert told(folder / 'sft', 'step', 'loss') == told(families[0] / 'sft', 'step', 'loss')
@@ -154,6 +156,13 @@ def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, ca
         assert [process.wait(60) for process in found] == [2, 2], logs(runs)
     assert runfolder.newest(runs / 'vision_instruct') >= 2
     assert 'cannot read on' in logs(runs) and 'Traceback' not in logs(runs)
+
+
+def test_a_mistake_that_one_host_makes_alone_ends_all_with_its_code(family, cache, tmp_path):
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    with started(folder, cache, 'sft', slow=True, steps=200, mistake=1) as found:
+        assert [process.wait(60) for process in found] == [2, 2], logs(folder)
+    assert logs(folder).count('error: host 1: its own disk is wrong.') == 2 and 'Traceback' not in logs(folder)
 
 
 def test_a_mistake_on_one_host_ends_all_with_its_code(family, cache, tmp_path):
@@ -186,7 +195,7 @@ def test_find_takes_flags_then_the_environment():
     slurm = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '3', 'SLURM_STEP_NODELIST': 'gpu[007-009,012],x'}
     slurm |= {'SLURM_JOB_ID': '5001', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)', 'SLURM_LOCALID': '0'}
     assert hosts.find(environment={}) is None and hosts.find(environment=slurm | {'SLURM_STEP_NUM_TASKS': '1'}) is None
-    assert hosts.find(environment=slurm) == ('gpu007:62441', 4, 3, None)
+    assert hosts.find(environment=slurm) == ('gpu007:63442', 4, 3, None)
     shared = slurm | {'SLURM_STEP_TASKS_PER_NODE': '8(x4)', 'SLURM_LOCALID': '5'}
     assert hosts.find(environment=shared).local == [5]
     assert hosts.find('a:1', 2, 1, environment={}) == ('a:1', 2, 1, None)

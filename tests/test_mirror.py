@@ -62,8 +62,8 @@ class Killed(BaseException):
 
 
 def trains_until(step, cfg, monkeypatch):
-    """Trains until a step's checkpoint is in the mirror, and is then gone without another word."""
-    save, work = train.checkpoint.Checkpoints.save, mirror.Mirror.__exit__
+    """Trains until a step's checkpoint is in the mirror, and no further."""
+    save = train.checkpoint.Checkpoints.save
 
     def saves(self, at, *args):
         save(self, at, *args)
@@ -71,15 +71,10 @@ def trains_until(step, cfg, monkeypatch):
             self.wait()
             raise Killed
 
-    def exits(self, *_):
-        self._copy()
-
     with monkeypatch.context() as patch:
         patch.setattr(train.checkpoint.Checkpoints, 'save', saves)
-        patch.setattr(mirror.Mirror, '__exit__', exits)
         with pytest.raises(Killed):
             train.train(cfg)
-    assert work is mirror.Mirror.__exit__
 
 
 @pytest.mark.parametrize('store', ['memory', 's3'])
@@ -142,6 +137,33 @@ def test_a_store_that_fails_is_tried_again_and_no_failure_of_the_run(family, cac
     assert 'memory://other/x/sft is behind' in capsys.readouterr().err
 
 
+def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, cache, tmp_path, monkeypatch):
+    """Also where a checkpoint is removed here while it is copied; and parts of copies that were cut off go."""
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    cfg = config(folder, 'memory://m', checkpoint__keep=3)
+    train.train(cfg)
+    run, (files, root) = folder / 'sft', fsspec.core.url_to_fs('memory://m/x/sft')
+    assert mirror._steps(files, root) == [6, 4, 2]
+    newer = shutil.copytree(run / 'checkpoints/6', run / 'checkpoints/8')
+    for step in (4, 6):
+        shutil.rmtree(run / f'checkpoints/{step}')
+    copies, put = mirror.Mirror(cfg), mirror.Mirror._put
+
+    def gone(self, file, name):
+        if 'checkpoints/8' in name and newer.exists():
+            newer.rename(tmp_path / 'aside')
+        put(self, file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.Mirror, '_put', gone)
+        copies._copy()
+    assert mirror._steps(files, root) == [6, 4, 2] and copies._new.is_set()
+    files.pipe(f'{root}/checkpoints/7/params/half', b'x')
+    (tmp_path / 'aside').rename(newer)
+    copies._copy()
+    assert mirror._steps(files, root) == [8, 2] and not files.find(f'{root}/checkpoints/7')
+
+
 def test_what_a_mirror_holds_is_not_mixed_with_another_run(family, cache, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     train.train(config(folder, 'memory://m'))
@@ -149,6 +171,11 @@ def test_what_a_mirror_holds_is_not_mixed_with_another_run(family, cache, tmp_pa
     train.train(config(other, '', steps=4, seed=5))
     with pytest.raises(UserError, match='holds another run than'):
         mirror.fetch(config(other, 'memory://m'))
+    before = (other / 'sft/lineage.json').read_text()
+    cfg = config(other, 'memory://m')
+    cfg.stage, cfg.run_dir = 'vision_pretrain', str(other / 'vision_pretrain')  # would start from the run that is here
+    mirror.fetch(cfg)
+    assert (other / 'sft/lineage.json').read_text() == before and runfolder.whole_steps(other / 'sft') == [4, 2]
     with pytest.raises(UserError, match='holds this run: remove it there'):
         mirror.fetch(config(folder, 'memory://m'), anew=True)
     with pytest.raises(UserError, match=r"'nothing://x' cannot be opened"):

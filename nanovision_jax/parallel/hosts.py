@@ -7,21 +7,24 @@ one of them has ended, where jax's collectives wait for a minute or for ever.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
 import re
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanovision_jax.errors import GO_ON, UserError, leave
+from nanovision_jax.errors import FAILURE, GO_ON, UserError, leave
 
 AUTO = 'auto'  # the coordinator that is for jax to find
 BEAT, LOST = 5, 45  # seconds: between signs of life, and without one until a host is taken for lost
@@ -50,17 +53,23 @@ def find(coordinator: str = '', processes: int = 0, process: int = -1, environme
         return Cluster(AUTO, 0, -1)
     told = environment.get
     coordinator = coordinator or told('JAX_COORDINATOR_ADDRESS', '')
-    processes = processes or int(told('JAX_NUM_PROCESSES', 0))
-    process = process if process >= 0 else int(told('JAX_PROCESS_ID', -1))
+
+    def number(name, otherwise=0):
+        if not re.fullmatch(r'-?\d+', text := told(name, str(otherwise))):
+            raise UserError(f'{name} is {text!r} in the environment, and must be a number.')
+        return int(text)
+
+    processes = processes or number('JAX_NUM_PROCESSES')
+    process = process if process >= 0 else number('JAX_PROCESS_ID', -1)
     local = None
-    if 'SLURM_STEP_NUM_TASKS' in environment and int(told('SLURM_STEP_NUM_TASKS')) > 1:
-        processes, process = processes or int(told('SLURM_STEP_NUM_TASKS')), max(process, int(told('SLURM_PROCID')))
+    if number('SLURM_STEP_NUM_TASKS') > 1:
+        processes, process = processes or number('SLURM_STEP_NUM_TASKS'), max(process, number('SLURM_PROCID'))
         coordinator = coordinator or f'{first_node(told("SLURM_STEP_NODELIST"))}:{_port(told("SLURM_JOB_ID"))}'
         local = _alone(told('SLURM_STEP_TASKS_PER_NODE', '1'), told('SLURM_LOCALID', '0'))
-    elif int(told('OMPI_COMM_WORLD_SIZE', 1)) > 1:
+    elif number('OMPI_COMM_WORLD_SIZE') > 1:
         processes, process = (
-            processes or int(told('OMPI_COMM_WORLD_SIZE')),
-            max(process, int(told('OMPI_COMM_WORLD_RANK'))),
+            processes or number('OMPI_COMM_WORLD_SIZE'),
+            max(process, number('OMPI_COMM_WORLD_RANK')),
         )
         if not coordinator and (uri := re.search(r'tcp://([^,:;]+)', told('OMPI_MCA_orte_hnp_uri', ''))):
             coordinator = f'{uri[1]}:{_port(told("OMPI_MCA_ess_base_jobid", "0"))}'
@@ -83,7 +92,7 @@ def first_node(nodes: str) -> str:
 
 
 def _port(job):
-    return 61440 + int(re.sub(r'\D', '', job) or 0) % 4000
+    return 61440 + int(re.sub(r'\D', '', job) or 0) % 2000 * 2  # the channel has the one behind it
 
 
 def _alone(tasks, index):
@@ -91,9 +100,16 @@ def _alone(tasks, index):
     return None if re.match(r'1(\D|$)', tasks) else [int(index)]
 
 
+class NotTogether(UserError):
+    """The hosts of a cluster did not come together; the same command may do better a second time."""
+
+    code = GO_ON
+
+
 # Together ------------------------------------------------------------------------------------------------------------
 
 _channel = None  # to the other hosts, where there are some
+_on_abort = None  # see _answer_aborts()
 
 
 @contextlib.contextmanager
@@ -115,11 +131,12 @@ def joined(cluster: Cluster | None):
         else:
             jax.distributed.initialize(*cluster[:3], cluster.local, 'deactivate', **times)
     except Exception as error:
-        raise UserError(
+        raise NotTogether(
             f'host {cluster.index} of {cluster.count} did not come together with the others at {cluster.coordinator}: '
             f'{(str(error).splitlines() or [type(error).__name__])[0][:200]}'
         ) from error
     _channel = Channel(cluster)
+    _answer_aborts()
     if cluster.index:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - the first tells what all do
     try:
@@ -135,8 +152,25 @@ def joined(cluster: Cluster | None):
     except jax.errors.JaxRuntimeError:
         time.sleep(PATIENCE + 2 * BEAT)  # it may be that another host is gone: then the channel ends this one
         raise
+    except Exception:
+        traceback.print_exc()
+        _channel.fail(cluster.index, FAILURE, 'it failed, as its log tells')
+        raise
     finally:
         _channel = None
+
+
+def _answer_aborts():
+    """Where another host is gone, the libraries below jax (gloo, its coordination) may abort before we have left."""
+    global _on_abort  # which must live as long as it may be called
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def gone(_):
+        os.write(2, b'error: the runtime has aborted, as it does where another host is gone\n')
+        os._exit(GO_ON)
+
+    _on_abort = gone
+    ctypes.CDLL(None).signal(signal.SIGABRT, gone)
 
 
 def _found(times):
@@ -152,7 +186,7 @@ class Channel:
     """Messages between all hosts, in an order that is the same for all."""
 
     def __init__(self, cluster: Cluster):
-        self.cluster, self._ended = cluster, False
+        self.cluster, self._ended, self._told = cluster, False, False
         self._asked, self._answers = 0, {}  # number of the question: queue of what every host said
         self._heard, self._lock = {}, threading.Lock()  # of the first: {number: {host: value}}
         self._failing = threading.Lock()
@@ -171,13 +205,22 @@ class Channel:
         links, said = {}, {}
         # The first may know itself by another address than the others do: many a machine calls itself 127.0.1.1.
         here = address[0] if re.match(r'127\.|localhost$|::1$', address[0]) else ''
-        with socket.create_server((here, address[1]), backlog=self.cluster.count) as server:
+        six = ':' in address[0]
+        family = dict(family=socket.AF_INET6, dualstack_ipv6=not here) if six else {}
+        try:
+            server = socket.create_server((here, address[1]), backlog=self.cluster.count, **family)
+        except OSError as error:
+            raise NotTogether(
+                f'port {address[1]}, behind the coordinator, cannot be used: {error.strerror}.'
+            ) from error
+        with server:
             server.settimeout(STARTING)
             while len(links) < self.cluster.count - 1:
                 try:
                     link = server.accept()[0]
                 except TimeoutError:
-                    raise UserError(f'{len(links) + 1} of {self.cluster.count} hosts came.') from None
+                    why = f'{len(links) + 1} of {self.cluster.count} hosts came within {STARTING} s.'
+                    raise NotTogether(why) from None
                 link.settimeout(LOST)
                 lines = link.makefile(encoding='utf-8')
                 with contextlib.suppress(OSError, ValueError):  # whoever else knocks
@@ -196,7 +239,7 @@ class Channel:
                 return {0: link}, {0: link.makefile(encoding='utf-8')}
             except OSError:
                 time.sleep(1)
-        raise UserError(f'the first host does not answer at {address[0]}:{address[1]}.')
+        raise NotTogether(f'the first host does not answer at {address[0]}:{address[1]}.')
 
     def gather(self, value) -> list:
         """Tells all hosts a value that JSON can hold, and waits for what each of them tells: in the order of the hosts.
@@ -249,6 +292,7 @@ class Channel:
                     self._ended = True
                     return
                 if isinstance(message, dict):
+                    self._told = True  # and so no loss
                     time.sleep(PATIENCE)  # it may be at the same itself, and write what is to be kept
                     self.fail(**message)
                 elif message and self.cluster.index == 0:
@@ -268,9 +312,11 @@ class Channel:
 
     def _lose(self, index):
         """Ends this host, as another one is gone."""
-        if self._ended:
+        if self._ended or self._told:
             return
         time.sleep(BEAT)  # in which a checkpoint may become whole that was being written
+        if self._told:
+            return
         why = (
             f'it is gone, one of {self.cluster.count}; the same command on all of them goes on from the last checkpoint'
         )
@@ -293,6 +339,10 @@ class Channel:
 
 class AllFailed(UserError):
     """One of several hosts cannot go on; it is raised on all of them at the same place, where they may save."""
+
+    def __init__(self, why: str, code: int):
+        super().__init__(why)
+        self.code = code
 
 
 # Who does what -------------------------------------------------------------------------------------------------------

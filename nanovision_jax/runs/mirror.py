@@ -6,7 +6,6 @@ A run is written locally; whole checkpoints and the small files beside them are 
 elsewhere gets what is missing there. Any store that fsspec knows will do. No jax is imported here.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -89,22 +88,35 @@ class Mirror:
                 self._new.set()
 
     def _copy(self):
-        """Copies the newest checkpoint and the small files, and removes checkpoints that are gone here."""
+        """Copies the newest checkpoint and the small files, and then removes checkpoints that are gone here."""
         here = whole_steps(self.run)
-        there = _steps(self.files, self.root)
-        with contextlib.suppress(FileNotFoundError):  # an older one is removed while it is copied: there is a newer one
+        try:
             for step in here[:1]:
-                folder = Paths(self.run).checkpoint(step)
-                if step not in there:
-                    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob('*')) if file.is_file()]
-                    for name in [*(name for name in names if name != MANIFEST), MANIFEST]:
-                        self._put(folder / name, f'checkpoints/{step}/{name}')
+                self._copy_checkpoint(step)
+        except FileNotFoundError:  # it was removed while it was copied: there is a newer one
+            self._new.set()
+            return
         for file in _small(self.run):
             self._put(file, str(file.relative_to(self.run)))
-        for step in there:
-            if step not in here and here:
-                self.files.rm(f'{self.root}/checkpoints/{step}/{MANIFEST}')  # from here on it does not count
-                self.files.rm(f'{self.root}/checkpoints/{step}', recursive=True)
+        if here:
+            self._remove_all_but(here)
+
+    def _copy_checkpoint(self, step):
+        folder = Paths(self.run).checkpoint(step)
+        if step not in _steps(self.files, self.root):
+            names = [str(file.relative_to(folder)) for file in sorted(folder.rglob('*')) if file.is_file()]
+            for name in [*(name for name in names if name != MANIFEST), MANIFEST]:
+                self._put(folder / name, f'checkpoints/{step}/{name}')
+
+    def _remove_all_but(self, steps):
+        """Removes checkpoints of other steps, those too whose copying was cut off."""
+        for place in self.files.ls(f'{self.root}/checkpoints', detail=False):
+            name = place.rstrip('/').rpartition('/')[2]
+            if name.isdigit() and int(name) not in steps:
+                if self.files.exists(f'{place}/{MANIFEST}'):
+                    self.files.rm(f'{place}/{MANIFEST}')  # from here on it does not count
+                if self.files.exists(place):  # in some stores a folder is gone with its last file
+                    self.files.rm(place, recursive=True)
 
     def _put(self, file, name):
         place = f'{self.root}/{name}'
@@ -114,6 +126,7 @@ class Mirror:
 
 def _steps(files, root):
     """The steps whose checkpoint a store holds whole, newest first."""
+    files.invalidate_cache()  # stores' libraries remember listings
     found = files.glob(f'{root}/checkpoints/*/{MANIFEST}')
     return sorted((int(name.split('/')[-2]) for name in found if name.split('/')[-2].isdigit()), reverse=True)
 
@@ -149,7 +162,9 @@ def _fetch(files, place, run, own, anew):
             f'{place} in checkpoint.mirror holds this run: remove it there, or choose another --config.name.'
         )
     here = whole_steps(run)
-    if own and here and _began(files.cat_file(f'{place}/lineage.json')) != _began(Paths(run).lineage.read_bytes()):
+    if here and _began(files.cat_file(f'{place}/lineage.json')) != _began(Paths(run).lineage.read_bytes()):
+        if not own:
+            return  # what lies here is what is started from
         raise UserError(
             f'{place} in checkpoint.mirror holds another run than {run}: choose another --config.name or mirror.'
         )
@@ -161,7 +176,8 @@ def _fetch(files, place, run, own, anew):
     told = False
     for name in [*wanted, *small]:
         target = run / name[name.index(place) + len(place) :].lstrip('/')
-        if target.is_file() and '/checkpoints/' in name and target.stat().st_size == files.size(name):
+        there = '/checkpoints/' in name and target.is_file()
+        if there and (steps[0] in here or target.stat().st_size == files.size(name)):  # what is whole stays as it is
             continue
         if not told:
             print(f'fetching {run}, step {steps[0]}, from checkpoint.mirror')

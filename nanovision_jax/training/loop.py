@@ -18,7 +18,7 @@ from nanovision_jax.data import conversation, pipeline
 from nanovision_jax.data.batch import skipped
 from nanovision_jax.data.images import load as load_image
 from nanovision_jax.data.tokenizer import Tokenizer
-from nanovision_jax.errors import UserError, check_writable
+from nanovision_jax.errors import MISTAKE, UserError, check_writable
 from nanovision_jax.inference import prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.parallel import compile_cache, hardware, hosts
@@ -238,14 +238,17 @@ def read_together(batches):
             batch, error = next(batches), None
             told = [None, skipped(batch), work_of(batch)]
         except UserError as raised:
-            error, told = raised, [str(raised), [], {}]
+            error, told = raised, [[str(raised), raised.code], [], {}]
         every = hosts.gather(told)
         if error and not hosts.several():
             raise error
         for host, (failed, *_) in enumerate(every):
             if failed:
-                raise hosts.AllFailed(f'host {host} cannot read on: {failed}') from error
+                why, code = failed
+                raise hosts.AllFailed(f'host {host} cannot read on: {why}', code) from error
         work = sum((collections.Counter(work) for _, _, work in every), collections.Counter())
+        if not work['learned']:  # of one host's part alone the stream cannot say it
+            raise hosts.AllFailed('nothing is learned in a whole batch: no answer is in any of its rows.', MISTAKE)
         yield batch, work, [entry for _, left_out, _ in every for entry in left_out]
 
 
