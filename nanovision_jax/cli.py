@@ -167,7 +167,7 @@ def parse(argv, usage='', **extra):
     if '--help' in argv or '-h' in argv:
         _help([arg for arg in argv if arg not in ('--help', '-h')], usage)
         sys.exit(0)
-    given, options = _split(argv, [name for name, default in extra.items() if not isinstance(default, bool)])
+    given, options = split(argv, [name for name, default in extra.items() if not isinstance(default, bool)])
     for name in options:
         if name not in extra and name != 'config' and not name.startswith('config.'):
             raise UserError(
@@ -225,7 +225,7 @@ def _help(argv, usage):
     config = None
     if any(arg.startswith('--config') for arg in argv):
         with contextlib.suppress(UserError):  # help is given whatever else is wrong
-            given, options = _split(argv)
+            given, options = split(argv)
             path, _, size = options.get('config', '').partition(':')
             if pathlib.Path(path).is_file():
                 config = _read(pathlib.Path(path), size, given)
@@ -243,7 +243,7 @@ def _help(argv, usage):
         print(f'      {meta["meaning"]}{"".join(f"; {limit}" for limit in limits)}; default: {default!r}{here}')
 
 
-def _split(argv, valued=()):
+def split(argv, valued=()):
     """Normalises argv to ['--name=value', …] and gives it also as {name: value}. valued: others that take a value."""
     given, options, rest = [], {}, list(argv)
     while rest:

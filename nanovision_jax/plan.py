@@ -7,8 +7,8 @@ Hardware: a100-80gxN, h100xN, h200xN, rtx4090xN, l4xN, tpu-v5e-N, tpu-v6e-N, cpu
 has their figures, sources and dates. For TPUs the true step is compiled where libtpu is installed (the extra tpu), and
 for the CPU at hand; for GPUs memory is counted, which is an estimate.
 
-  --road          every stage whose config file lies beside this one, and all of them together
-  --mfu=0.4       the share of the peak that is taken to be reached
+  --road          every stage whose config file lies beside this one, each with the given fields, and all together
+  --mfu=0.4       the share of the peak that is taken to be reached, with what is sent between devices
   --price=DOLLARS a chip and hour, instead of the table's
   --flops=TFLOP/s --memory=GiB   of hardware of your own, --hardware=ownxN
   --measure       take ten steps of each stage on the devices at hand, instead of assuming
@@ -16,6 +16,7 @@ for the CPU at hand; for GPUs memory is counted, which is an estimate.
 """
 
 import json
+import math
 import os
 import pathlib
 
@@ -36,41 +37,48 @@ def main(argv):
     machine = machines.parse(flags['hardware'], price, flops or 0, memory or 0)
     if flags['measure'] and machine.chip:
         raise UserError('--measure takes steps on the devices at hand: say --hardware=cpu.')
-    if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f'--mfu is a share of the peak, above 0 and at most 1, not {mfu:g}.')
+    if mfu is not None and mfu > 1:
+        raise UserError(f'--mfu is a share of the peak, at most 1, not {mfu:g}.')
     planned = [config]
     if flags['road']:
-        path, _, size = next(a.removeprefix('--config=') for a in argv if a.startswith('--config=')).partition(':')
-        planned = [_stage(pathlib.Path(path).with_name(f'{stage}.py'), size, argv) for stage in STAGES]
+        given, told = cli.split(argv, [name for name, default in options.items() if not isinstance(default, bool)])
+        path, _, size = told['config'].partition(':')
+        fields = [field for field in given if field.startswith('--config.')]
+        planned = [_stage(pathlib.Path(path).with_name(f'{stage}.py'), size, fields) for stage in STAGES]
     if machine.chip:  # it is not asked for, wherever this runs
         os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1'}
     from nanovision_jax.planning import estimate, text  # jax loads once the command line is read
 
-    plans = [estimate.plan(one, machine, mfu or estimate.MFU, flags['measure']) for one in planned]
+    plans = []
+    for one in planned:
+        try:
+            plans.append(estimate.plan(one, machine, mfu or estimate.MFU, flags['measure']))
+        except UserError as error:
+            raise UserError(f'{one.stage}: {error}') from error
     if flags['json']:
         print(json.dumps([text.as_json(one) for one in plans]))
     else:
         print('\n'.join(text.lines(plans)))
 
 
-def _stage(file, size, argv):
-    """The config of another stage's file, with the fields that were given for all."""
+def _stage(file, size, fields):
+    """The config of a stage's file, with the fields that were given."""
     if not file.is_file():
         raise UserError(f'--road plans every stage: there is no {file}.')
-    given = [arg for arg in argv if arg.startswith('--config.') and arg.startswith(SHARED)]
-    return cli.parse([f'--config={file}{":" * bool(size)}{size}', *given])[0]
+    return cli.parse([f'--config={file}{":" * bool(size)}{size}', *fields])[0]
 
 
-SHARED = ('--config.model.', '--config.mesh.', '--config.dtype', '--config.optim.reduce_dtype')  # by all stages
-
-
-def _number(name, text):
+def _number(name, text, least=0.0):
+    """The number that an option is given, above `least`; None where it is not given."""
     if not text:
         return None
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise UserError(f'--{name} takes a number, not {text!r}.') from None
+        value = math.nan
+    if not least < value < math.inf:
+        raise UserError(f'--{name} takes a number above {max(least, 0):g}, not {text!r}.')
+    return value
 
 
 if __name__ == '__main__':

@@ -60,12 +60,22 @@ def test_what_is_sent_is_what_the_compiled_step_sends(sizes):
     n, found = sizes[0], fit.collectives(program.step.as_text())
     if sizes == (8, 1, 1):  # all-reduced once: a ring sends each byte 2·(n-1)/n times
         reduced = found['all-reduce', 'f32'].bytes
-        assert estimate.sent(cfg, learned, mesh) == pytest.approx(2 * (n - 1) / n * reduced, rel=0.01)
+        assert estimate.sent(cfg, learned, learned, mesh) == pytest.approx(2 * (n - 1) / n * reduced, rel=0.01)
         return
     # CPU programs gather bfloat16 as float32: twice the bytes. What is small is not split, and sent otherwise.
     gathered = sum(one.bytes for (kind, _), one in found.items() if kind == 'all-gather')
     by_count = 2 * (sizes[1] - 1) / sizes[1] * learned * 4
     assert by_count == pytest.approx(gathered, rel=0.35), found
+
+
+def test_what_is_split_sends_frozen_parameters_too_and_more_in_parts():
+    split = ['mesh.data=1', 'mesh.fsdp=8']
+    frozen = planned('vision_pretrain', 'h100x8', *split)
+    assert frozen.sent == pytest.approx(7 / 8 * (2 * 2 * frozen.parameters + 4 * frozen.learned))
+    whole, parts = (planned('pretrain', 'h100x8', *split, f'optim.accumulate={n}') for n in (1, 4))
+    assert parts.sent == pytest.approx(4 * whole.sent) and estimate.scaling(whole) == []
+    over = planned('pretrain', 'h100x64')
+    assert f'{over.sent / 50e9 * 1e3:.1f} ms at 50 GB/s' in '\n'.join(text.lines([over]))
 
 
 def test_more_chips_lose_what_they_send_by_hand():
@@ -75,7 +85,7 @@ def test_more_chips_lose_what_they_send_by_hand():
     assert spans[8][0] == pytest.approx(inside)
     between = 2 * 127 / 128 * 522_124_800 * 4 / 8 / 50e9
     assert spans[1024][0] == pytest.approx(inside + between)
-    assert spans[1024][1] == pytest.approx(plan.step / (plan.step + inside + between))
+    assert spans[8][1] == 1 and spans[1024][1] == pytest.approx(plan.step / (plan.step + between))
     assert [share for _, share in spans.values()] == sorted((share for _, share in spans.values()), reverse=True)
     assert [count for count, *_ in estimate.scaling(planned('pretrain', 'rtx4090x1'))] == []
 
@@ -100,6 +110,11 @@ def test_the_command_plans_the_road(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     verb.main([f'--config={PRETRAIN}', '--hardware=h100x8', '--road', '--mfu=0.5', '--price=2'])
     told = capsys.readouterr().out
+    verb.main(
+        ['--config', str(PRETRAIN), '--hardware=ownx8', '--flops=9', '--memory=80', '--road', '--config.steps=77']
+    )
+    own = capsys.readouterr().out
+    assert own.count(' 77 steps') == 5 and '$' not in own and 'no price known' in own
     assert all(f'\n{stage}: ' in told for stage in ROAD) and 'all 5 stages: ' in told and '50% MFU assumed' in told
     assert '$2.00 a chip and hour' in told and 'DOES NOT FIT' not in told
     for argv, why in {
@@ -107,6 +122,9 @@ def test_the_command_plans_the_road(capsys, monkeypatch):
         ('--hardware=h100x8', '--measure'): 'say --hardware=cpu',
         ('--hardware=h100x8', '--mfu=2'): 'share of the peak',
         ('--hardware=h100x8', '--price=x'): 'takes a number',
+        ('--hardware=h100x8', '--price=-2'): 'takes a number above 0',
+        ('--hardware=ownx8', '--flops=inf'): 'takes a number above 0',
+        ('--hardware=ownx8', '--flops=9', '--memory=nan'): '--memory takes a number',
         ('--hardware=h100x6',): 'does not divide data.batch_size',
     }.items():
         with pytest.raises(UserError, match=why):

@@ -124,7 +124,7 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
     process = _process(config, program, machine, images)
     return Plan(
         config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts, peak,
-        compiled, process, at_once, most, sent(config, learned, mesh), seconds, source,
+        compiled, process, at_once, most, sent(config, learned + frozen, learned, mesh), seconds, source,
     )  # fmt: skip
 
 
@@ -252,38 +252,47 @@ def _batch(config, size, mesh):
 # What is sent --------------------------------------------------------------------------------------------------------
 
 
-def sent(config, learned: int, mesh) -> float:
+def sent(config, parameters: int, learned: int, mesh) -> float:
     """Bytes that a device sends in a step for parameters and gradients, as rings send them.
 
-    Over n copies all-reduced gradients are 2·(n-1)/n of their bytes; split over n, parameters are gathered twice (each
-    (n-1)/n of their bytes) and gradients scattered once. What tensor splits is sent beside that, and not counted.
+    Over n copies all-reduced gradients are 2·(n-1)/n of their bytes, once. Split over n, all parameters are gathered
+    twice and gradients scattered once a part of an accumulated step, (n-1)/n of their bytes each time. What tensor
+    splits is sent beside that, and not counted.
     """
-    copies, splits, tensor = (mesh.shape[axis] for axis in ('data', 'fsdp', 'tensor'))
-    reduced = 4 if config.optim.reduce_dtype == 'float32' else 2
-    own = learned / (splits * tensor)  # that the copies reduce
-    total = 2 * (copies - 1) / copies * own * reduced
-    if splits > 1:
-        share = (splits - 1) / splits * learned / tensor
-        total += config.optim.parts * 2 * share * 2 + share * reduced
-    return total
+    copies, splits, tensor = (mesh.shape[axis] for axis in parallel.AXES)
+    reduced, computed = _reduced(config), models.compute_dtype(config.dtype).itemsize
+    total = 2 * (copies - 1) / copies * learned / (splits * tensor) * reduced
+    share = (splits - 1) / splits / tensor
+    return total + config.optim.parts * share * (2 * parameters * computed + learned * reduced)
+
+
+def _reduced(config):
+    return 4 if config.optim.reduce_dtype == 'float32' else 2
+
+
+def seconds_sent(chip, count: int, bytes_sent: float) -> float:
+    """Seconds in which `count` chips send so many bytes each: over their links, or the network where these end."""
+    return bytes_sent / ((chip.link if count <= chip.host else chip.network or chip.link) * 1e9)
 
 
 def scaling(plan: Plan) -> list[tuple[int, float, float]]:
     """[(chips, seconds that a step sends, weak-scaling efficiency)] of copies of this plan's model over more hosts.
 
     The work of a chip stays as it is. Within a host gradients go over its links, between hosts each chip sends its
-    share of them, 2·(h-1)/h of what a host's chips split, over the network. Nothing is taken to overlap, so it is the
-    least.
+    share of them, 2·(h-1)/h of what a host's chips split, over the network. What more is sent than by the planned chips
+    (whose share of the peak has that in it) is taken to overlap with nothing, so it is the least. Nothing of models
+    that are split, whose parameters are sent too.
     """
-    chip, found = plan.machine.chip, []
-    reduced = 4 if plan.config.optim.reduce_dtype == 'float32' else 2
-    for count in SPANS:
-        hosts = math.ceil(count / chip.host)
-        inside = min(count, chip.host)
-        seconds = 2 * (inside - 1) / inside * plan.learned * reduced / (chip.link * 1e9)
-        if hosts > 1:
-            if not chip.network:
-                break
-            seconds += 2 * (hosts - 1) / hosts * plan.learned * reduced / inside / (chip.network * 1e9)
-        found.append((count, seconds, plan.step / (plan.step + seconds)))
-    return found
+    chip, config = plan.machine.chip, plan.config
+    if config.mesh.fsdp != 1 or config.mesh.tensor != 1:
+        return []
+
+    def seconds(count):
+        hosts, inside = math.ceil(count / chip.host), min(count, chip.host)
+        bytes_ = plan.learned * _reduced(config)
+        within = 2 * (inside - 1) / inside * bytes_ / (chip.link * 1e9)
+        return within + (2 * (hosts - 1) / hosts * bytes_ / inside / (chip.network * 1e9) if hosts > 1 else 0.0)
+
+    spans = [count for count in SPANS if count >= plan.machine.count and (count <= chip.host or chip.network)]
+    before = seconds(plan.machine.count)
+    return [(count, seconds(count), plan.step / (plan.step + seconds(count) - before)) for count in spans]

@@ -1,7 +1,7 @@
 """What hardware can do and costs: the one table of it that plans are made from.
 
 Peaks are the makers' data sheets' dense bf16 figures, as in parallel/hardware.py. Prices are list prices on demand, a
-chip and hour, as they were known when this was written (SEEN); they change, and --price says another.
+chip and hour, as they were in the year SEEN; they were not looked up again since, and --price says another.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nanovision_jax.errors import UserError, nearest
 
-SEEN = '2026-11-27'
+SEEN = '2025'
 
 
 class Chip(NamedTuple):

@@ -12,7 +12,8 @@ def lines(plans: list) -> list[str]:
     if chip:
         told = (
             f'{machine.name}: {machine.count} × {chip.flops / 1e12:.0f} TFLOP/s, {chip.memory:.1f} GiB, '
-            f'${chip.price:.2f} a chip and hour ({chip.source}; as of {SEEN}, check before you pay)'
+            + (f'${chip.price:.2f} a chip and hour' if chip.price else 'no price known (--price)')
+            + f' ({chip.source}; prices of {SEEN}, check before you pay)'
         )
     else:
         told = f'{machine.name}: the devices at hand'
@@ -21,7 +22,7 @@ def lines(plans: list) -> list[str]:
         found += ['', *_stage(plan)]
     if len(plans) > 1:
         hours, dollars = (sum(getattr(plan, what) for plan in plans) for what in ('hours', 'dollars'))
-        found += ['', f'all {len(plans)} stages: {_hours(hours)}' + f', ${dollars:,.0f}' * bool(chip)]
+        found += ['', f'all {len(plans)} stages: {_hours(hours)}' + f', ${dollars:,.0f}' * bool(dollars)]
         if not all(plan.fits for plan in plans):
             found += [f'does not fit: {", ".join(plan.config.stage for plan in plans if not plan.fits)}']
     if chip and chip.host > 1 and (spans := estimate.scaling(plans[-1])):
@@ -53,10 +54,11 @@ def _stage(plan):
     if plan.sent:
         sent = f'  sent    {plan.sent / 1e6:,.0f} MB a device and step'
         if chip:
-            seconds = plan.sent / (chip.link * 1e9)
-            sent += f', {seconds * 1e3:.1f} ms at {chip.link:.0f} GB/s, beside {plan.step * 1e3:.0f} ms of work'
+            seconds = estimate.seconds_sent(chip, plan.machine.count, plan.sent)
+            speed = plan.sent / seconds / 1e9
+            sent += f', {seconds * 1e3:.1f} ms at {speed:.0f} GB/s, in a step of {plan.step * 1e3:.0f} ms'
         yield sent
-    dollars = f', ${plan.dollars:,.2f}' if chip else ''
+    dollars = f', ${plan.dollars:,.2f}' if chip and chip.price else ''
     yield f'  time    {plan.step:.3g} s a step ({plan.source}), {_hours(plan.hours)}{dollars}'
 
 
@@ -67,7 +69,8 @@ def _scaling(plan, spans):
         f'{config.stage} on more chips, each with the same work of {plan.step:.3g} s: gradients of {plan.learned:,} '
         f'parameters in {config.optim.reduce_dtype},'
     )
-    yield f'  2·(n-1)/n of them over {chip.link:g} GB/s between the n ≤ {chip.host} chips of a host; without overlap'
+    yield f'  2·(n-1)/n of them over {chip.link:g} GB/s between the n ≤ {chip.host} chips of a host; what is sent'
+    yield '  beyond what the planned ones send, which their share of the peak has in it, overlaps with nothing'
     if chip.network:
         yield f"  2·(h-1)/h of a chip's share of them over {chip.network:g} GB/s between h hosts"
     for count, seconds, efficiency in spans:
