@@ -135,6 +135,7 @@ def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, c
     assert told(folder / 'sft', 'step', 'loss') == told(families[0] / 'sft', 'step', 'loss')
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_at_one_step(families, family, cache, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     with started(folder, cache, 'sft', slow=True, checkpoint__every=50) as found:
@@ -149,6 +150,7 @@ def test_a_signal_to_one_host_stops_all_at_one_step(families, family, cache, tmp
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, cache):
     with started(runs, cache, 'vision_instruct', slow=True, steps=30, checkpoint__every=50, **own.fields) as found:
         until(lambda: logged(runs / 'vision_instruct', 2))
@@ -158,6 +160,7 @@ def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, ca
     assert 'cannot read on' in logs(runs) and 'Traceback' not in logs(runs)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_host_makes_alone_ends_all_with_its_code(family, cache, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     with started(folder, cache, 'sft', slow=True, steps=200, mistake=1) as found:
@@ -165,6 +168,7 @@ def test_a_mistake_that_one_host_makes_alone_ends_all_with_its_code(family, cach
     assert logs(folder).count('error: host 1: its own disk is wrong.') == 2 and 'Traceback' not in logs(folder)
 
 
+@pytest.mark.slow
 def test_a_mistake_on_one_host_ends_all_with_its_code(family, cache, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     with started(folder, cache, 'sft', optim__learning_rate=1e30, optim__max_skipped=1, optim__name='sgd') as found:

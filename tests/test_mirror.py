@@ -77,7 +77,7 @@ def trains_until(step, cfg, monkeypatch):
             train.train(cfg)
 
 
-@pytest.mark.parametrize('store', ['memory', 's3'])
+@pytest.mark.parametrize('store', ['memory', pytest.param('s3', marks=pytest.mark.slow)])
 def test_a_run_goes_on_elsewhere_bit_for_bit(store, family, cache, tmp_path, monkeypatch, request):
     place = request.getfixturevalue('bucket') if store == 's3' else 'memory://runs/mine'
     here, there, alone = (tmp_path / name / 'x' for name in ('here', 'there', 'alone'))
