@@ -154,6 +154,14 @@ def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, cach
             newer.rename(tmp_path / 'aside')
         put(self, file, name)
 
+    def no_bucket(self, file, name):
+        raise FileNotFoundError('The specified bucket does not exist')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.Mirror, '_put', no_bucket)
+        with pytest.raises(FileNotFoundError, match='bucket'):  # which is said, and tried again
+            copies._copy()
+
     with monkeypatch.context() as patch:
         patch.setattr(mirror.Mirror, '_put', gone)
         copies._copy()

@@ -93,8 +93,10 @@ class Mirror:
         try:
             for step in here[:1]:
                 self._copy_checkpoint(step)
-        except FileNotFoundError:  # it was removed while it was copied: there is a newer one
-            self._new.set()
+        except FileNotFoundError:
+            if whole_steps(self.run)[:1] == here[:1]:
+                raise  # of the store's, which has no such bucket
+            self._new.set()  # it was removed while it was copied: there is a newer one
             return
         for file in _small(self.run):
             self._put(file, str(file.relative_to(self.run)))
