@@ -1,7 +1,8 @@
 """Mistakes that a user can mend, and the exit codes of every command.
 
 0: it is done. 1: a failure, ours or the machine's. 2: a mistake in what was given, in one sentence. 75: told to stop by
-SIGTERM, SIGHUP or SIGUSR1, and 130 by Ctrl-C: the same command goes on. 141: the reader of the output went away.
+SIGTERM, SIGHUP or SIGUSR1, or another host is gone, and 130 by Ctrl-C: the same command goes on. 141: the reader of the
+output went away.
 """
 
 import contextlib
