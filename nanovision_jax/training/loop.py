@@ -247,7 +247,7 @@ def read_together(batches):
                 why, code = failed
                 raise hosts.AllFailed(f'host {host} cannot read on: {why}', code) from error
         work = sum((collections.Counter(work) for _, _, work in every), collections.Counter())
-        if not work['learned']:  # of one host's part alone the stream cannot say it
+        if hosts.several() and not work['learned']:  # of one host's part alone the stream cannot say it
             raise hosts.AllFailed('nothing is learned in a whole batch: no answer is in any of its rows.', MISTAKE)
         yield batch, work, [entry for _, left_out, _ in every for entry in left_out]
 
