@@ -68,16 +68,16 @@ def _stage(file, size, fields):
     return cli.parse([f'--config={file}{":" * bool(size)}{size}', *fields])[0]
 
 
-def _number(name, text, least=0.0):
-    """The number that an option is given, above `least`; None where it is not given."""
+def _number(name, text):
+    """The number above 0 that an option is given; None where it is not given."""
     if not text:
         return None
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not least < value < math.inf:
-        raise UserError(f'--{name} takes a number above {max(least, 0):g}, not {text!r}.')
+    if not 0 < value < math.inf:
+        raise UserError(f'--{name} takes a number above 0, not {text!r}.')
     return value
 
 
