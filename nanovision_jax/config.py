@@ -11,6 +11,7 @@ import pathlib
 import re
 import typing
 
+from nanovision_jax import caches
 from nanovision_jax.data import catalog
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.stages import STAGES, stage_of
@@ -126,7 +127,9 @@ class Data:
     """Where the examples come from and how they become batches."""
 
     source: str = option('tiny_world', 'a prepared set, or a part of one as in magpie[:10%]; or a kind of own data')
-    path: str = option('', 'the file or folder; default: data for prepared sets, runs/NAME/data for tiny_world')
+    path: str = option(
+        '', 'the file or folder, s3://… and gs://… too; default: data for prepared sets, runs/NAME/data for tiny_world'
+    )
     images: str = option('', 'the zip or folder of pictures; default: images.zip or images/ beside path')
     mixture: str = option('', 'prepared sets by share, instead of source: llava_instruct:0.9,magpie:0.1')
     tokenizer: str = option('train', 'train (one of its own, on this data), a folder, or a hub id')
@@ -153,6 +156,16 @@ class Data:
     )
     workers: int = option(0, 'processes that read and decode; 0 uses threads of this one', least=0)
     timeout: float = option(120.0, 'seconds that reading a batch may take before something hangs', above=0)
+
+    @property
+    def local_path(self) -> str:
+        """Where `path` is on this machine, once what lies in a store is fetched."""
+        return caches.local(self.path)
+
+    @property
+    def local_images(self) -> str:
+        """Where `images` are on this machine."""
+        return caches.local(self.images)
 
     @property
     def named(self) -> catalog.Part:

@@ -20,13 +20,14 @@ from nanovision_jax.data import pipeline
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hosts
 from nanovision_jax.training import loop as train
+from nanovision_jax.training import prefetch
 from nanovision_jax.training.stopping import StopOnSignal
 
 family, cache, index, port, stage = sys.argv[1:]
 count, fields = int(os.environ.get('COUNT', 2)), json.loads(os.environ.get('FIELDS', '{}'))
 jax.config.update('jax_num_cpu_devices', 8 // count)
 micro.quicken(pytest.MonkeyPatch(), cache)
-read_batch, prefetch = pipeline._read_batch, train.prefetch
+read_batch, prefetched = pipeline._read_batch, prefetch.prefetch
 
 
 def noted(rows, own, start):
@@ -37,7 +38,7 @@ def noted(rows, own, start):
 
 
 def slowly(*args):
-    for number, item in enumerate(prefetch(*args)):
+    for number, item in enumerate(prefetched(*args)):
         if number == 3 and os.environ.get('MISTAKE') == index:
             raise UserError('its own disk is wrong.')
         yield item
@@ -46,7 +47,7 @@ def slowly(*args):
 
 pipeline._read_batch = noted
 if 'SLOW' in os.environ:
-    train.prefetch = slowly
+    prefetch.prefetch = slowly
 
 
 def main(_):

@@ -21,14 +21,14 @@ from nanovision_jax import cli
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.runs import checkpoint
-from nanovision_jax.training import fit
+from nanovision_jax.training import fit, prefetch
 from nanovision_jax.training import loop as train
 
 jax.config.update('jax_num_cpu_devices', int(os.environ.get('DEVICES', 8)))
 
 
 def slowly(*args):
-    for item in prefetch(*args):
+    for item in prefetched(*args):
         yield item
         time.sleep(0.1)
 
@@ -52,7 +52,7 @@ def poisoned(weight):
     batches, pipeline.batches = pipeline.batches, spoiled
 
 
-prefetch, train.prefetch = train.prefetch, slowly
+prefetched, prefetch.prefetch = prefetch.prefetch, slowly
 faults = {
     'start': (train, 'open_data'),
     'compiling': (fit, 'settle'),

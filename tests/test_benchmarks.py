@@ -14,7 +14,6 @@ import micro
 import numpy as np
 import pytest
 from conftest import ROOT
-from jax.experimental import topologies
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
@@ -166,40 +165,6 @@ def test_the_benchmark_of_the_data_reads_batches_of_a_config(llava_folder, tmp_p
 def test_a_mistake_in_the_data_benchmark_is_one_sentence(arg, told):
     with pytest.raises(UserError, match=told):
         runpy.run_path(str(ROOT / 'scripts/benchmarks/data.py'))['main']([arg])
-
-
-def test_machines_that_are_not_there_are_described_to_the_compiler(monkeypatch):
-    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')  # which the benchmark would set
-    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
-    devices_of, asked = runpy.run_path(str(ROOT / 'scripts/benchmarks/memory.py'))['devices_of'], []
-
-    def topology(name='', platform=None, **options):
-        asked.append((name, platform, options))
-        return types.SimpleNamespace(devices=('one', 'two'))
-
-    monkeypatch.setattr(topologies, 'get_topology_desc', topology)
-    assert devices_of('v5e:2x4') == devices_of('h100:2') == ['one', 'two']
-    devices_of('v5e:1x1')
-    chips, (_, platform, options), chip = asked
-    assert chips == ('v5e:2x4', 'tpu', {}) and chip == ('v5e:1x1', 'tpu', {'chips_per_host_bounds': (1, 1, 1)})
-    assert platform == 'cuda' and options['topology'] == '1x1x2'
-    text = options['target_config']
-    assert 'NVIDIA H100 80GB HBM3' in text and 'cuda_compute_capability: { major: 9 }' in text
-    assert 'shared_memory_per_block_optin: 232448' in text and text.count('{') == text.count('}') == 2
-
-
-@pytest.mark.parametrize(('name', 'takes'), [('a100:8', 'it takes jax-cuda12-plugin'), ('v9:2x4', 'it takes libtpu')])
-def test_a_machine_that_nothing_compiles_for_is_a_sentence(name, takes, monkeypatch):
-    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-    monkeypatch.syspath_prepend(ROOT / 'scripts/benchmarks')
-
-    def missing(*_, **__):
-        raise NotImplementedError('no such thing\nmore')
-
-    devices_of = runpy.run_path(str(ROOT / 'scripts/benchmarks/memory.py'))['devices_of']
-    monkeypatch.setattr(topologies, 'get_topology_desc', missing)
-    with pytest.raises(UserError, match=rf"^no topology '{name}' \(no such thing\): {takes}"):
-        devices_of(name)
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'vision_instruct'])

@@ -22,6 +22,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import features as making
 from nanovision_jax.training import loop as train
+from nanovision_jax.training import prefetch
 
 KEPT = ('bf16', 'int8')
 
@@ -163,7 +164,7 @@ def test_what_runs_on_features_counts_no_picture_as_work(made):
     made.rows.use_features(made.keep())
     with jax.set_mesh(made.mesh):
         for rows, seen in ((made.rows, False), (made.opened(), True)):
-            _, work = next(train.prefetch(pipeline.batches(rows, 8), made.mesh))
+            _, work = next(prefetch.prefetch(pipeline.batches(rows, 8), made.mesh))
             assert (work['images'] > 0) == seen and work['tokens'] > work['learned'] > 0
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import micro
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hosts
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
+from nanovision_jax.stages import STAGES
 
 RUN = dict(steps=6, checkpoint__every=3, optim__name='muon')
 
@@ -119,6 +121,40 @@ def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, tiny_family
         np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=stage)
         records = [runfolder.read_lineage(folder / stage) for folder in (both, one)]
         assert records[0]['frozen_before'] == records[0]['frozen_after'] and records[0]['finished'] == 6
+
+
+@pytest.mark.slow
+def test_two_hosts_have_the_gradients_of_one(tiny_family, cache, tmp_path):
+    """After a step of plain descent at an enormous rate the parameters that learn are their gradients, but for 1e-6."""
+    still = dict(steps=1, optim__name='sgd', optim__learning_rate=1e6, optim__warmup=0.0, optim__weight_decay=0.0)
+    both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
+    for stage in micro.STAGES:
+        for folder, count in ((both, 2), (one, 1)):
+            for parent in {'vision_pretrain': ('sft', 'clip'), 'clip': ()}.get(stage, STAGES[stage].parents[:1]):
+                shutil.rmtree(folder / parent, ignore_errors=True)  # what was learned there at that rate
+                micro.parent_run(folder, parent)
+            train(folder, cache, stage, count=count, optim__clip_norm=1e9, **still)
+        found, wanted = (jax.tree.leaves_with_path(micro.read(run / stage)['params']) for run in (both, one))
+        for (path, leaf), (_, other) in zip(found, wanted, strict=True):
+            scale = np.abs(other).max()
+            np.testing.assert_allclose(leaf, other, atol=1e-5 * scale, rtol=0, err_msg=f'{stage} {path}')
+        assert max(np.abs(other).max() for _, other in wanted) > 1e3, stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kept', ['bf16', 'int8'])
+def test_two_hosts_keep_the_features_that_one_keeps(kept, tiny_family, cache, tmp_path):
+    both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
+    for folder, count in ((both, 2), (one, 1)):
+        for parent in ('sft', 'clip'):
+            micro.parent_run(folder, parent)
+        train(folder, cache, 'vision_pretrain', count=count, data__cache_features=kept)
+    made = [sorted((folder / 'features').glob('*/*.npy')) for folder in (both, one)]
+    assert len(made[0]) == {'bf16': 1, 'int8': 2}[kept]
+    for here, there in zip(*made, strict=True):
+        assert here.parent.name == there.parent.name and here.read_bytes() == there.read_bytes()
+    losses = [np.concatenate(told(folder / 'vision_pretrain', 'loss', 'eval_loss')) for folder in (both, one)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, cache, tmp_path):

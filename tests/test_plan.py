@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.experimental.topologies
 import micro
 import pytest
 from conftest import ROOT, parse
@@ -10,7 +11,7 @@ from conftest import ROOT, parse
 from nanovision_jax import plan as verb
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.planning import estimate, machines, text
+from nanovision_jax.planning import estimate, machines, text, topologies
 from nanovision_jax.training import fit, optim
 
 PRETRAIN = ROOT / 'configs' / 'pretrain.py'
@@ -104,6 +105,34 @@ def test_hardware_is_known_by_name_or_given():
     }.items():
         with pytest.raises(UserError, match=why):
             machines.parse(wrong)
+
+
+def test_machines_that_are_not_there_are_described_to_the_compiler(monkeypatch):
+    asked = []
+
+    def topology(name='', platform=None, **options):
+        asked.append((name, platform, options))
+        return types.SimpleNamespace(devices=('one', 'two'))
+
+    monkeypatch.setattr(jax.experimental.topologies, 'get_topology_desc', topology)
+    assert topologies.devices_of('v5e:2x4') == topologies.devices_of('h100:2') == ['one', 'two']
+    topologies.devices_of('v5e:1x1')
+    chips, (_, platform, options), chip = asked
+    assert chips == ('v5e:2x4', 'tpu', {}) and chip == ('v5e:1x1', 'tpu', {'chips_per_host_bounds': (1, 1, 1)})
+    assert platform == 'cuda' and options['topology'] == '1x1x2'
+    text = options['target_config']
+    assert 'NVIDIA H100 80GB HBM3' in text and 'cuda_compute_capability: { major: 9 }' in text
+    assert 'shared_memory_per_block_optin: 232448' in text and text.count('{') == text.count('}') == 2
+
+
+@pytest.mark.parametrize(('name', 'takes'), [('a100:8', 'it takes jax-cuda12-plugin'), ('v9:2x4', 'it takes libtpu')])
+def test_a_machine_that_nothing_compiles_for_is_a_sentence(name, takes, monkeypatch):
+    def missing(*_, **__):
+        raise NotImplementedError('no such thing\nmore')
+
+    monkeypatch.setattr(jax.experimental.topologies, 'get_topology_desc', missing)
+    with pytest.raises(UserError, match=rf"^no topology '{name}' \(no such thing\): {takes}"):
+        topologies.devices_of(name)
 
 
 def test_the_command_plans_the_road(capsys, monkeypatch):

@@ -116,7 +116,7 @@ class Unfinished:
                 self.record()
 
     def write(self, arrays: dict[str, np.ndarray]):
-        """Adds the features of the next pictures; those beyond the last are left out."""
+        """Adds the features of the next pictures; those beyond the last are left out. Not opened(), it only counts."""
         new = min(len(arrays['features']), self.count - self.done)
         for name, file in self._files.items():  # not through a memory map: a full disk is an error here, not a signal
             file.write(arrays[name][:new].tobytes())

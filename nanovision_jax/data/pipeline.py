@@ -120,7 +120,7 @@ def _tokenizer_texts(config):
                 yield from map(conversation.text_of, source[i].messages)
     elif data.source == 'tiny_world':
         for kind in ('text', 'chat', 'scenes'):
-            rows = tiny_world.open_rows(data.path, kind, 'train')
+            rows = tiny_world.open_rows(data.local_path, kind, 'train')
             for i in range(0, len(rows), 2 if kind == 'scenes' else 4):
                 row = rows[i]
                 for name in {'text', 'caption'} & set(row):
@@ -130,7 +130,7 @@ def _tokenizer_texts(config):
     elif data.source == 'text':
         yield from text.read_texts(config, 'train')
     else:
-        own = pathlib.Path(data.path)
+        own = pathlib.Path(data.local_path)
         found = [file for ending in ('json*', 'parquet') for file in own.parent.glob(f'*.{ending}')]
         beside = sorted(f for f in found if f != own and not f.name.endswith('bad_rows.jsonl'))
         for file in [own, *beside]:

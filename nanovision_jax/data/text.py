@@ -65,9 +65,9 @@ def check_text(head: bytes, file):
 def read_texts(config, split: str) -> list[str]:
     """The documents of a split: tiny_world's, or files without their last 5% (which are the validation split)."""
     if config.data.source == 'tiny_world':
-        return [row['text'].decode() for row in tiny_world.open_rows(config.data.path, 'text', split)]
+        return [row['text'].decode() for row in tiny_world.open_rows(config.data.local_path, 'text', split)]
     texts = []
-    for file in text_files(config.data.path):
+    for file in text_files(config.data.local_path):
         text = read_text(file)
         end = int(len(text) * (1 - HELD_OUT))
         near = end - len(text) // 50  # a text may have no line break for long: it is not given away as held out
@@ -93,7 +93,7 @@ def key(config, tokenizer, split: str) -> str:
         if config.data.named.name in TOKENS:
             files = _split_files(config, tokenizer, split)
         else:
-            files = text_files(config.data.path)
+            files = text_files(config.data.local_path)
         stamps = [(file, file.stat()) for file in files]
         stamp = repr([(_name(config, file), stat.st_size, stat.st_mtime_ns) for file, stat in stamps])
     return f'{stamp} {tokenizer.digest} {split}'
@@ -101,7 +101,7 @@ def key(config, tokenizer, split: str) -> str:
 
 def _name(config, file):
     """A file's name in data.path."""
-    folder = pathlib.Path(config.data.path)
+    folder = pathlib.Path(config.data.local_path)
     return file.relative_to(folder).as_posix() if folder in file.parents else file.name
 
 
@@ -153,8 +153,8 @@ def shard_files(folder) -> list[pathlib.Path]:
 def _shard_folder(config, tokenizer):
     """Where the shards lie: data.path, or where the prepared set says."""
     if config.data.named.name == 'shards':
-        return pathlib.Path(config.data.path)
-    home = pathlib.Path(config.data.path) / 'fineweb_edu'
+        return pathlib.Path(config.data.local_path)
+    home = pathlib.Path(config.data.local_path) / 'fineweb_edu'
     try:
         made = json.loads((home / 'source.json').read_text())
     except OSError as error:

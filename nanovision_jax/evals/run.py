@@ -2,6 +2,8 @@
 
 import pathlib
 
+from nanovision_jax import caches
+from nanovision_jax.data import stores
 from nanovision_jax.evals import base, bpb, vqa
 from nanovision_jax.inference.run import load
 from nanovision_jax.runs.folder import Paths
@@ -17,7 +19,14 @@ def evaluate(
     Raises UserError before anything is written: the files of an earlier evaluation stay.
     """
     base.check_options(run_dir, task, split, data, images, output, limit, allow_missing)
-    options = {'images': images, 'allow_missing': allow_missing} if task == 'vqa' else {}
-    result, rows = TASKS[task].run(load(run_dir), split=split, data=data, limit=limit, **options)
+    options = {'images': images and caches.local(images), 'allow_missing': allow_missing} if task == 'vqa' else {}
+    run = load(run_dir)
+    if data:
+        for place in stores.conversations(data, images or '', shown=task == 'vqa'):
+            stores.fetched(place)
+        data = caches.local(data)
+    else:
+        stores.fetch(run.config)
+    result, rows = TASKS[task].run(run, split=split, data=data, limit=limit, **options)
     base.write_result(result, rows, pathlib.Path(output or Paths(run_dir).results), split)
     return result

@@ -142,7 +142,7 @@ def load_questions(config, split, data=None, image_store=None, limit=None) -> Qu
     if data:
         source = sources.Conversations(data, image_store or '')
     elif config.data.source == 'tiny_world':
-        source = sources.TinyWorldSource(config.data.path, split, 'conversation')
+        source = sources.TinyWorldSource(config.data.local_path, split, 'conversation')
     else:
         source = sources.open_source(config, split)
     questions = Questions(source, None if data else split)

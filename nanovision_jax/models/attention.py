@@ -63,16 +63,29 @@ def _on_each_device(kernel, q, k, v, segments):
 
 def _plain(q, k, v, structure):
     """All scores at once, in float32, as XLA compiles them."""
+    return weighted(weights(q, k, structure), v)
+
+
+# Batched products of two axes: XLA's CPU backend is a third slower at the same in four axes.
+
+
+def weights(q: Float[Array, 'B T N H'], k: Float[Array, 'B S K H'], structure: Structure) -> Float[Array, 'B N T S']:
+    """How much of a query's attention each key has, in float32: all of them at once."""
     b, t, n, h = q.shape
-    groups = n // k.shape[2]
-    # Batched products of two axes: XLA's CPU backend is a third slower at the same in four axes.
-    q, k, v = (x.swapaxes(1, 2) for x in (q * h**-0.5, k, v))
-    q = q.reshape(b, -1, groups * t, h)
+    q, k = (x.swapaxes(1, 2) for x in (q * h**-0.5, k))
+    q = q.reshape(b, k.shape[1], -1, h)
     scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32).reshape(b, n, t, -1)
     if (bias := _bias(structure, t, k.shape[2])) is not None:
         scores = scores + bias[:, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return (weights.reshape(b, -1, groups * t, k.shape[2]) @ v).reshape(b, n, t, h).swapaxes(1, 2)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def weighted(weights: Float[Array, 'B N T S'], v: Float[Array, 'B S K H']) -> Float[Array, 'B T N H']:
+    """The values that weights() ask for."""
+    b, n, t, s = weights.shape
+    v = v.swapaxes(1, 2)
+    found = weights.astype(v.dtype).reshape(b, v.shape[1], -1, s) @ v
+    return found.reshape(b, n, t, -1).swapaxes(1, 2)
 
 
 def _bias(structure: Structure, queries: int, keys: int) -> Float[Array, '#B T S'] | None:

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nanovision_jax.models.attention import KeysValues, Structure, attend, attend_cached, over_batch, whole
+from nanovision_jax.models.attention import (
+    KeysValues,
+    Structure,
+    attend,
+    attend_cached,
+    over_batch,
+    weighted,
+    weights,
+    whole,
+)
 from nanovision_jax.models.layers import Linear, LinearGeneral, contract, matrix_init, padded, rematerialized
 
 Rotary = tuple[Float[Array, 'B T 1 half'], Float[Array, 'B T 1 half']]  # cosines and sines of every position's angles
@@ -159,19 +168,37 @@ class Decoder(nnx.Module):
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure
     ) -> Float[Array, 'B T D']:
         """All blocks over embedded tokens."""
-        rotary = rotary_angles(self.cfg, positions)
 
         def attention(q, k, v):
             return attend(q, k, v, structure, self.cfg.attention), None
+
+        return self._through(x, positions, attention)[0]
+
+    def looks(
+        self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], structure: Structure
+    ) -> Float[Array, 'L B T S']:
+        """How much of a token's attention each other one has in each layer, the mean of its heads."""
+
+        def attention(q, k, v):
+            shares = weights(q, k, structure)
+            return weighted(shares, v), shares.mean(axis=1)
+
+        return self._through(x, positions, attention)[1]
+
+    def _through(self, x, positions, attention):
+        """(x behind all blocks, what attention gave beside in each layer)."""
+        rotary = rotary_angles(self.cfg, positions)
 
         def body(x, block):
             return block(over_batch(x), rotary, attention)
 
         if isinstance(self.blocks, nnx.List):
+            beside = []
             for block in self.blocks:
-                x, _ = body(x, block)
-            return x
-        return jax.lax.scan(rematerialized(body, self.cfg.remat), x, self.blocks, unroll=self.cfg.unroll)[0]
+                x, one = body(x, block)
+                beside.append(one)
+            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *beside)
+        return jax.lax.scan(rematerialized(body, self.cfg.remat), x, self.blocks, unroll=self.cfg.unroll)
 
     def over_rows(
         self, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], segments: Int[Array, 'B T']

@@ -11,6 +11,8 @@ import platform
 
 import jax
 
+from nanovision_jax import caches
+
 SIZE = 4 << 30  # bytes; what was used longest ago goes first
 SECONDS = 0.3  # what compiles faster is not worth its file
 
@@ -36,9 +38,8 @@ def use() -> pathlib.Path | None:
 
 def _folder() -> pathlib.Path:
     """…/nanovision_jax/compiled-<jax's versions>-<processor>: a program for one processor may not run on another."""
-    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     versions = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
-    return pathlib.Path(home).expanduser() / 'nanovision_jax' / f'compiled-{versions}-{_processor()}'
+    return caches.home() / f'compiled-{versions}-{_processor()}'
 
 
 def _processor() -> str:

@@ -6,24 +6,28 @@ import importlib.util
 import io
 import math
 import statistics
+import tempfile
 import time
 import types
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
 from nanovision_jax import models
 from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.data.datasets import tiny_world
+from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.packing import MEMORY
+from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.planning import topologies
 from nanovision_jax.planning.machines import SHAPES, Machine
+from nanovision_jax.runs.config_file import TRAINED
 from nanovision_jax.stages import stage_of
-from nanovision_jax.training import fit, meter, optim
+from nanovision_jax.training import fit, meter, objectives, optim
 from nanovision_jax.training.step import init_state, partition
 
 MFU = 0.4  # of the peak that training is taken to reach; the reference's eight A100 reached 0.52
@@ -82,55 +86,70 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
 
     Raises UserError where the mesh does not divide the machine, or its recipe does not say how long it is.
     """
-    config = copy.deepcopy(config)
-    stage, size = stage_of(config), vocabulary_of(config)
+    config, steps = copy.deepcopy(config), steps_of(config)
+    size = vocabulary_of(config)
     vocabulary = types.SimpleNamespace(size=size, image=size - 1)
     if machine.chip:
         config.dtype = 'bfloat16' if config.dtype == 'auto' else config.dtype
-    devices = machine.count if machine.chip else jax.device_count()
-    mesh = shape_of(config, devices)
+    mesh = shape_of(config, machine.count if machine.chip else jax.device_count())
     parallel.check_divides(config, mesh, size)
     learned, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(part))
         for part in partition(config, models.abstract(config, size, size - 1)[1])
     )
-    pairs = stage.data == 'pairs'
-    a_row = min(CAPTION, config.data.length) if pairs else config.data.length * USED.get(stage.name, 0.9)
-    tokens = round(config.data.batch_size * a_row)
-    images = round(config.data.batch_size * (config.data.slots * SLOTS[stage.name] if stage.sees else pairs))
-    flops = meter.step_flops(config, size, tokens, images, round(tokens * LEARNED.get(stage.name, 0.25)))
+    tokens, images, targets = _work(config)
+    flops = meter.step_flops(config, size, tokens, images, targets)
+    counted, kernel = copy.deepcopy(config), _kernel(config, machine)
+    counted.model.attention = 'xla'  # a kernel that this machine lacks builds no model here
     memory = int(machine.chip.memory * 2**30) if machine.chip else hardware.memory(jax.devices()[0])
-    counted = copy.deepcopy(config)  # a kernel that this machine lacks builds no model here
-    counted.model.attention = 'xla'
-    program, compiled, seconds, source = None, '', None, f'{mfu:.0%} MFU assumed'
-    if measured:
-        program, seconds = _measured(config, vocabulary)
-        compiled, source = 'the devices at hand', f'{STEPS} steps measured'
-    elif machine.chip is None or (machine.chip.is_tpu and importlib.util.find_spec('libtpu')):
-        program, compiled = _compiled(config, vocabulary, machine)
-    kernel = 'xla'
-    if machine.chip and stage.decodes and config.model.attention != 'xla':
-        kernel = 'splash' if machine.chip.is_tpu else 'pallas'
-    chosen = fit.choose(counted, vocabulary, mesh, memory, kernel)
-    if program is None:
-        config.model.remat, config.optim.accumulate = chosen.remat, chosen.parts
+    program, compiled = _program(config, vocabulary, machine)
+    if program:
+        bytes_ = program.peak
+    else:
+        chosen = fit.choose(counted, vocabulary, mesh, memory, kernel)
+        config.model.remat, config.optim.accumulate, bytes_ = chosen.remat, chosen.parts, chosen.bytes
     at_once = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']) // config.optim.parts
-    parts = _parts(config, learned, frozen, mesh, program.peak if program else chosen.bytes)
-    if seconds is None:
-        fastest = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
-        seconds = flops / (mfu * fastest)
-    most = _most_rows(counted, config.model.remat, vocabulary, mesh, memory, at_once, kernel)
-    peak = program.peak if program else sum(parts.values())
-    process = _process(config, program, machine, images)
+    parts = _parts(config, learned, frozen, mesh, at_once * config.data.length, size, bytes_)
+    if measured:
+        seconds, source = _measured(config, vocabulary, program), f'{STEPS} steps measured'
+    else:
+        peak = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
+        seconds, source = flops / (mfu * peak), f'{mfu:.0%} MFU assumed'
     return Plan(
-        config, machine, learned + frozen, learned, tokens, images, flops, steps_of(config), memory, parts, peak,
-        compiled, process, at_once, most, sent(config, learned + frozen, learned, mesh), seconds, source,
+        config, machine, learned + frozen, learned, tokens, images, flops, steps, memory, parts,
+        program.peak if program else sum(parts.values()), compiled, _process(config, program, machine, images), at_once,
+        _most_rows(counted, config.model.remat, vocabulary, mesh, memory, at_once, kernel),
+        sent(config, learned + frozen, learned, mesh), seconds, source,
     )  # fmt: skip
 
 
+def _work(config):
+    """(tokens, images, targets) of a step, padding aside."""
+    stage, data = stage_of(config), config.data
+    pairs = stage.data == 'pairs'
+    a_row = min(CAPTION, data.length) if pairs else data.length * USED.get(stage.name, 0.9)
+    tokens = round(data.batch_size * a_row)
+    images = round(data.batch_size * (data.slots * SLOTS[stage.name] if stage.sees else pairs))
+    return tokens, images, round(tokens * LEARNED.get(stage.name, 0.25))
+
+
+def _kernel(config, machine):
+    """The kernel of attention that training would take on a machine."""
+    if machine.chip and stage_of(config).decodes and config.model.attention != 'xla':
+        return 'splash' if machine.chip.is_tpu else 'pallas'
+    return 'xla'
+
+
 def vocabulary_of(config) -> int:
-    """How many tokens there are: GPT-2's and our special ones, or as many as are trained."""
-    return 50_261 if config.data.tokenizer == 'gpt2' else config.data.vocab_size
+    """How many tokens there are: of the tokenizer that is named, or as many as are trained."""
+    wanted = config.data.tokenizer
+    if wanted == TRAINED:
+        return config.data.vocab_size
+    if wanted == 'gpt2':  # with our special tokens: the recipes' own needs no download to be planned
+        return 50_261
+    with tempfile.TemporaryDirectory() as folder:
+        import_tokenizer(tokenizer_folder(wanted), folder, config.data.template)
+        return Tokenizer(folder).size
 
 
 def shape_of(config, devices: int):
@@ -167,7 +186,7 @@ def _process(config, program, machine, images):
     return BASE + program.peak + kept * (kept <= MEMORY)
 
 
-def _parts(config, learned, frozen, mesh, peak) -> dict[str, int]:
+def _parts(config, learned, frozen, mesh, tokens, vocabulary, peak) -> dict[str, int]:
     """Bytes of a device by what they hold: the state is counted, what is left of the peak are activations."""
     shards = mesh.shape['fsdp'] * mesh.shape['tensor']
     size = models.compute_dtype(config.dtype).itemsize
@@ -177,6 +196,8 @@ def _parts(config, learned, frozen, mesh, peak) -> dict[str, int]:
         'optimizer': 4 * moments * learned // shards,
         'gradients': 4 * learned // shards,
     }
+    if stage_of(config).decodes:  # with what their softmax and its gradient hold
+        held['logits'] = 4 * 4 * objectives.chunk_of(tokens, vocabulary) * vocabulary // mesh.shape['tensor']
     return held | {'activations': max(0, round(peak - sum(held.values())))}
 
 
@@ -189,36 +210,36 @@ def _most_rows(config, remat, vocabulary, mesh, memory, now, kernel):
     return max(0, int((fit.room(memory) - fixed) / (by_part[remat] / rows)))
 
 
-def _compiled(config, vocabulary, machine):
-    """(the true step, compiled, for what) of a TPU's topology or of the CPU at hand."""
-    if machine.chip:
-        shape = SHAPES[machine.count]
-        alone = {'chips_per_host_bounds': (1, 1, 1)} if machine.count == 1 else {}
-        topology = f'{machine.chip.topology}:{shape}'
-        devices = list(topologies.get_topology_desc(topology, 'tpu', **alone).devices)
+def _program(config, vocabulary, machine):
+    """(the true step, compiled, for what) of a TPU's topology or of the devices at hand; (None, '') of GPUs.
+
+    What the config leaves open is settled in it, as training would.
+    """
+    if machine.chip is None:
+        compiled, devices = 'the devices at hand', jax.devices()
+    elif machine.chip.is_tpu and importlib.util.find_spec('libtpu'):
+        compiled = f'{machine.chip.topology}:{SHAPES[machine.count]}'
+        devices = topologies.devices_of(compiled)
     else:
-        topology, devices = 'the devices at hand', jax.devices()
+        return None, ''
     mesh = parallel.make_mesh(config.mesh, devices, config.data.batch_size // config.optim.parts)
     with jax.set_mesh(mesh), contextlib.redirect_stdout(io.StringIO()):
         program = fit.settle(config, vocabulary, optim.make_optimizer(config.optim, 1000), mesh, pack=_pack(config))
-    return program, topology
+    return program, compiled
 
 
-def _measured(config, vocabulary):
-    """(the compiled step, the median of its seconds) on random batches, on the devices at hand."""
+def _measured(config, vocabulary, program):
+    """The median of the seconds of steps on a random batch, on the devices at hand."""
     mesh = parallel.make_mesh(config.mesh, rows=config.data.batch_size // config.optim.parts)
-    optimizer = optim.make_optimizer(config.optim, 1000)
     with jax.set_mesh(mesh):
-        with contextlib.redirect_stdout(io.StringIO()):
-            program = fit.settle(config, vocabulary, optimizer, mesh, pack=_pack(config))
-        state = init_state(config, vocabulary, optimizer, program.shapes)
+        state = init_state(config, vocabulary, optim.make_optimizer(config.optim, 1000), program.shapes)
         batch, seconds = parallel.put_batch(_batch(config, vocabulary.size, mesh), mesh), []
         for _ in range(STEPS + 1):
             began = time.perf_counter()
             state, metrics = program.step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
-    return program, statistics.median(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
 def _pack(config):

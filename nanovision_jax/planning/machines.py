@@ -1,6 +1,6 @@
 """What hardware can do and costs: the one table of it that plans are made from.
 
-Peaks are the makers' data sheets' dense bf16 figures, as in parallel/hardware.py. Prices are list prices on demand, a
+Peaks and what a program may take of the memory are of parallel/datasheets.py. Prices are list prices on demand, a
 chip and hour, as they were in the year SEEN; they were not looked up again since, and --price says another.
 """
 
@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.parallel.datasheets import GPU_SHARE, MEMORY, PEAK
 
 SEEN = '2025'
 
@@ -30,15 +31,24 @@ class Chip(NamedTuple):
         return bool(self.topology)
 
 
-# Of a GPU XLA takes three quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 CHIPS = {
-    'a100-80g': Chip(312e12, 0.75 * 79.1, 300, 25, 8, 1.79, 'NVIDIA A100 data sheet; NVLink 3; Lambda, 8 × A100 SXM'),
-    'h100': Chip(989e12, 0.75 * 79.1, 450, 50, 8, 2.99, 'NVIDIA H100 SXM data sheet; NVLink 4; Lambda, 8 × H100 SXM'),
-    'h200': Chip(989e12, 0.75 * 140, 450, 50, 8, 3.99, 'NVIDIA H200 data sheet; NVLink 4; RunPod, H200 SXM'),
-    'rtx4090': Chip(165e12, 0.75 * 23.5, 25, 0, 1, 0.69, 'NVIDIA Ada whitepaper, float32 sums; PCIe 4; RunPod'),
-    'l4': Chip(121e12, 0.75 * 22.5, 25, 0, 1, 0.71, 'NVIDIA L4 data sheet; PCIe 4; Google Cloud g2-standard-4'),
-    'tpu-v5e': Chip(197e12, 15.75, 200, 6, 256, 1.20, 'Google Cloud TPU v5e; ICI 1,600 Gbit/s', 'v5e'),
-    'tpu-v6e': Chip(918e12, 31.25, 400, 12, 256, 2.70, 'Google Cloud TPU v6e; ICI 3,200 Gbit/s', 'v6e'),
+    'a100-80g': Chip(
+        PEAK['A100'], GPU_SHARE * 79.1, 300, 25, 8, 1.79, 'NVIDIA A100 data sheet; NVLink 3; Lambda, 8 × A100 SXM'
+    ),
+    'h100': Chip(
+        PEAK['H100'], GPU_SHARE * 79.1, 450, 50, 8, 2.99, 'NVIDIA H100 SXM data sheet; NVLink 4; Lambda, 8 × H100 SXM'
+    ),
+    'h200': Chip(PEAK['H200'], GPU_SHARE * 140, 450, 50, 8, 3.99, 'NVIDIA H200 data sheet; NVLink 4; RunPod, H200 SXM'),
+    'rtx4090': Chip(165e12, GPU_SHARE * 23.5, 25, 0, 1, 0.69, 'NVIDIA Ada whitepaper, float32 sums; PCIe 4; RunPod'),
+    'l4': Chip(
+        PEAK['L4'], GPU_SHARE * 22.5, 25, 0, 1, 0.71, 'NVIDIA L4 data sheet; PCIe 4; Google Cloud g2-standard-4'
+    ),
+    'tpu-v5e': Chip(
+        PEAK['TPU v5e'], MEMORY['TPU v5 lite'], 200, 6, 256, 1.20, 'Google Cloud TPU v5e; ICI 1,600 Gbit/s', 'v5e'
+    ),
+    'tpu-v6e': Chip(
+        PEAK['TPU v6e'], MEMORY['TPU v6 lite'], 400, 12, 256, 2.70, 'Google Cloud TPU v6e; ICI 3,200 Gbit/s', 'v6e'
+    ),
 }
 SHAPES = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}  # of TPU slices
 

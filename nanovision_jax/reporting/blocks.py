@@ -102,8 +102,10 @@ def find_images(config, names):
     """{name: data: URI} of the held-out images that still are where the run read them."""
     found, data = {}, config.data
     if data.source == 'tiny_world':
-        if (pathlib.Path(data.path) / 'tiny_world' / 'scenes').exists():  # opening what is not there would make it
-            source = sources.TinyWorldSource(data.path, 'validation', 'conversation')
+        if (
+            pathlib.Path(data.local_path) / 'tiny_world' / 'scenes'
+        ).exists():  # opening what is not there would make it
+            source = sources.TinyWorldSource(data.local_path, 'validation', 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}
     elif data.prepared:
@@ -112,8 +114,8 @@ def find_images(config, names):
             examples = (source[i] for i in range(len(source)))
             shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
             found = {name: data_uri(image) for name, image in shown if name in names}
-    elif pathlib.Path(data.path).is_file():
-        named = sources.Conversations(data.path, data.images).images_by_name()
+    elif pathlib.Path(data.local_path).is_file():
+        named = sources.Conversations(data.local_path, data.local_images).images_by_name()
         for name in names:
             try:
                 found[name] = data_uri(named.read(name))

@@ -5,7 +5,8 @@
     <run>/checkpoints/<step>/{params,optimizer}/   and manifest.json, the sha256 of every file in them
 
 A path in a run's files is relative to the run (it begins with ./ or ../), or absolute where the user gave it so and it
-lies outside the run's family. So a family may be moved, and opened from any folder. No jax is imported here.
+lies outside the run's family, or the address of something in a store. So a family may be moved, and opened from any
+folder. No jax is imported here.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import shutil
 import sys
 import time
 
+from nanovision_jax.caches import is_url
 from nanovision_jax.errors import UserError
 
 MANIFEST = 'manifest.json'
@@ -169,6 +171,8 @@ def write_lines(file, rows):
 
 def portable(path, run_dir) -> str:
     """A path as the files of the run in `run_dir` keep it: relative to the run, or absolute (see above)."""
+    if is_url(str(path)):
+        return str(path)
     path, run_dir = os.path.expanduser(str(path)), os.path.abspath(run_dir)
     here = os.path.abspath(path)
     family = os.path.join(os.path.dirname(run_dir), '')
@@ -180,7 +184,7 @@ def portable(path, run_dir) -> str:
 
 def is_portable(path: str) -> bool:
     """Whether portable() wrote this path. Older runs kept paths relative to the folder they were trained from."""
-    return path in ('.', '..') or path.startswith(('./', '../', '/'))
+    return path in ('.', '..') or path.startswith(('./', '../', '/')) or is_url(path)
 
 
 def resolve(path: str, run_dir, origin: str = '') -> str:
@@ -188,7 +192,7 @@ def resolve(path: str, run_dir, origin: str = '') -> str:
 
     origin: the folder that the paths of an older run are relative to (see origin_of).
     """
-    return os.path.normpath(os.path.join(run_dir if is_portable(path) else origin, path))
+    return path if is_url(path) else os.path.normpath(os.path.join(run_dir if is_portable(path) else origin, path))
 
 
 def origin_of(run_dir, recorded):

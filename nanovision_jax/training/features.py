@@ -13,6 +13,7 @@ from nanovision_jax import models
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.features import Features, Pictures, Unfinished, told
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import lock
 from nanovision_jax.runs.checkpoint import tree_digest
@@ -24,13 +25,17 @@ SECONDS = 5  # between records of what is on disk: what an interruption costs
 def keep(config, rows, graphdef, params: dict, mesh) -> Features:
     """The features of all pictures of packed rows as data.cache_features says; made first where they are not there.
 
-    What was begun goes on where it stopped. Raises UserError where there is no room for them, or no picture.
+    What was begun goes on where it stopped. Of several hosts each reads its part, and the first writes. Raises
+    UserError where there is no room for them, or no picture.
     """
     kept, pictures = config.data.cache_features, Pictures(rows)
     if not len(pictures):
         raise UserError('there is no picture whose features could be kept: leave out data.cache_features.')
     folder = config.family / 'features' / _key(config, rows, params['vision'])
-    with lock.held(folder.parent / '.lock', f'the features in {folder.parent}', wait=True):  # made once
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(lock.held(folder.parent / '.lock', f'the features in {folder.parent}', wait=True))
+        hosts.gather(None)  # from here on they are made here, or were by other runs
         made = Unfinished(folder, len(pictures), config.model.vision, kept)
         what = f'features: {made.count:,} pictures in {kept}, {told(made.bytes)}, in {folder}'
         if folder.exists():
@@ -39,6 +44,7 @@ def keep(config, rows, graphdef, params: dict, mesh) -> Features:
             made.check_room()
             print(f'{what}: {made.done:,} are there, the others are made now' if made.done else f'{what}: made now')
             _make(config, made, pictures, graphdef, params, mesh)
+        hosts.gather(None)
     return Features(folder, kept, rows.index.images)
 
 
@@ -56,19 +62,28 @@ def _make(config, made: Unfinished, pictures: Pictures, graphdef, params: dict, 
     step = jax.jit(
         lambda params, images: encode(models.merge(graphdef, params).tower_features(images), config.data.cache_features)
     )
-    bar = tqdm(total=made.count, initial=made.done, desc='features', unit='picture', mininterval=1)
-    with contextlib.closing(pipeline.batches(pictures, size, made.done, config.data.workers)) as batches:
+    bar = tqdm(
+        total=made.count,
+        initial=made.done,
+        desc='features',
+        unit='picture',
+        mininterval=1,
+        disable=not hosts.is_first(),
+    )
+    how = size, made.done, config.data.workers, config.data.timeout, parallel.own_rows(mesh, size)
+    with contextlib.closing(pipeline.batches(pictures, *how)) as batches:
         found = (step(params, parallel.put_batch(batch, mesh)['images']) for batch in batches)
         following, recorded = next(found), began
-        with bar, made.opened():
+        with bar, made.opened() if hosts.is_first() else contextlib.nullcontext():
             while made.done < made.count:
                 current, following = following, next(found)  # the device works while the disk does
-                made.write(jax.device_get(current))
+                made.write(hosts.fetch(current))
                 bar.update(made.done - bar.n)
-                if time.monotonic() - recorded > SECONDS:
+                if hosts.is_first() and time.monotonic() - recorded > SECONDS:
                     made.record()
                     recorded = time.monotonic()
-    made.finish()
+    if hosts.is_first():
+        made.finish()
     seconds = time.monotonic() - began
     print(f'features: made in {seconds:.0f} s, {(made.count - first) / seconds:,.0f} pictures/s')
 

@@ -1,24 +1,22 @@
 """The training loop, the same for every stage, in acts from top to bottom."""
 
-import collections
 import contextlib
 import gc
 import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import conversation, pipeline
-from nanovision_jax.data.batch import skipped
+from nanovision_jax.data import conversation, pipeline, stores
 from nanovision_jax.data.images import load as load_image
 from nanovision_jax.data.tokenizer import Tokenizer
-from nanovision_jax.errors import MISTAKE, UserError, check_writable
+from nanovision_jax.errors import UserError, check_writable
 from nanovision_jax.inference import prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.parallel import compile_cache, hardware, hosts
@@ -26,13 +24,14 @@ from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.mirror import Mirror
-from nanovision_jax.runs.skips import Skips, lost_examples
+from nanovision_jax.runs.skips import lost_examples
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import features, fit, optim
 from nanovision_jax.training import start as starts
 from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
 from nanovision_jax.training.meter import Startup
+from nanovision_jax.training.prefetch import read_together, stream
 from nanovision_jax.training.resume import open_run, write_run
 from nanovision_jax.training.step import init_state, make_eval_step, partition
 from nanovision_jax.training.stopping import StopOnSignal
@@ -137,6 +136,7 @@ class RunData(NamedTuple):
 
 def open_data(config, mesh, sources: list, start: int) -> RunData:
     """Opens tokenizer and rows."""
+    stores.fetch(config)  # by each host for itself
     known = next((source.tokenizer for source in sources if source.tokenizer), None)
     # Stages that start side by side make tokenizer, data and index once: the second waits, and takes them.
     shared = lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True)
@@ -188,7 +188,7 @@ def begin(config, data: RunData, sources: list, mesh, start: int, startup: Start
     startup.reached('run folder')
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (state['params'], frozen)]
     print(f'{sizes[0]:,} parameters, {sizes[0] - sizes[1]:,} of them learn; mesh {dict(mesh.shape)}')
-    batches, first_row = stream(config, data, mesh, start)
+    batches, first_row = stream(config, data.rows, mesh, start)
     return Training(program.graphdef, state, program.step, batches, first_row, digests)
 
 
@@ -211,73 +211,7 @@ def read_state(config, program: fit.Program, step: int) -> dict:
 
 def read_features(config, data: RunData, program: fit.Program, state: dict, mesh):
     """Lets rows hold the tower's features: those that are learned from, held-out ones are read as pictures."""
-    if hosts.several():
-        raise UserError('data.cache_features is made by one process: train a step without the others first.')
     data.rows.use_features(features.keep(config, data.rows, program.graphdef, state['params'], mesh))
-
-
-def stream(config, data: RunData, mesh, start: int) -> tuple[Iterator, int]:
-    """(device batches from step `start` on, as prefetch() yields them, the row they begin with)."""
-    # The position in the data is counted in rows: with another batch size it goes on at the same row.
-    first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
-    skips = Skips(config.run_dir, data.rows.shuffled.n)
-    data.rows.skips = skips.known
-    how = config.data.batch_size, first_row, config.data.workers, config.data.timeout
-    how = *how, parallel.own_rows(mesh, config.data.batch_size)
-    return prefetch(pipeline.batches(data.rows, *how), mesh, skips), first_row
-
-
-def read_together(batches):
-    """Yields (batch, its work, what rows left out): work and what was left out are of all hosts' parts of the batch.
-
-    work: {tokens, learned, images}, padding aside; images: those that go through a tower. Where one host cannot read
-    on, none does.
-    """
-    while True:
-        try:
-            batch, error = next(batches), None
-            told = [None, skipped(batch), work_of(batch)]
-        except UserError as raised:
-            error, told = raised, [[str(raised), raised.code], [], {}]
-        every = hosts.gather(told)
-        if error and not hosts.several():
-            raise error
-        for host, (failed, *_) in enumerate(every):
-            if failed:
-                why, code = failed
-                raise hosts.AllFailed(f'host {host} cannot read on: {why}', code) from error
-        work = sum((collections.Counter(work) for _, _, work in every), collections.Counter())
-        if hosts.several() and not work['learned']:  # of one host's part alone the stream cannot say it
-            raise hosts.AllFailed('nothing is learned in a whole batch: no answer is in any of its rows.', MISTAKE)
-        yield batch, work, [entry for _, left_out, _ in every for entry in left_out]
-
-
-def work_of(batch) -> dict[str, int]:
-    """{tokens, learned, images} of a batch, see read_together()."""
-    tokens = int((batch['segments'] > 0).sum())
-    learned = int((batch['weights'] > 0).sum()) if 'weights' in batch else tokens
-    images = int(batch['images'].any(axis=(-3, -2, -1)).sum()) if 'images' in batch else 0
-    return {'tokens': tokens, 'learned': learned, 'images': images}
-
-
-def prefetch(batches, mesh, skips: Skips | None = None, ahead: int = 2):
-    """Yields (device batch, its work), `ahead` of them on their way. skips: takes down what rows left out."""
-
-    def put():
-        for batch, work, left_out in read_together(batches):
-            if skips:
-                skips.add(left_out)
-            yield parallel.put_batch(batch, mesh), work
-
-    queue, source = collections.deque(), put()
-    try:
-        while True:
-            while len(queue) <= ahead:
-                queue.append(next(source))
-            yield queue.popleft()
-    finally:
-        source.close()
-        batches.close()
 
 
 # Act 3: the steps ----------------------------------------------------------------------------------------------------

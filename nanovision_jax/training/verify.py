@@ -15,6 +15,7 @@ from nanovision_jax.parallel.mesh import path_name
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs import lock
 from nanovision_jax.training import loop, optim
+from nanovision_jax.training.prefetch import stream
 from nanovision_jax.training.resume import open_run
 
 NAMED = 5  # arrays that differ, in a message
@@ -55,7 +56,7 @@ def _verify(config, steps):
 def _taken(config, data, program, mesh, start, steps):
     """([loss of each step], the state after them) of so many steps from a checkpoint."""
     state, losses = loop.read_state(config, program, start), []
-    batches, _ = loop.stream(config, data, mesh, start)
+    batches, _ = stream(config, data.rows, mesh, start)
     with contextlib.closing(batches):
         for _ in range(steps):
             state, metrics = program.step(state, next(batches)[0])

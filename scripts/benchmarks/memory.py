@@ -16,87 +16,20 @@ import contextlib
 import json
 import os
 import sys
-from typing import NamedTuple
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu' if any(arg.startswith('--topology') for arg in sys.argv) else '')
 
 import jax
-from jax.experimental import topologies
 from train import Vocabulary, command, read, vocab_size
 
 from nanovision_jax.config import Vision
-from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
+from nanovision_jax.planning.topologies import devices_of
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import fit, optim
 
 TOWER = Vision(image_size=224, patch_size=14, width=1024, layers=24, heads=16, ffn=4096)  # CLIP's ViT-L/14
-
-
-class GPU(NamedTuple):
-    """What XLA asks of a GPU that is not there, as its maker's documents say."""
-
-    name: str  # as jax names it
-    capability: int  # its first digit
-    cores: int  # streaming multiprocessors
-    units: int  # of float32, in a core
-    shared: int  # KiB of a core, one of which a block may not have
-    cache: int  # MiB
-    ghz: float
-    bandwidth: int  # GB/s
-    memory: int = 80  # GB
-
-
-GPUS = {
-    'a100': GPU('NVIDIA A100-SXM4-80GB', 8, 108, 64, 164, 40, 1.41, 2039),
-    'h100': GPU('NVIDIA H100 80GB HBM3', 9, 132, 128, 228, 50, 1.98, 3350),
-}
-
-
-def described(gpu):
-    """A GPU as the text of XLA's GpuTargetConfigProto."""
-    info = {
-        'cuda_compute_capability': f'{{ major: {gpu.capability} }}',
-        'core_count': gpu.cores,
-        'fpus_per_core': gpu.units,
-        'clock_rate_ghz': gpu.ghz,
-        'device_memory_size': gpu.memory * 10**9,
-        'memory_bandwidth': gpu.bandwidth * 10**9,
-        'l2_cache_size': gpu.cache << 20,
-        'shared_memory_per_core': gpu.shared << 10,
-        'shared_memory_per_block_optin': gpu.shared - 1 << 10,
-        # The same of every generation:
-        'shared_memory_per_block': 48 << 10,
-        'registers_per_core_limit': 1 << 16,
-        'registers_per_block_limit': 1 << 16,
-        'threads_per_warp': 32,
-        'threads_per_block_limit': 1 << 10,
-        'threads_per_core_limit': 1 << 11,
-        'block_dim_limit_x': (1 << 31) - 1,
-        'block_dim_limit_y': (1 << 16) - 1,
-        'block_dim_limit_z': (1 << 16) - 1,
-    }
-    fields = ' '.join(f'{name}: {value}' for name, value in info.items())
-    return f'platform_name: "CUDA" device_description_str: "{gpu.name}" gpu_device_info {{ {fields} }}'
-
-
-def devices_of(topology):
-    """The devices of a topology by its name. Raises UserError where there is none, or nothing that compiles for it."""
-    kind, _, size = topology.partition(':')
-    alone = {'chips_per_host_bounds': (1, 1, 1)} if size == '1x1' else {}
-    try:
-        if kind in GPUS:
-            found = topologies.get_topology_desc(
-                platform='cuda', target_config=described(GPUS[kind]), topology=f'1x1x{size}'
-            )
-        else:
-            found = topologies.get_topology_desc(topology, 'tpu', **alone)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        takes = 'jax-cuda12-plugin' if kind in GPUS else 'libtpu (pip install -e .[tpu])'
-        reason = str(error).splitlines()[0]
-        raise UserError(f'no topology {topology!r} ({reason}): it takes {takes}.') from error
-    return list(found.devices)
 
 
 def measure(config, topology):

@@ -24,10 +24,10 @@ def open_source(config, split: str) -> Source:
         opened = open_prepared(config, split)
         return opened[0] if len(opened) == 1 else Concatenated(opened)
     if data.source == 'tiny_world':
-        return TinyWorldSource(data.path, split, _VIEWS[kind])
+        return TinyWorldSource(data.local_path, split, _VIEWS[kind])
     if split not in ('train', 'validation'):
         raise UserError(f'{data.path} has no {split} split: conversations have train and validation.')
-    return Conversations(data.path, data.images, text_only=kind == 'chat')
+    return Conversations(data.local_path, data.local_images, text_only=kind == 'chat')
 
 
 def open_prepared(config, split: str) -> list[Prepared]:
@@ -35,14 +35,14 @@ def open_prepared(config, split: str) -> list[Prepared]:
     if split not in ('train', 'validation'):
         raise UserError(f'prepared data has no {split} split: it has train and validation.')
     text_only = stage_of(config).data == 'chat'
-    return [Prepared(config.data.path, part.name, split, part.subset, text_only) for part in config.data.prepared]
+    return [Prepared(config.data.local_path, part.name, split, part.subset, text_only) for part in config.data.prepared]
 
 
 def provenance(data) -> dict:
     """What lineage.json says of a config.Data; of prepared sets also what they were made from."""
     told = {'source': data.source, 'path': data.path, 'images': data.images, 'mixture': data.mixture}
     for part in data.prepared:
-        home = pathlib.Path(data.path) / part.name
+        home = pathlib.Path(data.local_path) / part.name
         files = [file for file in (home / PREPARED_VERSION / 'source.json', home / 'source.json') if file.exists()]
         told.setdefault('prepared', {})[part.name] = [json.loads(file.read_text()) for file in files]
     return told
