@@ -31,7 +31,7 @@ read_batch, prefetched = pipeline._read_batch, prefetch.prefetch
 
 
 def noted(rows, own, start):
-    if rows.shuffled.shuffle:
+    if hasattr(rows, 'shuffled') and rows.shuffled.shuffle:  # not the pictures whose features are kept
         with open(f'{family}/rows-{rows.config.stage}-{index}', 'a') as file:
             file.write(''.join(f'{start + i}\n' for i in own))
     return read_batch(rows, own, start)
