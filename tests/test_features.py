@@ -25,18 +25,11 @@ from nanovision_jax.training import loop as train
 from nanovision_jax.training import prefetch
 
 KEPT = ('bf16', 'int8')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        micro.quicken(patch, tmp_path_factory.getbasetemp() / 'compiled')
-        patch.setattr(train, 'show_samples', lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures('cache', 'unsampled')
 
 
 @pytest.fixture(scope='module')
-def parents(tmp_path_factory, tiny_family):
+def parents(tmp_path_factory, tiny_family, cache):
     """A family whose sft and clip never learned."""
     family = micro.family(tmp_path_factory.mktemp('parents'), tiny_family)
     for stage in ('sft', 'clip'):
@@ -53,7 +46,7 @@ def family(parents, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def road(parents, tmp_path_factory):
+def road(parents, tmp_path_factory, unsampled):
     """{data.cache_features: a family with both vision stages}, and the names of features folders after each stage."""
     families, folders = {}, {}
     for kept in ('', *KEPT):
