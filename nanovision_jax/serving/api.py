@@ -128,6 +128,8 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
                 await asyncio.wait((gone, whole), return_when=asyncio.FIRST_COMPLETED)
                 if not whole.done():
                     whole.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await whole
                     return PlainTextResponse('', 499)
                 return JSONResponse(form.whole(jobs, whole.result()), 200, headers)
             finally:

@@ -6,10 +6,13 @@ import hmac
 import json
 import urllib.parse
 
+from nanovision_jax.serving import entrance
 from nanovision_jax.serving.errors import Refusal
 from nanovision_jax.serving.protocol import Limits
 
 OPEN = ('/health',)  # what needs no key
+HTML = [(b'content-type', b'text/html; charset=utf-8'), (b'cache-control', b'no-store')]
+FORM, WRONG = 1 << 12, 1.0  # bytes that a key is sent in, and seconds that a wrong one takes
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 
 
@@ -20,6 +23,7 @@ class Settings:
     key: str = ''
     hosts: tuple[str, ...] | None = LOOPBACK
     limits: Limits = dataclasses.field(default_factory=Limits)
+    page: bool = False  # whether there is one for browsers, see page.py
     body_seconds: float = 30.0  # in which a request's body has to be there
     leave_in: float = 30.0  # seconds that what runs has to end when the server leaves
 
@@ -38,12 +42,25 @@ class Guard:
             return  # no websockets
         try:
             headers = {name.lower(): value for name, value in scope['headers']}
-            self._check(scope['path'], headers)
-            await self.app(scope, await self._whole(headers, receive), send)
+            self._check_host(headers)
+            path, page = scope['path'], self.settings.page and entrance.is_inside(scope['path'])
+            if (
+                page
+                and not self._has_key(headers)
+                and not entrance.is_known(headers.get(b'cookie', b''), self.settings.key)
+            ):
+                await self._ask(scope, headers, receive, send)
+                return
+            if not page and path not in OPEN and not self._has_key(headers):
+                raise Refusal(401, 'this server wants its key: Authorization: Bearer KEY.', code='invalid_api_key')
+            body = await self._whole(headers, receive)
+            if page:
+                _check_page(path, headers, body)
+            await self.app(scope, _given(body, receive), _guarded(send) if page else send)
         except Refusal as refusal:
             await _send(refusal, send)
 
-    def _check(self, path, headers):
+    def _check_host(self, headers):
         hosts = self.settings.hosts
         if hosts is not None:
             if _host(headers.get(b'host', b'')) not in hosts:
@@ -51,14 +68,29 @@ class Guard:
             origin = headers.get(b'origin')
             if origin is not None and _host(origin.partition(b'://')[2]) not in hosts:
                 raise Refusal(403, 'pages of other sites may not call this server (Origin).')
-        if self.settings.key and path not in OPEN:
-            given = headers.get(b'authorization', b'')
-            if not hmac.compare_digest(given, f'Bearer {self.settings.key}'.encode()):
-                raise Refusal(401, 'this server wants its key: Authorization: Bearer KEY.', code='invalid_api_key')
 
-    async def _whole(self, headers, receive):
-        """A receive() that gives the body at once: read here, within the limits."""
-        most, parts, size = self.settings.limits.body, [], 0
+    def _has_key(self, headers):
+        given = headers.get(b'authorization', b'')
+        return not self.settings.key or hmac.compare_digest(given, f'Bearer {self.settings.key}'.encode())
+
+    async def _ask(self, scope, headers, receive, send):
+        """Asks a browser for the key of the page, or takes it."""
+        if scope['method'] == 'POST' and scope['path'] == entrance.ASKED:
+            if entrance.is_key(await self._whole(headers, receive, FORM), self.settings.key):
+                cookie = entrance.cookie(self.settings.key, scope['scheme'] == 'https')
+                found = [(b'location', entrance.PAGE.encode()), (b'set-cookie', cookie.encode())]
+                await _answer(send, 303, b'', found)
+                return
+            await asyncio.sleep(WRONG)
+            await _answer(send, 401, entrance.form('That is not the key.'), HTML)
+        elif scope['method'] == 'GET' and b'text/html' in headers.get(b'accept', b''):
+            await _answer(send, 401, entrance.form(), HTML)
+        else:
+            raise Refusal(401, f'this page wants its key: give it at {entrance.PAGE}.', code='invalid_api_key')
+
+    async def _whole(self, headers, receive, most=None):
+        """The body, read within the limits, or within `most` bytes."""
+        most, parts, size = most or self.settings.limits.body, [], 0
         too_large = Refusal(413, f'the body is larger than {most:,} bytes.', code='body_too_large')
         length = headers.get(b'content-length', b'0')
         if not length.isdigit() or int(length[:20]) > most:
@@ -76,12 +108,47 @@ class Guard:
                         raise too_large
         except TimeoutError:
             raise Refusal(408, f'the body took longer than {self.settings.body_seconds:.0f} s.') from None
-        body = [{'type': 'http.request', 'body': b''.join(parts), 'more_body': False}]
+        return b''.join(parts)
 
-        async def given():
-            return body.pop() if body else await receive()
 
-        return given
+def _given(body, receive):
+    """A receive() that gives the body at once."""
+    parts = [{'type': 'http.request', 'body': body, 'more_body': False}]
+
+    async def given():
+        return parts.pop() if parts else await receive()
+
+    return given
+
+
+def _check_page(path, headers, body):
+    """Refuses what would make the page's library open an address: a file is one that was uploaded."""
+    refusal = Refusal(400, 'an image is uploaded: no address is opened.')
+    if '://' in path:
+        raise refusal
+    if not body or b'json' not in headers.get(b'content-type', b''):
+        return
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):
+        raise Refusal(400, 'the body is no JSON that can be read.') from None
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if isinstance(one, dict) and isinstance(one.get('path'), str) and '://' in one['path']:
+            raise refusal
+
+
+def _guarded(send):
+    """A send() whose answers tell the browser what it may load."""
+
+    async def guarded(message):
+        if message['type'] == 'http.response.start':
+            told = [(b'content-security-policy', entrance.POLICY.encode()), (b'referrer-policy', b'same-origin')]
+            message = message | {'headers': [*message.get('headers', ()), *told]}
+        await send(message)
+
+    return guarded
 
 
 def _host(text: bytes) -> str:
@@ -93,9 +160,13 @@ def _host(text: bytes) -> str:
 
 
 async def _send(refusal, send):
-    body = json.dumps(refusal.body()).encode()
-    headers = [(b'content-type', b'application/json'), (b'content-length', str(len(body)).encode())]
+    headers = [(b'content-type', b'application/json')]
     headers += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
     headers.append((b'connection', b'close'))  # what is left of the body is not read
-    await send({'type': 'http.response.start', 'status': refusal.status, 'headers': headers})
+    await _answer(send, refusal.status, json.dumps(refusal.body()).encode(), headers)
+
+
+async def _answer(send, status, body, headers):
+    headers = [*headers, (b'content-length', str(len(body)).encode())]
+    await send({'type': 'http.response.start', 'status': status, 'headers': headers})
     await send({'type': 'http.response.body', 'body': body})
