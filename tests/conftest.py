@@ -1,5 +1,6 @@
 """What must happen before anything uses jax, and the small inputs that several test files share."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -192,3 +193,27 @@ def own(tmp_path):
     file.write_text(json.dumps(rows))
     fields = {'data__source': 'conversations', 'data__path': str(file)}
     return types.SimpleNamespace(file=file, images=folder / 'images', rows=rows, fields=fields)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The address of a bucket of an S3 server on this machine."""
+    moto = pytest.importorskip('moto.server')
+    pytest.importorskip('s3fs')
+    import fsspec
+
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        'AWS_ACCESS_KEY_ID': 'x',
+        'AWS_SECRET_ACCESS_KEY': 'x',
+        'AWS_DEFAULT_REGION': 'us-east-1',
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
+    with contextlib.suppress(FileExistsError):  # of the test before: moto's buckets outlive its server
+        fsspec.filesystem('s3').mkdir('runs')
+    yield 's3://runs/mine'
+    fsspec.get_filesystem_class('s3').clear_instance_cache()
+    server.stop()

@@ -23,27 +23,6 @@ def quick(monkeypatch):
     fsspec.filesystem('memory').store.clear()
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """The address of a bucket of an S3 server on this machine."""
-    moto = pytest.importorskip('moto.server')
-    pytest.importorskip('s3fs')
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        'AWS_ACCESS_KEY_ID': 'x',
-        'AWS_SECRET_ACCESS_KEY': 'x',
-        'AWS_DEFAULT_REGION': 'us-east-1',
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
-    fsspec.filesystem('s3').mkdir('runs')
-    yield 's3://runs/mine'
-    fsspec.get_filesystem_class('s3').clear_instance_cache()
-    server.stop()
-
-
 def config(family, place, **fields):
     fields = dict(steps=6, checkpoint__every=2, checkpoint__mirror=place, name=family.name) | fields
     return micro.run_config('sft', family, **fields)

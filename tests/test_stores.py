@@ -156,3 +156,16 @@ def test_the_time_of_a_file_is_the_store_s(stored):
     assert file.stat().st_mtime == pytest.approx(created, abs=1e-3)
     assert stores._changed({'mtime': '2026-01-02T03:04:05Z'}) == 1767323045 * 10**9
     assert stores._changed({'updated': 'no time'}) == stores._changed({}) == 0
+
+
+@pytest.mark.slow
+def test_an_s3_bucket_is_read(own, bucket, home):
+    files_of_s3 = fsspec.filesystem('s3')
+    files_of_s3.put(f'{own}/', 'runs/own/', recursive=True)
+    fetched = pathlib.Path(stores.fetched('s3://runs/own'))
+    assert files(fetched) == {n: data for n, data in files(own).items() if n != '.DS_Store'}
+    said = files_of_s3.info('runs/own/chat.json')['LastModified'].timestamp()
+    assert (fetched / 'chat.json').stat().st_mtime == pytest.approx(said, abs=1e-3)
+    assert stores.fetched('s3://runs/own/images/a/3.png') == str(fetched / 'images' / 'a' / '3.png')
+    with pytest.raises(UserError, match='there is nothing at s3://runs/other'):
+        stores.fetched('s3://runs/other')
