@@ -4,6 +4,7 @@ import base64
 import contextlib
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -269,3 +270,38 @@ def test_the_keyboard_is_enough_and_a_phone_wide_enough(visit):
         page.get_by_role('tab', name=name).click()
         page.wait_for_timeout(300)
         assert page.evaluate('document.documentElement.scrollWidth') <= 360, name
+
+
+@pytest.mark.slow
+def test_a_space_starts_as_on_the_hub_and_gives_no_path_away(family, browser, tmp_path, picture):
+    run, folder = family / 'vision_instruct', tmp_path / 'space'
+    command = [sys.executable, f'{ROOT}/scripts/space/share.py', f'--run={run}', f'--output={folder}']
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+    written = b''.join(file.read_bytes() for file in (folder / 'runs').rglob('*.json'))
+    assert str(tmp_path.parent).encode() not in written and b'/' + family.name.encode() + b'/data' not in written
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 2 and 'exists: name a folder that does not' in again.stderr
+    with socket.create_server(('127.0.0.1', 0)) as line:
+        port = line.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    process = subprocess.Popen([sys.executable, 'app.py'], cwd=folder, env=env | {'GRADIO_SERVER_PORT': str(port)})
+    try:
+        address = f'http://127.0.0.1:{port}'
+        until(lambda: process.poll() is not None or answers(f'{address}/health'), 120)
+        assert httpx.get(address, headers={'Host': 'user-name.hf.space'}).status_code == 200
+        page = browser.new_page()
+        page.goto(address)
+        page.locator('textarea:visible').first.fill(QUESTION)
+        page.keyboard.press('Enter')
+        assert settled(bubbles(page, 'bot').first).strip()
+        page.close()
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_space_asks_for_what_the_package_needs():
+    wanted = runpy.run_path(str(ROOT / 'scripts/space/share.py'))['requirements']()
+    assert {'jax', 'gradio', 'fastapi', 'transformers'} <= {re.match(r'\w+', name)[0] for name in wanted}
+    assert not [name for name in wanted if 'nanovision' in name or ' @ ' in name]
