@@ -8,12 +8,12 @@ d20: a ViT-B/16 on eight GPUs, CLIP's recipe (arXiv:2103.00020). tiny: 125 s on 
 included.
 """
 
-from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+from nanovision_jax.config import TINY, Checkpoint, Data, Eval, Log, Optim, base_config
 
 
 def get_config(size='d20'):
     config = base_config('clip', size)
-    if size == 'tiny':
+    if size in TINY:
         config.steps = 650
         config.data = Data(batch_size=128, length=36)
         config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=0.0, warmup=50, b2=0.98)

@@ -8,12 +8,12 @@ d20: 522M parameters, 35,000 steps of 262,144 tokens (9.2B) of FineWeb-Edu. tiny
 cores, 0.276 bits a byte on held-out text.
 """
 
-from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+from nanovision_jax.config import TINY, Checkpoint, Data, Eval, Log, Optim, base_config
 
 
 def get_config(size='d20'):
     config = base_config('pretrain', size)
-    if size == 'tiny':
+    if size in TINY:
         config.steps = 80
         config.data = Data(batch_size=64, length=128)
         config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=4e-4, warmup=20)

@@ -7,12 +7,12 @@
 d20: 5,000 steps of 32 packed rows of Magpie-Phi3-Pro. tiny: 25 s on two CPU cores.
 """
 
-from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+from nanovision_jax.config import TINY, Checkpoint, Data, Eval, Log, Optim, base_config
 
 
 def get_config(size='d20'):
     config = base_config('sft', size)
-    if size == 'tiny':
+    if size in TINY:
         config.steps = 40
         config.data = Data(batch_size=32, length=256)
         config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=4e-4, schedule='linear', warmup=10)

@@ -9,12 +9,12 @@ d20: one epoch of LLaVA-Instruct-150K; 40 rows hold about 128 conversations (arX
 ones).
 """
 
-from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+from nanovision_jax.config import TINY, Checkpoint, Data, Eval, Log, Optim, base_config
 
 
 def get_config(size='d20'):
     config = base_config('vision_instruct', size)
-    if size == 'tiny':
+    if size in TINY:
         config.steps = 2400  # places come last: after 1,900 steps one tower's were at 99%, another's at 62
         config.data = Data(batch_size=36, length=128, slots=4)
         config.optim = Optim('muon', learning_rate=4e-3, end_learning_rate=0.0, warmup=0.05, b2=0.98, weight_decay=0.0)

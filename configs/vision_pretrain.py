@@ -8,12 +8,12 @@ d20: one epoch of LLaVA-CC3M-Pretrain; 16 rows hold about 128 conversations (arX
 two CPU cores.
 """
 
-from nanovision_jax.config import Checkpoint, Data, Eval, Log, Optim, base_config
+from nanovision_jax.config import TINY, Checkpoint, Data, Eval, Log, Optim, base_config
 
 
 def get_config(size='d20'):
     config = base_config('vision_pretrain', size)
-    if size == 'tiny':
+    if size in TINY:
         config.steps = 60
         config.data = Data(batch_size=16, length=192, slots=6)
         config.optim = Optim(learning_rate=3e-3, end_learning_rate=0.0, warmup=0.1, weight_decay=0.0)

@@ -16,6 +16,7 @@ from nanovision_jax.data import catalog
 from nanovision_jax.errors import UserError, nearest
 from nanovision_jax.stages import STAGES, stage_of
 
+TINY = ('tiny', 'ltiny')  # sizes for a laptop and drawings
 UNKNOWN = 'unknown'  # data.source of a run that was made of somebody's weights
 
 
@@ -242,7 +243,10 @@ class Config:
     """A run of one stage."""
 
     stage: str = option('pretrain', 'what is trained', tuple(STAGES))
-    size: str = option('d20', 'the dial: tiny, or d2, d4, … d20; it goes behind the config file, as in sft.py:tiny')
+    size: str = option(
+        'd20',
+        "the dial: tiny, d2, d4, … d20, or of Llama's kind ltiny, l2, l4, …; it stands behind the file: sft.py:tiny",
+    )
     name: str = option('', 'the family of runs; default: the size')
     run_dir: str = option('', 'where the run lives; default: runs/NAME/STAGE')
     init_from: str = option('', 'the run that this one starts from; default: the stage before, beside it')
@@ -273,18 +277,22 @@ class Config:
 def base_config(stage: str, size: str) -> Config:
     """A Config whose models have `size`: tiny, or d<even depth> as d20 (width 64·d, heads of 128, ffn 4·width).
 
-    The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020); tiny's has no class token.
+    ltiny and l<even depth> are decoders of Llama's kind of about as many parameters (SwiGLU of 8/3·width, in steps of
+    128), which every engine knows. The tower beside a d<depth> decoder is a ViT-B/16 (CLIP, arXiv:2103.00020); tiny's
+    has no class token.
     """
     config = Config(stage=stage, size=size)
-    if size == 'tiny':
+    if size in TINY:
         config.model = Model(layers=4, width=128, heads=4, ffn=512, positions=512, unroll=4)
         config.model.vision = Vision('siglip', image_size=60, patch_size=20, width=192, layers=3, heads=3, ffn=768)
         config.model.text = Text(width=128, layers=1, heads=2, ffn=512, embed=128)
-    elif (match := re.fullmatch(r'd(\d+)', size)) and int(match[1]) > 0 and int(match[1]) % 2 == 0:
+    elif (match := re.fullmatch(r'[dl](\d+)', size)) and int(match[1]) > 0 and int(match[1]) % 2 == 0:
         depth = int(match[1])
         config.model = Model(layers=depth, width=64 * depth, heads=depth // 2, ffn=256 * depth)
     else:
-        raise UserError(f'no size {size!r}: sizes are tiny and d2, d4, … d20, … (an even depth).')
+        raise UserError(f'no size {size!r}: sizes are tiny and d2, d4, … d20, … (an even depth), ltiny and l2, l4, ….')
+    if size.startswith('l'):
+        config.model.flavour, config.model.ffn = 'llama', 128 * round(config.model.width / 48)
     return config
 
 

@@ -9,7 +9,7 @@ import micro
 import numpy as np
 import pytest
 import transformers
-from conftest import sentence
+from conftest import parse, sentence
 from golden import KINDS, config_of, params_of
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -21,13 +21,14 @@ from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import convert as conversions
+from nanovision_jax.hf import engines
 from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.reporting import blocks
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
-from nanovision_jax.training import resume, start
+from nanovision_jax.training import loop, resume, start
 
 
 @pytest.fixture(scope='module')
@@ -434,3 +435,44 @@ def test_push_uploads_the_folder_and_a_refusal_keeps_it(runs, tmp_path, capsys, 
     with pytest.raises(UserError, match=r"not uploaded as 'nobody/none' \(OSError: no way there\).*is complete"):
         convert.main(['--to=hf', f'--run={runs("gpt")}', f'--output={tmp_path / "two"}', '--push=nobody/none'])
     assert (tmp_path / 'two' / 'model.safetensors').is_file()
+
+
+def test_engines_that_would_answer_wrongly_are_named():
+    """By flavour and projector: who takes it, and who must not."""
+
+    def told(stage, flavour, projector='mlp'):
+        cfg = micro.config(stage)
+        cfg.model.flavour, cfg.model.projector = flavour, projector
+        return '\n'.join(engines.told(cfg))
+
+    for stage in ('sft', 'vision_instruct'):
+        assert 'llama.cpp: NO' in told(stage, 'gpt') and 'train the size l20' in told(stage, 'gpt')
+        assert 'vLLM: by its source' in told(stage, 'llama') and 'NO' not in told(stage, 'llama')
+    assert 'no linear projector' in told('vision_instruct', 'llama', 'linear')
+    assert 'vLLM: no' in told('vision_instruct', 'gpt') and 'SGLang' not in told('sft', 'llama')
+
+
+@pytest.mark.slow
+def test_a_road_of_llamas_kind_ends_in_what_plain_transformers_opens(tiny_family, tmp_path, capsys):
+    torch = pytest.importorskip('torch')
+    family = tmp_path / 'ltiny'
+    family.mkdir()
+    (family / 'data').symlink_to(tiny_family / 'data')
+    for stage in micro.STAGES:
+        small = [f'run_dir={family / stage}', 'steps=3', 'data.batch_size=4', 'eval.batches=1', 'eval.every=3']
+        loop.train(parse(stage, *small, size='ltiny'))
+    for stage in ('sft', 'vision_instruct'):
+        folder, run = tmp_path / stage, nanovision_jax.load(family / stage)
+        said = say(['--to=hf', f'--run={family / stage}', f'--output={folder}'], capsys)
+        assert run.config.model.flavour == 'llama' and 'vLLM: by its source' in said
+        auto = (
+            transformers.AutoModelForImageTextToText if run.config.stage != 'sft' else transformers.AutoModelForCausalLM
+        )
+        model = auto.from_pretrained(folder)
+        assert type(model).__name__ == {'sft': 'LlamaForCausalLM'}.get(stage, 'LlavaForConditionalGeneration')
+        ids = [[0, 5, 6, 7, 8]]
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits.numpy()
+        ours = np.asarray(run.logits(ids))[..., : theirs.shape[-1]]
+        shown = np.isfinite(ours)
+        np.testing.assert_allclose(theirs[shown], ours[shown], atol=1e-3)

@@ -46,16 +46,16 @@ COUNTS = {  # (all, those that learn)
 }
 
 
-def recipe(stage):
+def recipe(stage, size='d20'):
     """The config of a stage at its reference size; what sees, sees through a ViT-L/14."""
-    cfg = parse(stage, 'dtype=bfloat16', size='d20')
+    cfg = parse(stage, 'dtype=bfloat16', size=size)
     if stage.startswith('vision'):
         cfg.model.vision = configs.Vision(image_size=224, patch_size=14, width=1024, layers=24, heads=16, ffn=4096)
     return cfg
 
 
 @pytest.mark.parametrize('devices', [1, 2, 4, 8])
-@pytest.mark.parametrize('size', ['tiny', 'd2', 'd20'])
+@pytest.mark.parametrize('size', ['tiny', 'ltiny', 'd2', 'd20', 'l20'])
 @pytest.mark.parametrize('stage', STAGES)
 def test_every_recipe_runs_on_as_many_devices(stage, size, devices):
     cfg = parse(stage, size=size)
@@ -88,6 +88,20 @@ def test_parameters_are_as_many_as_counted_by_hand(stage):
     params = models.abstract(recipe(stage), TOKENIZER.size, TOKENIZER.image)[1]
     for part, wanted in zip((params, step.partition(recipe(stage), params)[0]), COUNTS[stage], strict=True):
         assert sum(leaf.size for leaf in jax.tree.leaves(part)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'vision_pretrain', 'vision_instruct'])
+def test_a_decoder_of_llamas_kind_is_as_large_and_compiles_for_eight_devices(stage):
+    cfg = recipe(stage, 'l20')
+    optimizer, mesh = optim.make_optimizer(cfg.optim, 1000), parallel.make_mesh(configs.Mesh(8, 1, 1))
+    with jax.set_mesh(mesh):
+        parallel.check_divides(cfg, mesh, TOKENIZER.size)
+        program = fit.compile_step(cfg, TOKENIZER, optimizer, mesh)
+    params = program.shapes['params']
+    decoder = sum(leaf.size for leaf in jax.tree.leaves(params.get('decoder', params)))
+    assert decoder == 2 * 50304 * 1280 + 20 * (4 * 1280**2 + 3 * 1280 * 3456 + 2 * 1280) + 1280
+    assert decoder == pytest.approx(DECODER, rel=0.01) and program.peak > 0
 
 
 @pytest.mark.parametrize(

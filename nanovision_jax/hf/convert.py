@@ -13,7 +13,7 @@ from nanovision_jax import config as configs
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
-from nanovision_jax.hf import nanogptvision
+from nanovision_jax.hf import engines, nanogptvision
 from nanovision_jax.hf.configs import model_folder
 from nanovision_jax.hf.export import export
 from nanovision_jax.hf.read import read_folder
@@ -28,6 +28,7 @@ def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
     output = pathlib.Path(output)
     export(run, output, dtype)
     print(f'written: {output}')
+    print('\n'.join(f'  {line}' for line in engines.told(run.config)))
     if push:
         print(f'uploaded: {upload(output, push)}')
 

@@ -31,7 +31,7 @@ from nanovision_jax.training.step import abstract_state  # noqa: E402
 def measure(stage: str, size: str, times: int, place: str) -> dict:
     """{bytes, and medians of seconds: stall, written, proven, restored} of a stage's state."""
     config = configs.base_config(stage, size)
-    words = types.SimpleNamespace(size=50304 if size != 'tiny' else 1024, image=5)
+    words = types.SimpleNamespace(size=50304 if size not in configs.TINY else 1024, image=5)
     optimizer = optim.make_optimizer(config.optim, 1000)
     mesh = parallel.make_mesh(configs.Mesh(), jax.devices()[:1])
     shapes = abstract_state(config, words, optimizer, mesh)[1]

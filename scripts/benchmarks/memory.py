@@ -22,7 +22,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu' if any(arg.startswith('--topology')
 import jax
 from train import Vocabulary, command, read, vocab_size
 
-from nanovision_jax.config import Vision
+from nanovision_jax.config import TINY, Vision
 from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.planning.topologies import devices_of
@@ -35,7 +35,7 @@ TOWER = Vision(image_size=224, patch_size=14, width=1024, layers=24, heads=16, f
 def measure(config, topology):
     """What main() prints."""
     devices = devices_of(topology) if topology else jax.devices()
-    if stage_of(config).sees and config.size != 'tiny':
+    if stage_of(config).sees and config.size not in TINY:
         config.model.vision = TOWER
     if topology:
         config.dtype = 'bfloat16'

@@ -1,0 +1,23 @@
+"""Which engines an export is for, as their sources tell; see the README's table. None of them is needed here.
+
+vLLM 0.33, SGLang 0.5.23 and llama.cpp (of llama-cpp-python 0.3.36) were read, not run.
+"""
+
+from nanovision_jax.stages import stage_of
+
+
+def told(config) -> list[str]:
+    """A line an engine: whether it takes the export of a run, and why not."""
+    sees, llama = stage_of(config).sees, config.model.flavour == 'llama'
+    found = ['transformers: opens it, and answers as here']
+    if not llama:
+        found.append(f'vLLM: {"no: its LLaVA wants a decoder of Llama, Qwen2 or Qwen3" if sees else "not looked into"}')
+        found.append("llama.cpp: NO: it would answer wrongly without an error (GELU for this model's ReLU)")
+        return [*found, 'for other engines, train the size l20 (or ltiny) instead of d20 (or tiny)']
+    if sees and config.model.projector != 'mlp':
+        found.append('vLLM: no: it has no linear projector (model.projector=mlp)')
+    else:
+        found.append('vLLM: by its source, vllm serve FOLDER')
+    if sees:
+        found.append('SGLang: no: it refuses how LLaVA takes features here')
+    return [*found, f'llama.cpp: {"its text alone, " if sees else ""}by convert_hf_to_gguf.py']
