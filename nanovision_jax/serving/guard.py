@@ -126,12 +126,14 @@ def _check_page(path, headers, body):
     refusal = Refusal(400, 'an image is uploaded: no address is opened.')
     if '://' in path:
         raise refusal
-    if not body or b'json' not in headers.get(b'content-type', b''):
+    if headers.get(b'content-type', b'').startswith(b'multipart/'):
         return
     try:
-        waiting = [json.loads(body)]
-    except (ValueError, RecursionError):
-        raise Refusal(400, 'the body is no JSON that can be read.') from None
+        waiting = [json.loads(body)] if body else []
+    except ValueError:  # nor will the library read it
+        return
+    except RecursionError:
+        raise refusal from None
     while waiting:
         one = waiting.pop()
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
