@@ -19,4 +19,4 @@ if [ "${1:-}" = --faults ]; then
   alone=$(unshare -rm true 2>/dev/null && echo unshare -rm || true)  # where disks may be mounted that end with it
   exec $alone $python -m pytest -m faults -n 2 "$@"
 fi
-exec $python -m pytest -m 'not slow' -n 2 --dist loadgroup "$@"  # a server of several tests starts once
+exec $python -m pytest -m 'not slow' -n 2 "$@"

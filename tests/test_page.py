@@ -24,10 +24,7 @@ from nanovision_jax.data.tokenizer import Tokenizer
 playwright = pytest.importorskip('playwright.sync_api')
 pytest.importorskip('gradio')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium: apt-get install chromium'),
-    pytest.mark.xdist_group('page'),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium: apt-get install chromium')
 KEY, QUESTION = 'a secret, with "quotes"', 'the cat sees a red house?'
 STAGES = ('pretrain', 'sft', 'vision_pretrain', 'vision_instruct')
 
