@@ -11,9 +11,9 @@ def home() -> pathlib.Path:
     return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'nanovision_jax'
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is in a store, as s3://… or gs://…"""
-    return '://' in place
+def is_url(place) -> bool:
+    """Whether a place, a text or a path, is in a store, as s3://… or gs://…"""
+    return '://' in str(place)
 
 
 def local(place: str) -> str:
