@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: installs what they need, and runs them.
 #
-#   bash scripts/test.sh           all but the slow ones; 4 to 11 minutes on 2 cores
+#   bash scripts/test.sh           all but the slow ones; 7 to 14 minutes on 2 cores
 #   bash scripts/test.sh --slow    lists the slow ones and runs them
 #   bash scripts/test.sh --faults  faults injected into real processes, files and disks; up to 20 minutes
 #
