@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import types
 import zipfile
 
@@ -148,6 +149,19 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         micro.quicken(patch, folder)
         yield folder
+
+
+@pytest.fixture
+def heard():
+    """Signals as a terminal has them, whoever started the tests: nohup has SIGHUP ignored, `&` in a script SIGINT."""
+    from nanovision_jax.training.stopping import SIGNALS
+
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='module')

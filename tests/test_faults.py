@@ -26,22 +26,9 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import Metrics, read_metrics
 from nanovision_jax.runs.skips import Skips
 from nanovision_jax.training import loop as train
-from nanovision_jax.training.stopping import SIGNALS, StopOnSignal
+from nanovision_jax.training.stopping import StopOnSignal
 
-pytestmark = pytest.mark.usefixtures('unsampled')
-
-
-@pytest.fixture(autouse=True)
-def heard():
-    """Signals as a terminal has them, whoever started the tests: nohup has SIGHUP ignored."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background has it
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background has it
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures('unsampled', 'heard')
 
 
 # Signals -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.usefixtures('unsampled')]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.usefixtures('unsampled', 'heard')]
 STEPS = 9
 
 
