@@ -1,5 +1,6 @@
 """The server: OpenAI's own client, unmodified, and requests that no client should send."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -24,7 +25,7 @@ from nanovision_jax.inference.run import Run
 from nanovision_jax.inference.scheduler import Scheduler
 from nanovision_jax.serving.api import Served, build_app
 from nanovision_jax.serving.connection import Connection
-from nanovision_jax.serving.guard import Settings
+from nanovision_jax.serving.guard import Guard, Settings
 from nanovision_jax.serving.protocol import Limits
 from nanovision_jax.serving.text import TextStream
 
@@ -519,3 +520,21 @@ def test_streamed_text_is_whole_characters_and_never_a_stop(tokenizer):
             assert text == said[: said.index(stop)] and stream.stopped == stop
     stream = TextStream(tokenizer, ['fines'])
     assert stream.push(ids) + stream.push([], last=True) == said
+
+
+def test_pictures_are_small_and_so_is_their_sum():
+    async def app(scope, receive, send):
+        await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+        await send({'type': 'http.response.body', 'body': (await receive())['body']})
+
+    async def sent(client, size):
+        reply = await client.post('/gradio_api/upload', content=b'x' * size, headers={'content-type': 'multipart/x'})
+        return reply.status_code
+
+    async def statuses():
+        transport = httpx.ASGITransport(Guard(app, Settings(page=True, uploads=1000)))
+        async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
+            found = [await sent(client, size) for size in (600, 500, 400, 1)]
+            return found, (await client.post('/gradio_api/queue/join', json={})).status_code
+
+    assert asyncio.run(statuses()) == ([200, 429, 200, 429], 200)

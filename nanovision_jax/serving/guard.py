@@ -1,9 +1,11 @@
 """What stands before every route: the key, Host and Origin, and how much a client may send, and how slowly."""
 
 import asyncio
+import collections
 import dataclasses
 import hmac
 import json
+import time
 import urllib.parse
 
 from nanovision_jax.serving import entrance
@@ -13,6 +15,7 @@ from nanovision_jax.serving.protocol import Limits
 OPEN = ('/health',)  # what needs no key
 HTML = [(b'content-type', b'text/html; charset=utf-8'), (b'cache-control', b'no-store')]
 FORM, WRONG = 1 << 12, 1.0  # bytes that a key is sent in, and seconds that a wrong one takes
+STAY = 7200  # seconds that an uploaded picture may lie on the disk: page.py removes it after half of that, every hour
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 
 
@@ -24,6 +27,7 @@ class Settings:
     hosts: tuple[str, ...] | None = LOOPBACK
     limits: Limits = dataclasses.field(default_factory=Limits)
     page: bool = False  # whether there is one for browsers, see page.py
+    uploads: int = 1 << 30  # bytes of pictures that may lie on the disk at once
     body_seconds: float = 30.0  # in which a request's body has to be there
     leave_in: float = 30.0  # seconds that what runs has to end when the server leaves
 
@@ -33,6 +37,7 @@ class Guard:
 
     def __init__(self, app, settings: Settings):
         self.app, self.settings = app, settings
+        self._uploads = collections.deque()  # (when, how many bytes)
 
     async def __call__(self, scope, receive, send):
         """As ASGI has it."""
@@ -54,6 +59,8 @@ class Guard:
             if not page and path not in OPEN and not self._has_key(headers):
                 raise Refusal(401, 'this server wants its key: Authorization: Bearer KEY.', code='invalid_api_key')
             body = await self._whole(headers, receive)
+            if page and _is_upload(headers):
+                self._check_room(len(body))
             if page:
                 _check_page(path, headers, body)
             await self.app(scope, _given(body, receive), _guarded(send) if page else send)
@@ -68,6 +75,15 @@ class Guard:
             origin = headers.get(b'origin')
             if origin is not None and _host(origin.partition(b'://')[2]) not in hosts:
                 raise Refusal(403, 'pages of other sites may not call this server (Origin).')
+
+    def _check_room(self, size):
+        """Counts an upload. Each is small, and anyone may send many."""
+        now = time.monotonic()
+        while self._uploads and self._uploads[0][0] < now - STAY:
+            self._uploads.popleft()
+        if sum(held for _, held in self._uploads) + size > self.settings.uploads:
+            raise Refusal(429, 'too many pictures were sent to this page: try again in an hour.')
+        self._uploads.append((now, size))
 
     def _has_key(self, headers):
         given = headers.get(b'authorization', b'')
@@ -126,7 +142,7 @@ def _check_page(path, headers, body):
     refusal = Refusal(400, 'an image is uploaded: no address is opened.')
     if '://' in path:
         raise refusal
-    if headers.get(b'content-type', b'').startswith(b'multipart/'):
+    if _is_upload(headers):
         return
     try:
         waiting = [json.loads(body)] if body else []
@@ -139,6 +155,10 @@ def _check_page(path, headers, body):
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         if isinstance(one, dict) and isinstance(one.get('path'), str) and '://' in one['path']:
             raise refusal
+
+
+def _is_upload(headers):
+    return headers.get(b'content-type', b'').startswith(b'multipart/')
 
 
 def _guarded(send):
