@@ -14,6 +14,7 @@ import typing
 from nanovision_jax import caches
 from nanovision_jax.data import catalog
 from nanovision_jax.errors import UserError, nearest
+from nanovision_jax.runs import trackers
 from nanovision_jax.stages import STAGES, stage_of
 
 TINY = ('tiny', 'ltiny')  # sizes for a laptop and drawings
@@ -235,7 +236,7 @@ class Log:
     """How often a line is logged, and to what beside metrics.jsonl."""
 
     every: int = option(10, 'steps between lines', above=0)
-    to: str = option('', "'' or tensorboard, beside metrics.jsonl", ('', 'tensorboard'))
+    to: str = option('', 'tensorboard, wandb, trackio, with commas between: where else than in metrics.jsonl')
 
 
 @dataclasses.dataclass
@@ -381,6 +382,7 @@ def check(config: Config):
         raise UserError(f'data.length {d.length} is beyond model.positions {m.positions}.')
     if d.batch_size % o.parts:
         raise UserError(f'data.batch_size {d.batch_size} does not divide into optim.accumulate={o.accumulate} parts.')
+    trackers.names(config.log.to)
     _check_data(config)
 
 

@@ -17,7 +17,16 @@ PACKAGE = ROOT / 'nanovision_jax'
 VERBS = {'train', 'plan', 'chat', 'serve', 'evaluate', 'show', 'report', 'prepare', 'convert'}
 # Packages that most runs do without; transformers takes long to load, and only who imports a tokenizer needs it.
 # jax's kernels are for one hardware each.
-OPTIONAL = {'torch', 'apache_beam', 'tensorboardX', 'readline', 'transformers', 'jax.experimental.pallas.ops'}
+OPTIONAL = {
+    'torch',
+    'apache_beam',
+    'tensorboardX',
+    'wandb',
+    'trackio',
+    'readline',
+    'transformers',
+    'jax.experimental.pallas.ops',
+}
 OPTIONAL |= {'llguidance', 'nanovision_jax.serving.guide'}  # answers in JSON are not everybody's
 OPTIONAL |= {'fsspec'}  # nor is an object store
 # The library's doors, which load what is behind them when they are used; and a program of its own, with limits to set.

@@ -4,7 +4,6 @@ import json
 import types
 
 import jax
-import numpy as np
 import pytest
 
 from nanovision_jax import config as configs
@@ -155,12 +154,6 @@ def test_a_half_written_last_line_is_forgotten(tmp_path):
     assert [line['step'] for line in metrics.read_metrics(file)] == [1, 2]
     assert write(tmp_path, (3, 4), start=2) == [1, 2, 3, 3, 4]
     assert all(json.loads(line) for line in file.read_text().splitlines())
-
-
-def test_tensorboard_gets_the_numbers_too(tmp_path):
-    pytest.importorskip('tensorboardX')
-    metrics.Metrics(tmp_path, to='tensorboard').write(step=1, loss=np.float64(0.5), word='left out')
-    assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
 def test_the_seconds_before_the_first_step_are_told_by_stage(monkeypatch):

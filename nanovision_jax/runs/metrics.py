@@ -1,4 +1,4 @@
-"""metrics.jsonl: what was logged as a run went on, and TensorBoard's copy of it."""
+"""metrics.jsonl: what was logged as a run went on; trackers.py has where else it goes."""
 
 import json
 import sys
@@ -7,36 +7,37 @@ from nanovision_jax.runs.folder import Paths, read_lines, write_lines
 
 
 class Metrics:
-    """Appends to metrics.jsonl, and to TensorBoard if asked. After a resume, lines past `start` are dropped first.
+    """Appends to metrics.jsonl, and tells trackers. After a resume, lines past `start` are dropped first.
 
     Lines that cannot be written, on a full disk say, are kept, said once, and written with the next that can be.
     writes: of several hosts one does; the others know what it has written.
     """
 
-    def __init__(self, run_dir, to='', start=0, writes=True):
+    def __init__(self, run_dir, start=0, writes=True, trackers=()):
         self.file, self._writes = Paths(run_dir).metrics, writes
         kept = [line for line in read_metrics(self.file) if line['step'] <= start]
         if writes:
             write_lines(self.file, kept)  # a half-written last line is gone too: the next one would be glued to it
         self.last = next((line for line in reversed(kept) if 'tokens' in line), {'tokens': 0, 'seconds': 0.0})
         self.evaluated = {line['step'] for line in kept if 'eval_loss' in line}
-        self._board, self._unwritten, self._size = None, [], self.file.stat().st_size
-        if to == 'tensorboard' and writes:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / 'tensorboard'))
+        self._trackers, self._unwritten, self._size = trackers, [], self.file.stat().st_size
 
     def write(self, **values):
-        """Appends one object; numbers other than `step` go to TensorBoard too."""
+        """Appends one object; its numbers go to trackers too, by its step."""
         self.evaluated |= {values['step']} if 'eval_loss' in values else set()
         if not self._writes:
             return
         self._unwritten.append(json.dumps(values) + '\n')
         self.flush()
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != 'step':
-                    self._board.add_scalar(name, value, values['step'])
+        numbers = {name: x for name, x in values.items() if isinstance(x, int | float) and name != 'step'}
+        for tracker in self._trackers:
+            tracker.write(values['step'], numbers)
+
+    def close(self):
+        """Writes what could not be written yet, and ends what trackers hold open."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
 
     def flush(self):
         """Writes the lines that could not be written yet, if there are any and it can."""

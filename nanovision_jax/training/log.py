@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from nanovision_jax.config import Config, fields, get
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.runs import trackers
 from nanovision_jax.runs.metrics import Metrics
 from nanovision_jax.training import meter, optim
 
@@ -33,7 +35,11 @@ class Log:
     def __init__(self, config, vocab_size: int, start: int, steps: int, drawn: Callable):
         self.config, self.vocab_size, self.steps, self.drawn = config, vocab_size, steps, drawn
         with hosts.first_before_others():
-            self.metrics = Metrics(pathlib.Path(config.run_dir), config.log.to, start, hosts.is_first())
+            folder, writes = pathlib.Path(config.run_dir), hosts.is_first()
+            told = {name: get(config, name) for name in fields(Config)}
+            self.metrics = Metrics(
+                folder, start, writes, trackers.opened(config.log.to, folder, told) if writes else ()
+            )
         self.peak, source = hardware.peak_flops()
         print(f'MFU is of {self.peak:.3g} FLOP/s ({source}); full-attention convention, padding not counted')
         self.rate = optim.schedule(config.optim, steps)
@@ -50,7 +56,7 @@ class Log:
 
     def __exit__(self, *_):
         self.bar.close()
-        self.metrics.flush()
+        self.metrics.close()
 
     def say(self, text: str):
         """Prints a line above the progress bar."""
