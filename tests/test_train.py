@@ -105,10 +105,15 @@ def test_state_stays_where_it_was_born(trained):
     jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or 1 / 0, state, shardings)
 
 
-def test_the_step_gives_loss_and_gradient_norm(trained):
-    metrics = trained[6]
-    assert set(metrics) == {'loss', 'grad_norm', 'sound'}
+def test_the_step_gives_the_loss_and_the_norms_of_each_part_that_learns(trained):
+    stage, *_, metrics = trained
+    state = trained[3]
+    parts = step.partition(micro.config(stage), state['params'])[0]
+    norms = {f'{name}_norm/{part}' for name in ('grad', 'update') for part in parts}
+    assert set(metrics) == {'loss', 'grad_norm', 'sound'} | norms
     chex.assert_tree_all_finite(metrics)
+    each = [float(metrics[f'grad_norm/{part}']) for part in parts]
+    assert float(np.linalg.norm(each)) == pytest.approx(float(metrics['grad_norm']), rel=1e-6)
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_is(trained):
@@ -177,7 +182,10 @@ def test_every_line_of_metrics_has_its_fields(road, stage):
     logged = [line for line in lines if 'loss' in line]
     evaluated = [line for line in lines if 'eval_loss' in line]
     names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited seconds'
-    assert all(set(line) == set(names.split()) for line in logged)
+    parts = step.partition(micro.config(stage), micro.read(road / stage)['params'])[0]
+    norms = {f'{name}_norm/{part}' for name in ('grad', 'update') for part in parts}
+    learned = set() if stage == 'clip' else {'learned'}
+    assert all(set(line) == set(names.split()) | norms | learned for line in logged)
     assert [line['step'] for line in logged] == [1, 2, 3, 4] and [line['step'] for line in evaluated] == [4]
     assert len(logged) + len(evaluated) == len(lines)
     for name in ('tokens', 'seconds'):

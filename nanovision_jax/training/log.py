@@ -90,14 +90,16 @@ class Log:
             self._look_at(number, float(values['loss']), float(values['grad_norm']), bool(values['sound']))
         # Of a skipped step there is nothing to tell; the line of a window without any other has no loss.
         sound = [values for values in every if values['sound']]
-        values = {name: float(sound[-1][name]) for name in ('loss', 'grad_norm')} if sound else {}
+        values = {name: float(x) for name, x in sound[-1].items() if name != 'sound'} if sound else {}
         speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
         flops = meter.step_flops(
             self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
         )
         measured = {'tokens': tokens, 'tokens_per_second': speed, 'mfu': flops / seconds / self.peak}
         measured['waited'] = min(1.0, window['waited'] / seconds)
+        measured |= {'learned': window['learned'] / window['tokens']} if 'learned' in window else {}
         measured |= {'skipped': self.skipped} if self.skipped else {}
+        measured |= {'memory': memory} if (memory := hardware.peak_memory()) else {}  # of one device, in bytes
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
         left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
         loss, norm = (values.get(name, math.nan) for name in ('loss', 'grad_norm'))

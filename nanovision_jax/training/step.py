@@ -205,9 +205,10 @@ def _split(batch, parts):
 
 
 def make_train_step(config, graphdef, optimizer, shardings):
-    """The jitted step (state, batch) → (state, {loss, grad_norm, sound}); the old state's memory becomes the new one's.
+    """The jitted step (state, batch) → (state, metrics); the old state's memory becomes the new one's.
 
-    sound: whether loss and gradients are finite. Where they are not, the state stays as it is, bit by bit.
+    metrics: loss, grad_norm, the norms of gradients and updates of each part (grad_norm/decoder), and sound: whether
+    loss and gradients are finite. Where they are not, the state stays as it is, bit by bit.
     """
     gradients = make_gradients(config, graphdef)
 
@@ -218,14 +219,22 @@ def make_train_step(config, graphdef, optimizer, shardings):
         with jax.named_scope('optimizer'):
             updates, opt_state = optimizer.update(grads, state['optimizer'], learned)
             updated = optax.apply_updates(learned, updates)
-            norm = optax.tree.norm(grads)
+            squares = _squares(grads)
+            norm = jnp.sqrt(sum(squares.values()))
             sound = jnp.isfinite(loss) & jnp.isfinite(norm)
             before, after = (learned, state['optimizer']), (updated, opt_state)
             learned, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
         metrics = {'loss': loss, 'grad_norm': norm, 'sound': sound}
+        for name, parts in (('grad_norm', squares), ('update_norm', _squares(updates))):
+            metrics |= {f'{name}/{part}': jnp.sqrt(value) for part, value in parts.items()}
         return {'params': join(learned, frozen), 'optimizer': opt_state}, metrics
 
     return train_step
+
+
+def _squares(tree):
+    """{part: the sum of squares of its leaves}: the parts are a tree's topmost names."""
+    return {part: sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(inside)) for part, inside in tree.items()}
 
 
 def make_eval_step(config, graphdef):
