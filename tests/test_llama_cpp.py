@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from conftest import ROOT, sentence
 import nanovision_jax
 from nanovision_jax import config as configs
 from nanovision_jax import convert
-from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
+from nanovision_jax.data import templates
+from nanovision_jax.data.tokenizer import Tokenizer, escape, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import llama_cpp
 from nanovision_jax.inference.prompt import chat_prompt
@@ -30,7 +32,7 @@ gguf = pytest.importorskip('gguf')
 
 LLAMA = dict(flavour='llama', kv_heads=2, rope_theta=1e4)
 KINDS = {
-    'llama': LLAMA | dict(head_dim=10, rope_scaling=(8.0, 1.0, 4.0, 32.0)),
+    'llama': LLAMA | dict(head_dim=10, rope_scaling=(8.0, 1.0, 4.0, 64.0)),
     'llama, tied': LLAMA | dict(kv_heads=0, tied=True),
     'qwen2': LLAMA | dict(qkv_bias=True, tied=True),
     'qwen3': LLAMA | dict(head_dim=10, qk_norm=True),
@@ -40,7 +42,7 @@ KINDS = {
 def write_run(folder, tokenizer, fields, stage='sft'):
     """The folder of a run with random weights of which an answer follows."""
     cfg = micro.config(stage, folder)
-    cfg.dtype, cfg.data.length = 'float32', 64
+    cfg.name, cfg.dtype, cfg.data.length = 'mine', 'float32', 64
     cfg.model = dataclasses.replace(cfg.model, positions=256, **fields)
     configs.check(cfg)
     return micro.run_folder(cfg, tokenizer, golden.params_of(cfg, tokenizer)[1])
@@ -83,7 +85,7 @@ def test_the_settings_are_the_models(kind, runs, tmp_path, capsys):
     head = 10 if KINDS[kind].get('head_dim') else 8
     wanted |= dict.fromkeys(('attention.key_length', 'attention.value_length', 'rope.dimension_count'), head)
     found = {key: value for key, value in fields.items() if not key.startswith('tokenizer.')}
-    general = {'architecture': name, 'type': 'model', 'name': f'{runs(kind).parent.name} sft', 'file_type': 0}
+    general = {'architecture': name, 'type': 'model', 'name': 'mine sft', 'file_type': 0}
     assert found == {f'{name}.{key}': v for key, v in wanted.items()} | {f'general.{k}': v for k, v in general.items()}
 
 
@@ -96,7 +98,8 @@ def test_the_tokenizer_is_the_runs(runs, tmp_path):
     control = [i for i, kind in enumerate(found['ggml.token_type']) if kind == gguf.TokenType.CONTROL]
     assert control == list(tokenizer.special) and set(found['ggml.token_type']) == {1, 3}
     assert found['ggml.merges'] == [' '.join(pair) for pair in model['merges']] and len(found['ggml.merges']) > 50
-    assert found['chat_template'] == (tokenizer.folder / 'chat_template.jinja').read_text()
+    stored = (tokenizer.folder / 'chat_template.jinja').read_text()
+    assert found['chat_template'] == stored.replace(r'\u200b', '\u200b') != stored
     end = '<|end|>'
     for name, token in {'bos': '<|endoftext|>', 'eos': end, 'eot': end, 'padding': '<|endoftext|>'}.items():
         assert found['ggml.tokens'][found[f'ggml.{name}_token_id']] == token
@@ -104,15 +107,13 @@ def test_the_tokenizer_is_the_runs(runs, tmp_path):
 
 
 def test_ids_without_a_token_are_filled_and_added_words_stay_words(tokenizer_folder, tmp_path):
-    source = foreign.make('qwen3', tmp_path / 'theirs', tokenizer_folder)
-    content = json.loads((source / 'tokenizer.json').read_text())
-    last = max(token['id'] for token in content['added_tokens'])
-    content['added_tokens'][-1]['id'] = last + 3
-    (source / 'tokenizer.json').write_text(json.dumps(content | {'normalizer': None}))
-    import_tokenizer(str(source), tmp_path / 'ours')
+    import_tokenizer(str(foreign.make('qwen3', tmp_path / 'theirs', tokenizer_folder)), tmp_path / 'ours')
+    content = json.loads((tmp_path / 'ours' / 'tokenizer.json').read_text())
+    gap = content['model']['vocab'].pop(''.join(content['model']['merges'].pop()))
+    (tmp_path / 'ours' / 'tokenizer.json').write_text(json.dumps(content))
     fields, _ = written(write_run(tmp_path / 'run', Tokenizer(tmp_path / 'ours'), LLAMA), tmp_path / 'out.gguf')
     kinds = dict(zip(fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type'], strict=True))
-    assert kinds[f'[PAD{last}]'] == gguf.TokenType.UNUSED
+    assert kinds[f'[PAD{gap}]'] == gguf.TokenType.UNUSED
     assert kinds['<think>'] == gguf.TokenType.USER_DEFINED and kinds['<|im_end|>'] == gguf.TokenType.CONTROL
     assert fields['tokenizer.ggml.pre'] == 'smollm' and fields['tokenizer.ggml.tokens'][-1] == '<|image|>'
 
@@ -153,7 +154,7 @@ def test_the_tensors_are_the_parameters(kind, runs, tmp_path):
             if name in ours['blocks']:
                 wanted[f'{block}{theirs}.weight'] = ours['blocks'][name]['scale'][layer]
     if kind == 'llama':
-        wanted['rope_freqs.weight'] = [llama3_factor(1e4 ** (-i / 5), 8.0, 1.0, 4.0, 32.0) for i in range(5)]
+        wanted['rope_freqs.weight'] = [llama3_factor(1e4 ** (-i / 5), 8.0, 1.0, 4.0, 64.0) for i in range(5)]
         assert 1 < wanted['rope_freqs.weight'][1] < wanted['rope_freqs.weight'][-1] == 8
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
@@ -207,7 +208,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tokenizer, runs, tmp_
     made = {
         'gpt': write_run(tmp_path / 'gpt', tokenizer, {}),
         'clip': micro.run_folder(micro.config('clip', tmp_path / 'clip'), tokenizer),
-        'scaled': write_run(tmp_path / 'scaled', tokenizer, KINDS['qwen3'] | {'rope_scaling': (8.0, 1.0, 4.0, 32.0)}),
+        'scaled': write_run(tmp_path / 'scaled', tokenizer, KINDS['qwen3'] | {'rope_scaling': (8.0, 1.0, 4.0, 64.0)}),
         'wide': write_run(tmp_path / 'wide', tokenizer, KINDS['qwen2'] | {'head_dim': 10}),
         'split': shutil.copytree(runs('llama'), tmp_path / 'split'),
     }
@@ -272,95 +273,64 @@ def test_only_what_llama_cpp_reads_in_the_same_way_has_a_name(tokenizer_folder, 
 # llama.cpp itself -----------------------------------------------------------------------------------------------------
 
 VERSION = '0.3.36'  # of llama-cpp-python
-FOLDER = ROOT / '.venv-llama-cpp'  # kept: it takes ten minutes to build
-# Its library alone, for the processors that it is likely to meet later.
+FOLDER = ROOT / '.venv-llama-cpp'  # kept: it takes four minutes of a core to build
+# The library alone, without what only this machine's processor knows.
 OPTIONS = ['-DCMAKE_BUILD_TYPE=Release', '-DGGML_NATIVE=OFF', '-DGGML_OPENMP=OFF', '-DLLAMA_BUILD_COMMON=OFF']
 OPTIONS += [f'-DLLAMA_BUILD_{part}=OFF' for part in ('TESTS', 'TOOLS', 'EXAMPLES', 'SERVER', 'APP')]
 
 
 @pytest.fixture(scope='module')
-def ask():
-    """A function (file, **question) → what llama.cpp answers: see llama_cpp_driver.py."""
+def built():
+    """The environment of the Python that has llama-cpp-python; llama.cpp is built if it is not there."""
     python, source = FOLDER / 'bin' / 'python', FOLDER / f'llama_cpp_python-{VERSION}'
-    pip, build = [python, '-m', 'pip', '--quiet', '--disable-pip-version-check'], FOLDER / 'build'
-    wanted = f'llama-cpp-python=={VERSION}'
+    pip, build, llama = [python, '-m', 'pip', '-q'], FOLDER / 'build', source / 'vendor' / 'llama.cpp'
     jobs = os.environ.get('CMAKE_BUILD_PARALLEL_LEVEL', str(os.cpu_count()))
+    jinja = f'jinja/*.cpp {llama}/common/json.cpp {llama}/common/unicode.cpp -I{llama}/common -I{llama}/vendor'
+    jinja += f' -I{llama}/include -I{llama}/ggml/include'
     steps = [
         [sys.executable, '-m', 'venv', FOLDER],
         [*pip, 'install', 'cmake', 'ninja', 'numpy', 'jinja2', 'diskcache', 'typing-extensions'],
-        [*pip, 'download', '--no-deps', '--no-binary=llama-cpp-python', f'--dest={FOLDER}', wanted],
+        [*pip, 'download', '--no-deps', '--no-binary=llama-cpp-python', '-d', FOLDER, f'llama-cpp-python=={VERSION}'],
         ['tar', '-xf', f'{source}.tar.gz', '-C', FOLDER],
-        [FOLDER / 'bin' / 'cmake', '-G', 'Ninja', '-S', source / 'vendor' / 'llama.cpp', '-B', build, *OPTIONS],
+        [FOLDER / 'bin' / 'cmake', '-G', 'Ninja', '-S', llama, '-B', build, *OPTIONS],
         [FOLDER / 'bin' / 'cmake', '--build', build, '--target', 'llama', '--parallel', jobs],
+        ['sh', '-c', f'c++ -std=c++17 -O1 tests/llama_cpp_jinja.cpp {llama}/common/{jinja} -o {FOLDER}/jinja'],
     ]
     environment = os.environ | {'PATH': f'{FOLDER / "bin"}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(source)}
     environment['LLAMA_CPP_LIB_PATH'] = str(build / 'bin')
     if not (FOLDER / VERSION).exists():
         for step in steps:
-            done = subprocess.run(step, env=environment | {'PYTHONPATH': ''}, capture_output=True, text=True)
+            done = subprocess.run(
+                step, cwd=ROOT, env=environment | {'PYTHONPATH': ''}, capture_output=True, text=True, errors='replace'
+            )
             if done.returncode:
                 pytest.skip(f'llama.cpp is not to be had: {(done.stderr or done.stdout)[-300:]}')
         (FOLDER / VERSION).touch()
+    return environment
+
+
+def said(command, given, environment):
+    """What a program says to a text."""
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def ask(built):
+    """A function (file, **question) → what llama.cpp answers: see llama_cpp_driver.py."""
+    command = [FOLDER / 'bin' / 'python', ROOT / 'tests' / 'llama_cpp_driver.py']
 
     def question(file, texts=(), chat=None, prompt=None, n=0, never=()):
         asked = dict(model=str(file), texts=list(texts), chat=chat, prompt=prompt, n=n, never=list(never))
-        command = [python, ROOT / 'tests' / 'llama_cpp_driver.py']
-        done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
+        return json.loads(said(command, json.dumps(asked), built))
 
     return question
 
 
-PIECES = [
-    "I'm",
-    "we'll",
-    "DON'T",
-    "it's",
-    "'S",
-    "'",
-    '1',
-    '22',
-    '4444',
-    '55555',
-    '٣٤',
-    '½',
-    'Ⅷ',
-    '²',
-    *'\t\n\r .,!?—…$+~',
-]
-PIECES += [
-    '  ',
-    '     ',
-    '\r\n',
-    '\n\n\n',
-    ' \n ',
-    '\u00a0',
-    '\u3000',
-    '\u2028',
-    '\x85',
-    '\u200b',
-    '...',
-    '<|',
-    '|>',
-    '%&',
-]
-PIECES += [
-    'naïve',
-    'e\u0301',
-    '你好',
-    '世界。',
-    'мир',
-    'مرحبا',
-    'हिन्दी',
-    'ไทย',
-    '👩‍👩‍👧',
-    '🙂',
-    '_a_',
-    'x2y',
-    '\U0010ffff',
-    '\ufffd',
-]
+WORDS = "I'm we'll DON'T it's 'S ' 1 22 4444 55555 ٣٤ ½ Ⅷ ² ... <| |> %& _a_ x2y naïve 你好 世界。 мир مرحبا"
+PIECES = [*WORDS.split(), 'e\u0301', 'हिन्दी', 'ไทย', '👩‍👩‍👧', '🙂', '\U0010ffff', '\ufffd', '\u200b', *'.,!?—…$+~']
+PIECES += [*'\t\n\r \u00a0\u3000\u2028\x85', '  ', '     ', '\r\n', '\n\n\n', ' \n ']
 
 
 def hard(rng, pieces=20):
@@ -377,10 +347,10 @@ def test_llama_cpp_says_the_same_tokens(kind, runs, ask, tmp_path):
     prompt = chat_prompt(run.config, run.tokenizer, chat).ids.tolist()
     texts = [run.tokenizer.escape(hard(rng)).strip() for _ in range(200)]
     # Random weights stop nowhere in particular: all 32 tokens count.
-    said = ask(tmp_path / 'out.gguf', texts, chat, prompt, 32, run.tokenizer.special)
-    assert said['tokens'] == micro.greedy(run.graphdef, run.params, prompt, None, 32, run.tokenizer.special)
-    assert len(set(said['tokens'])) > 8 and said['chat'] == prompt
-    assert said['texts'] == [list(run.tokenizer.encode(text)) for text in texts]
+    found = ask(tmp_path / 'out.gguf', texts, chat, prompt, 32, run.tokenizer.special)
+    assert found['tokens'] == micro.greedy(run.graphdef, run.params, prompt, None, 32, run.tokenizer.special)
+    assert len(set(found['tokens'])) > 8 and found['chat'] == prompt
+    assert found['texts'] == [list(run.tokenizer.encode(text)) for text in texts]
 
 
 @pytest.mark.slow
@@ -390,13 +360,14 @@ def test_llama_cpp_splits_text_as_its_name_says(split, ask, tmp_path):
     rng, (steps, whole) = random.Random(1), llama_cpp.SPLITS[split]
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False)
     trained.train_from_iterator([hard(rng) for _ in range(500)], trainer)
     content = json.loads(trained.to_str())
-    content |= {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [s | TRIM.get(s['type'], {}) for s in steps]}}
+    steps = [step | ({'trim_offsets': True} if step['type'] == 'ByteLevel' else {}) for step in steps]
+    content['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': steps}
     content['model']['ignore_merges'] = whole
-    content['decoder'] = {'type': 'ByteLevel', **TRIM['ByteLevel'], 'add_prefix_space': False, 'use_regex': True}
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'theirs' / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -408,4 +379,30 @@ def test_llama_cpp_splits_text_as_its_name_says(split, ask, tmp_path):
     assert ask(tmp_path / 'out.gguf', texts)['texts'] == [list(tokenizer.encode(text)) for text in texts]
 
 
-TRIM = {'ByteLevel': {'trim_offsets': True}}
+@pytest.mark.slow
+@pytest.mark.parametrize('number', range(len(templates.KNOWN)))
+def test_llama_cpps_jinja_writes_a_conversation_as_we_do(number, built, tmp_path):
+    """Which llama-server goes by; llama-cpp-python has Python's."""
+    template, rng = templates.KNOWN[number], random.Random(2)
+    turns = (template.begin, template.document, *template.user, *template.assistant, *(template.system or ()))
+    controls = sorted({*re.findall(r'<\|\w+\|>', ''.join((*turns, *template.ends))), templates.IMAGE})
+    (tmp_path / 'template').write_text(llama_cpp.chat_template(template, controls), encoding='utf-8')
+
+    def message(role):
+        parts = [rng.choice(controls), hard(rng, 4), *'x ', rng.choice(controls), '\n\t', hard(rng, 4) + '.', '']
+        text = ''.join(rng.sample(parts, 3)).strip()  # its trim leaves other white space than ASCII's
+        text = rng.choice(['', ' ', ' \n\t']).join(['', text, ''])
+        return {'role': role, 'content': rng.choice([text, [{'type': 'text', 'text': text}]])}
+
+    talks, wanted = [], []
+    for _ in range(200):
+        roles, question = ['system'] * rng.randint(0, 1) + ['user', 'assistant'] * rng.randint(1, 3), rng.random() < 0.5
+        messages = [message(role) for role in (roles[:-1] if question else roles)]
+        talks.append({'messages': messages, 'add_generation_prompt': question})
+        spans = [
+            span for turn in template.turns(messages, lambda text: escape(text, controls), question) for span in turn
+        ]
+        wanted.append(''.join(span.text for span in spans))
+    lines = ''.join(json.dumps(talk) + '\n' for talk in talks)
+    lines = said([FOLDER / 'jinja', tmp_path / 'template'], lines, built).split('\n')[:-1]
+    assert [json.loads(line) for line in lines] == wanted

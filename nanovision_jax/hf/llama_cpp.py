@@ -10,6 +10,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
+from nanovision_jax.data.templates import Template
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import configs, decoders
@@ -20,7 +21,7 @@ from nanovision_jax.stages import stage_of
 # Ours: GGML's name of a number, and of a file that holds mostly such.
 DTYPES = {'float32': ('F32', 'ALL_F32'), 'float16': ('F16', 'MOSTLY_F16'), 'bfloat16': ('BF16', 'MOSTLY_BF16')}
 
-# How a tokenizer.json splits text -------------------------------------------------------------------------------------
+# How a tokenizer.json splits text, and a conversation is written ------------------------------------------------------
 
 _GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
 _BYTES = _GPT2 | {'use_regex': False}
@@ -56,6 +57,11 @@ def split_name(content: dict) -> str | None:
         return None
     found = steps, bool(model.get('ignore_merges'))
     return next((name for name, split in SPLITS.items() if split == found), None)
+
+
+def chat_template(template: Template, controls) -> str:
+    """A template as Jinja text that llama.cpp's own Jinja reads too: it does not know \\u."""
+    return template.jinja(controls).replace(r'\u200b', '\u200b')
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -166,4 +172,4 @@ def _add_tokenizer(writer, kinds, tokenizer: Tokenizer, content, split):
     writer.add_eot_token_id(tokenizer.end)
     writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)  # the chat template writes it
-    writer.add_chat_template(tokenizer.template.jinja(tokenizer.controls))
+    writer.add_chat_template(chat_template(tokenizer.template, tokenizer.controls))
