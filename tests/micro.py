@@ -137,13 +137,13 @@ def run_config(stage, family, **fields):
     return cfg
 
 
-def run_folder(cfg, tokenizer):
-    """The run folder of a config as training leaves it, of a model that never learned. Returns its path."""
+def run_folder(cfg, tokenizer, params=None):
+    """The run folder of a config as training leaves it, of a model that never learned, or of `params`. Its path."""
     mesh = parallel.make_mesh(configs.Mesh(), jax.devices()[:1])
     lineage.begin(cfg, tokenizer, [], mesh, 'float32', {}, {}, 0)
     resume.write_run(cfg, tokenizer, [])
     writer = checkpoint.Checkpoints(cfg.run_dir, keep=1)
-    writer.save(7, model(cfg, tokenizer)[1], {'count': np.zeros(())}, {})
+    writer.save(7, jax.device_put(params) if params else model(cfg, tokenizer)[1], {'count': np.zeros(())}, {})
     writer.wait()
     lineage.end(cfg, 7, {}, 0)
     return pathlib.Path(cfg.run_dir)

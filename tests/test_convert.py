@@ -292,6 +292,7 @@ def test_wrong_commands_get_one_sentence(runs, tmp_path, tokenizer):
         ('--from=hf', f'--input={there}', f'--output={there}'): 'exists',
         ('--to=hf', f'--run={gpt}', f'--output={out}', '--input=x'): '--input does not go with --to=hf',
         ('--from=hf', f'--input={there}', f'--output={out}', '--push=a/b'): '--push does not go with --from=hf',
+        ('--to=gguf', f'--run={gpt}', f'--output={out}', '--push=a/b'): '--push does not go with --to=gguf',
         ('--to=onnx', f'--run={gpt}', f'--output={out}'): 'invalid choice',
         ('--to=hf', f'--run={tmp_path / "clip"}', f'--output={out}'): 'is a clip run',
         ('--to=hf', f'--run={there}', f'--output={out}'): 'no run folder',
@@ -448,6 +449,7 @@ def test_engines_that_would_answer_wrongly_are_named():
     for stage in ('sft', 'vision_instruct'):
         assert 'llama.cpp: NO' in told(stage, 'gpt') and 'train the size l20' in told(stage, 'gpt')
         assert 'vLLM: by its source' in told(stage, 'llama') and 'NO' not in told(stage, 'llama')
+        assert 'by convert --to=gguf' in told(stage, 'llama')
     assert 'no linear projector' in told('vision_instruct', 'llama', 'linear')
     assert 'vLLM: no' in told('vision_instruct', 'gpt') and 'SGLang' not in told('sft', 'llama')
 

@@ -28,7 +28,7 @@ OPTIONAL = {
     'jax.experimental.pallas.ops',
 }
 OPTIONAL |= {'llguidance', 'nanovision_jax.serving.guide'}  # answers in JSON are not everybody's
-OPTIONAL |= {'fsspec'}  # nor is an object store
+OPTIONAL |= {'fsspec', 'gguf'}  # nor is an object store, nor llama.cpp
 # The library's doors, which load what is behind them when they are used; and a program of its own, with limits to set.
 DOORS = {'nanovision_jax', 'nanovision_jax.hf', 'nanovision_jax.data.sandbox'}
 

@@ -13,7 +13,7 @@ from nanovision_jax import config as configs
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
-from nanovision_jax.hf import engines, nanogptvision
+from nanovision_jax.hf import engines, llama_cpp, nanogptvision
 from nanovision_jax.hf.configs import model_folder
 from nanovision_jax.hf.export import export
 from nanovision_jax.hf.read import read_folder
@@ -21,6 +21,7 @@ from nanovision_jax.parallel import hosts
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
+from nanovision_jax.stages import stage_of
 
 
 def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
@@ -31,6 +32,13 @@ def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
     print('\n'.join(f'  {line}' for line in engines.told(run.config)))
     if push:
         print(f'uploaded: {upload(output, push)}')
+
+
+def to_gguf(run, output, dtype: str = 'float32'):
+    """Writes a run (inference.run.Run) as a GGUF file for llama.cpp: of a vision run what reads and writes text."""
+    output = pathlib.Path(output)
+    llama_cpp.write(run, output, dtype)
+    print(f'written: {output}{", its text alone" if stage_of(run.config).sees else ""}')
 
 
 def upload(folder, name: str) -> str:

@@ -1,6 +1,6 @@
-"""Which engines an export is for, as their sources tell; see the README's table. None of them is needed here.
+"""Which engines an export is for, as they or their sources tell; see the README's table. None of them is needed here.
 
-vLLM 0.33, SGLang 0.5.23 and llama.cpp (of llama-cpp-python 0.3.36) were read, not run.
+vLLM 0.33 and SGLang 0.5.23 were read, not run; llama.cpp (of llama-cpp-python 0.3.36) runs in tests/test_llama_cpp.py.
 """
 
 from nanovision_jax.stages import stage_of
@@ -20,4 +20,4 @@ def told(config) -> list[str]:
         found.append('vLLM: by its source, vllm serve FOLDER')
     if sees:
         found.append('SGLang: no: it refuses how LLaVA takes features here')
-    return [*found, f'llama.cpp: {"its text alone, " if sees else ""}by convert_hf_to_gguf.py']
+    return [*found, f'llama.cpp: {"its text alone, " if sees else ""}by convert --to=gguf']

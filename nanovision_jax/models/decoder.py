@@ -28,19 +28,21 @@ from nanovision_jax.models.layers import Linear, LinearGeneral, contract, matrix
 Rotary = tuple[Float[Array, 'B T 1 half'], Float[Array, 'B T 1 half']]  # cosines and sines of every position's angles
 
 
-def rotary_angles(cfg, positions: Int[Array, 'B T']) -> Rotary:
-    """Cosines and sines of the angles by which positions turn queries and keys; cfg: config.Model.
-
-    Llama 3.1 (rope_scaling) slows the long waves down.
-    """
+def rotary_frequencies(cfg) -> Float[Array, ' half']:
+    """How fast each pair of a head's numbers turns; Llama 3.1 (cfg.rope_scaling) slows the long waves down."""
     half = cfg.head_size // 2
     frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if cfg.rope_scaling:
-        factor, low, high, original = cfg.rope_scaling
-        waves = original * frequency / (2 * math.pi)  # how often each turns within the original context
-        smooth = jnp.clip((waves - low) / (high - low), 0, 1)
-        frequency = frequency * (smooth + (1 - smooth) / factor)
-    angle = positions[:, :, None, None] * frequency
+    if not cfg.rope_scaling:
+        return frequency
+    factor, low, high, original = cfg.rope_scaling
+    waves = original * frequency / (2 * math.pi)  # how often each turns within the original context
+    smooth = jnp.clip((waves - low) / (high - low), 0, 1)
+    return frequency * (smooth + (1 - smooth) / factor)
+
+
+def rotary_angles(cfg, positions: Int[Array, 'B T']) -> Rotary:
+    """Cosines and sines of the angles by which positions turn queries and keys; cfg: config.Model."""
+    angle = positions[:, :, None, None] * rotary_frequencies(cfg)
     return jnp.cos(angle), jnp.sin(angle)
 
 
