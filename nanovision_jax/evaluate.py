@@ -1,11 +1,15 @@
-"""Evaluates a run on held-out data.
+"""Evaluates a run on held-out data, and on published benchmarks.
 
     python -m nanovision_jax.evaluate --run=runs/tiny/vision_instruct --task=vqa [--split=heldout]
     python -m nanovision_jax.evaluate --run=runs/tiny/pretrain --task=bpb [--data=FILE]
+    python -m nanovision_jax.evaluate --run=RUN --task=pope,mme --data=FOLDER [--limit=N] [--controls=all]
 
-Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jsonl; another split's files are named
-<task>-<split>. What cannot be asked, as its picture cannot be read or it is longer than the context, is left out, and
-counted. If this is more than 1%, nothing is scored or written unless --allow-missing is given.
+Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jsonl. What was not the whole of the run's
+validation data says so in its name: <task>-<split>, <task>-<name of the data>, <task>-limit<N>. A benchmark's FOLDER
+holds its published files, at any depth; one that was cut off goes on with the questions that are left.
+
+What cannot be asked, as its picture cannot be read or it is longer than the context, is left out, and counted. For vqa
+nothing is scored or written if this is more than 1%, unless --allow-missing is given.
 """
 
 from nanovision_jax.cli import Parser, run
@@ -16,21 +20,32 @@ def main(argv):
     """The command: see the module's docstring."""
     parser = Parser(prog='python -m nanovision_jax.evaluate', description=__doc__)
     parser.add_argument('--run', required=True, help='a run folder')
-    parser.add_argument('--task', required=True, help=' or '.join(base.RESULTS))
+    parser.add_argument('--task', required=True, help=f'one or more, with commas between: {", ".join(base.RESULTS)}')
     parser.add_argument('--split', default='validation', help='validation (default), train, or heldout for tiny_world')
     parser.add_argument(
-        '--data', help='a file to evaluate on, instead of the held-out part of what the run learned from'
+        '--data',
+        help='a file to evaluate on, instead of the held-out part of what the run learned from; the folder of '
+        'a benchmark',
     )
     parser.add_argument('--images', help='the zip or folder of pictures that --data names')
     parser.add_argument('--output', help='where the results go (default: RUN/eval)')
-    parser.add_argument('--limit', type=int, help='at most this many questions (vqa) or windows (bpb)')
+    parser.add_argument('--limit', type=int, help='at most this many questions, or windows (bpb)')
     parser.add_argument('--allow-missing', action='store_true', help='score the rest if over 1%% cannot be asked (vqa)')
+    parser.add_argument(
+        '--controls',
+        choices=('all', 'none'),
+        help='ask a benchmark again with blank and swapped images and options '
+        'in another order, or do not (default: up to 500 questions)',
+    )
+    parser.add_argument('--shots', type=int, help='examples before each question of a benchmark that takes some')
     args = vars(parser.parse(argv))
-    run_dir, task = args.pop('run'), args.pop('task')
-    base.check_options(run_dir, task, **args)
+    run_dir, tasks = args.pop('run'), args.pop('task').split(',')
+    for task in tasks:
+        base.check_options(run_dir, task, **args)
     from nanovision_jax.evals.run import evaluate  # jax loads once the command line is read
 
-    print('\n'.join(evaluate(run_dir, task, **args).lines()))
+    for task in tasks:
+        print('\n'.join(evaluate(run_dir, task, **args).lines()))
 
 
 if __name__ == '__main__':

@@ -100,30 +100,119 @@ class Accuracy(Result):
 
     def verdict(self) -> str:
         """Whether the model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
-        name, best = max(self.controls.items(), key=lambda item: item[1])
-        lost = round(100 * (self.accuracy - best), 1)
-        if lost <= 5:
-            told = f'with {name} ones its answers are about as good ({best:.1%})'
-            return f'The model does not look at its pictures: {told}.'
-        if best >= self.interval[0]:
-            return f'{self.n:,} questions are too few to tell whether the model looks at its pictures.'
-        return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
+        return _verdict(self.accuracy, self.interval, self.controls, self.n)
 
 
-RESULTS = {'bpb': Compression, 'vqa': Accuracy}  # by task
+@dataclasses.dataclass
+class Scores(Result):
+    """Of a benchmark's questions: its metrics, of which `headline` stands for it, and the same under the controls.
+
+    interval: 95%, of the headline. baselines: the headline without a model. groups: {group: {n, metric: value}}.
+    drawn_of: of how many questions those asked were drawn. run: which run answered, from which checkpoint.
+    """
+
+    task: str
+    n: int
+    headline: str
+    metrics: dict[str, float]
+    interval: list[float]
+    groups: dict[str, dict]
+    controls: dict[str, dict]
+    baselines: dict[str, float]
+    asked: int | None = None
+    left_out: dict | None = None
+    other: dict | None = None
+    drawn_of: int | None = None
+    seconds: float | None = None
+    run: dict | None = None
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        told = [f'{self.task}: {self._headline()}']
+        told += [f'  {name:36} {_told(value)}' for name, value in self.metrics.items()]
+        for name, row in self.groups.items():
+            told.append(f'  {name:36} {_told(row[self.headline])}  n {row["n"]:,}')
+        for name, value in self.baselines.items():
+            told.append(f'  {name:36} {_told(value)}  without a model')
+        for name, metrics in self.controls.items():
+            lost = 100 * (self.metrics[self.headline] - metrics[self.headline])
+            told.append(f'  {name:36} {_told(metrics[self.headline])}  ({lost:.1f} points below)')
+        return [*told, *filter(None, [self.coverage()])]
+
+    def markdown(self) -> list[str]:
+        """The result as lines of Markdown."""
+        columns = [*self.controls]
+        told = [self._headline(), '', f'| metric | value |{"".join(f" {name} |" for name in columns)}']
+        told.append('|---|---|' + '---|' * len(columns))
+        for name, value in self.metrics.items():
+            under = ''.join(f' {_told(self.controls[control][name])} |' for control in columns)
+            told.append(f'| {name} | {_told(value)} |{under}')
+        for name, value in self.baselines.items():
+            told.append(f'| {self.headline}, {name} | {_told(value)} |{" |" * len(columns)}')
+        for name, row in self.groups.items():
+            told.append(
+                f'| {self.headline}, {name} ({row["n"]:,}) | {_told(row[self.headline])} |{" |" * len(columns)}'
+            )
+        return told
+
+    def _headline(self):
+        low, high = self.interval
+        drawn = f', drawn of {self.drawn_of:,}' if self.drawn_of else ''
+        return (
+            f'{_told(self.metrics[self.headline])} {self.headline} of {self.n:,} questions{drawn} '
+            f'(95% interval {_told(low)} to {_told(high)})'
+        )
+
+    def verdict(self) -> str:
+        """Whether the model looks at its images; '' for a task without any, or whose controls were not asked."""
+        images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
+        return _verdict(self.metrics[self.headline], self.interval, images, self.n) if images else ''
+
+
+def _told(value):
+    """A share as per cent; what is no share, as it is."""
+    return f'{value:.1%}' if 0 <= value <= 1 else f'{value:.2f}'
+
+
+def _verdict(score, interval, controls, n):
+    """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
+    name, best = max(controls.items(), key=lambda item: item[1])
+    lost = round(100 * (score - best), 1)
+    if lost <= 5:
+        told = f'with {name} ones its answers are about as good ({best:.1%})'
+        return f'The model does not look at its pictures: {told}.'
+    if best >= interval[0]:
+        return f'{n:,} questions are too few to tell whether the model looks at its pictures.'
+    return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
+
+
+# Published benchmarks, each a module of this folder.
+BENCHMARKS = ('pope', 'arc_easy', 'arc_challenge')
+RESULTS = {'bpb': Compression, 'vqa': Accuracy} | dict.fromkeys(BENCHMARKS, Scores)  # by task
+GREY = 128  # of a blank image
 
 
 def check_options(
-    run_dir, task, split='validation', data=None, images=None, output=None, limit=None, allow_missing=False
+    run_dir, task, split='validation', data=None, images=None, output=None, limit=None, allow_missing=False, **options
 ):
-    """Raises UserError for options of an evaluation that make no sense, before any time is spent."""
+    """Raises UserError for options of an evaluation that make no sense, before any time is spent.
+
+    options: what benchmarks alone take, with None where it was not given.
+    """
     if task not in RESULTS:
         raise UserError(f'no task {task!r}.{nearest(task, RESULTS)}')
     if split not in SPLITS:
         raise UserError(f'no split {split!r}.{nearest(split, SPLITS)}')
     if limit is not None and limit < 1:
         raise UserError(f'--limit takes a number above 0, not {limit}.')
-    if task != 'vqa' and (images or allow_missing):
+    if task in BENCHMARKS:
+        if not data:
+            raise UserError(f'{task} needs --data: the folder of its published files.')
+        if split != 'validation' or images or allow_missing:
+            raise UserError(f'--split, --images and --allow-missing are not for {task}: its files say what is asked.')
+    elif given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f'--{given[0]} is for published benchmarks, not for {task}.')
+    if task == 'bpb' and (images or allow_missing):
         raise UserError(f'{"--images" if images else "--allow-missing"} is for vqa: {task} reads text alone.')
     if images and not data:
         raise UserError('--images is where the pictures of --data are: it takes --data too.')
@@ -132,9 +221,15 @@ def check_options(
         check_writable(folder)
 
 
-def write_result(result: Result, rows: list[dict], folder: pathlib.Path, split: str):
-    """Writes a result and, where there are any, its rows into a folder."""
-    file = result_file(folder, result.task, split)
+def part_of(split: str = 'validation', data=None, limit: int | None = None) -> str:
+    """What a result is about, as its file's name says: 'validation', another split, a file's name, 'limit100'."""
+    parts = [pathlib.Path(data).name.partition('.')[0] if data else split] + [f'limit{limit}'] * bool(limit)
+    return '-'.join(parts[1:] if parts[0] == 'validation' and limit else parts)
+
+
+def write_result(result: Result, rows: list[dict], folder: pathlib.Path, part: str):
+    """Writes a result and, where there are any, its rows into a folder. part: as part_of() has it."""
+    file = result_file(folder, result.task, part)
     folder.mkdir(parents=True, exist_ok=True)
     if rows:
         write_lines(file.with_suffix('.jsonl'), rows)
@@ -142,14 +237,17 @@ def write_result(result: Result, rows: list[dict], folder: pathlib.Path, split: 
 
 
 def read_results(run_dir: pathlib.Path) -> list[tuple[str, Result]]:
-    """(split, Result) of every evaluation of a run, by task and split. Raises UserError for a damaged file."""
+    """(part, Result) of every evaluation of a run, by task; of each the validation split's first.
+
+    Raises UserError for a damaged file.
+    """
     found = []
-    for task, kind in RESULTS.items():
-        for split in ('validation', *(other for other in SPLITS if other != 'validation')):
-            file = result_file(Paths(run_dir).results, task, split)
-            if file.is_file():
-                found.append((split, _parse(kind, read_json(file), file)))
-    return found
+    for file in Paths(run_dir).results.glob('*.json'):
+        task, _, part = file.stem.partition('-')
+        if task in RESULTS:
+            found.append((part or 'validation', _parse(RESULTS[task], read_json(file), file)))
+    order = list(RESULTS)
+    return sorted(found, key=lambda one: (order.index(one[1].task), one[0] != 'validation', one[0]))
 
 
 def _parse(kind, values, file):

@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from nanovision_jax.data import conversation, images, sources
 from nanovision_jax.errors import UserError
-from nanovision_jax.evals.base import Accuracy, interval, others, told_counts
+from nanovision_jax.evals.base import GREY, Accuracy, interval, others, told_counts
 from nanovision_jax.inference.engine import Prompt
 from nanovision_jax.stages import stage_of
 
 BATCH = 128
-GREY = 128
 TOO_LONG = 'longer than the context'  # a reason to leave a question out
 
 

@@ -124,6 +124,26 @@ def decode(definition, params, state: State, stops: Int[Array, ' stops'], most: 
     return tokens, count, state
 
 
+@functools.partial(jax.jit, static_argnames='definition')
+def follow(definition, params, state: State, options: Int[Array, 'B K']) -> tuple:
+    """How likely each token of an option is behind a prompt: (log-probability, whether none is likelier), both [B, K].
+
+    The State is left as it is: its cache, which has room for the options, serves the next option too.
+    """
+    decoder = models.decoder_of(models.merge(definition.graphdef, params))
+    hidden = decoder.embed(options[:, :-1])
+    if options.shape[1] > 1:
+        hidden, _ = decoder.extend(hidden, state.lengths, state.cache)
+
+    def judged(row):
+        first, hidden, option = row
+        scores = jnp.concatenate([first[None], decoder.logits(hidden[None])[0]])
+        found = jnp.take_along_axis(jax.nn.log_softmax(scores), option[:, None], axis=1)[:, 0]
+        return found, jnp.argmax(scores, axis=1) == option
+
+    return jax.lax.map(judged, (state.logits, hidden, options))  # row by row: all scores of a batch are gigabytes
+
+
 @functools.partial(jax.jit, static_argnames='columns')
 def grow(cache: list, columns: int) -> list:
     """A cache with room for so many columns."""
@@ -184,6 +204,35 @@ class Engine:
                 chunk.append([] if finished[row] else ids[: stop[0]].tolist() if len(stop) else ids.tolist())
             finished |= done
             yield chunk
+
+    def judge(self, prompts: Sequence[Prompt], options: Sequence[Sequence[np.ndarray]]) -> list[list[tuple]]:
+        """How likely a prompt goes on with each of its options, which are token ids.
+
+        Of each option (log-probabilities float32 [n], whether no token was likelier bool [n]), of its n tokens. A
+        prompt is read once, whatever the number of its options. Raises UserError where prompt and option are longer
+        than the context.
+        """
+        positions, params = self.config.model.positions, readable(self.config, self.params)
+        longest = max(len(p.ids) + max(map(len, o)) - 1 for p, o in zip(prompts, options, strict=True))
+        if longest > positions:
+            raise UserError(f'prompt and option are {longest} tokens long, and the context holds {positions}.')
+        state, _ = self._start(params, prompts, [Sampling()] * len(prompts))
+        width = bucket(max(len(option) for each in options for option in each), least=1)
+        room = bucket(longest + width, least=COLUMNS)
+        if room > state.cache[0][0].shape[2]:
+            state = state._replace(cache=grow(state.cache, room))
+        found = [[] for _ in prompts]
+        for number in range(max(map(len, options))):
+            ids = np.zeros((len(prompts), width), np.int32)
+            for row, each in zip(ids, options, strict=True):
+                option = each[min(number, len(each) - 1)]
+                row[: len(option)] = option
+            likely, first = jax.device_get(follow(self.definition, params, state, ids))
+            for row, each in enumerate(options):
+                if number < len(each):
+                    count = len(each[number])
+                    found[row].append((likely[row, :count], first[row, :count]))
+        return found
 
     def _start(self, params, prompts, sampling) -> tuple[State, int]:
         """(the State after the prompts, the length of the longest)."""

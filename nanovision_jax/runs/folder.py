@@ -222,10 +222,10 @@ def locate(run_dir, path: str) -> str:
     return path if os.path.exists(path) or not beside.exists() else str(beside)
 
 
-def result_file(folder, task: str, split: str) -> pathlib.Path:
-    """Where the result of an evaluation lies in a folder of results: <task>.json, or for other splits than validation
-    <task>-<split>.json. Its rows are beside it, as .jsonl."""
-    return pathlib.Path(folder) / (f'{task}.json' if split == 'validation' else f'{task}-{split}.json')
+def result_file(folder, task: str, part: str) -> pathlib.Path:
+    """Where the result of an evaluation lies in a folder of results: <task>.json, or of another part than validation
+    <task>-<part>.json. Its rows are beside it, as .jsonl."""
+    return pathlib.Path(folder) / (f'{task}.json' if part == 'validation' else f'{task}-{part}.json')
 
 
 # Checkpoints, as far as a manifest proves them -----------------------------------------------------------------------

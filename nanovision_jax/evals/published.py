@@ -1,0 +1,107 @@
+"""Reads the files that benchmarks are published in: JSON, JSON lines, CSV and TSV, Parquet; with images of their own.
+
+A table of the Hub has the bytes of its images in a column: Images keeps where they are, and reads them when asked.
+"""
+
+import collections
+import csv
+import functools
+import json
+import pathlib
+
+from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.images import ImageStore
+from nanovision_jax.errors import UserError
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
+
+
+def find(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
+    """The files of the first pattern that has any, at any depth, in name order. Raises UserError where none has."""
+    for pattern in patterns:
+        if files := sorted(file for file in pathlib.Path(folder).rglob(pattern) if file.is_file()):
+            return files
+    raise UserError(f'{folder} has no {" or ".join(patterns)}: --data is the folder of the published files.')
+
+
+def read_rows(file: pathlib.Path) -> list[dict]:
+    """The rows of a table, without the bytes of images. Raises UserError, with the line, for what is none."""
+    try:
+        if file.suffix == '.parquet':
+            return _read_parquet(file)
+        text = file.read_text(encoding='utf-8-sig')
+        if file.suffix in ('.csv', '.tsv'):
+            return list(
+                csv.DictReader(text.splitlines(keepends=True), delimiter='\t' if file.suffix == '.tsv' else ',')
+            )
+        if text.lstrip().startswith('['):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split('\n') if line.strip()]
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f'{file} cannot be read: {error}.') from error
+
+
+def _read_parquet(file):
+    import pyarrow.parquet  # takes a while to import, and few tasks need it
+
+    schema = pyarrow.parquet.read_schema(file)
+    columns = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
+    return pyarrow.parquet.read_table(file, columns=columns).to_pylist()
+
+
+def _holds_bytes(kind):
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return any(_holds_bytes(field.type) for field in kind)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+class Pictures:
+    """The images of a benchmark's folder, by name: of files and zip files at any depth, and of Parquet tables.
+
+    A file's name is its own, or ends as its path does: val2014/a.jpg. Of a table it is FILE#ROW, and FILE#ROW#COLUMN
+    where the column is not `image`.
+    """
+
+    def __init__(self, folder):
+        self.path, self._tables = pathlib.Path(folder), {}
+
+    @functools.cached_property
+    def _stores(self):
+        """{name of a file: [(what holds it, its name there)]}."""
+        found = collections.defaultdict(list)
+        for file in sorted(self.path.rglob('*')):
+            if file.suffix == '.zip':
+                store = ImageStore(file)
+                for name in store.names():
+                    found[name.rsplit('/', 1)[-1]].append((store, name))
+            elif file.suffix.lower() in SUFFIXES:
+                found[file.name].append((ImageStore(self.path), str(file.relative_to(self.path))))
+        return found
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an image. Raises BadExample where there is none of that name, or several."""
+        if '#' in name:
+            return self._of_table(*name.split('#'))
+        places = [place for place in self._stores[name.rsplit('/', 1)[-1]] if f'/{place[1]}'.endswith(f'/{name}')]
+        if len(places) != 1:
+            raise BadExample(f'{len(places) or "no"} images {name!r} below {self.path}')
+        store, inside = places[0]
+        return store.read(inside)
+
+    def _of_table(self, file, row, column='image'):
+        if (file, column) not in self._tables:
+            import pyarrow.parquet
+
+            self._tables[file, column] = pyarrow.parquet.read_table(self.path / file, columns=[column])[column]
+        held = self._tables[file, column][int(row)].as_py()
+        held = held['bytes'] if isinstance(held, dict) else held
+        if not held:
+            raise BadExample(f'no image in row {row} of {file}')
+        return held
+
+
+def image_of(file: pathlib.Path, folder: pathlib.Path, row: int, column: str = 'image') -> str:
+    """The name by which Pictures knows the image of a table's row."""
+    return f'{file.relative_to(folder)}#{row}' + ('' if column == 'image' else f'#{column}')

@@ -1,0 +1,22 @@
+"""The rules of scoring that tasks share."""
+
+import numpy as np
+
+from nanovision_jax.evals.benchmark import Likelihoods, Question
+
+
+def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
+    """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm."""
+    found = {
+        'sum': likely.sums,
+        'per token': likely.sums / likely.tokens,
+        'per character': likely.sums / likely.characters,
+    }
+    if likely.unconditional is not None:
+        found['against the option alone'] = likely.sums - likely.unconditional
+    return {f'accuracy ({name})': float(np.argmax(values) == question.answer) for name, values in found.items()}
+
+
+def guessing(questions) -> float:
+    """What guessing scores: one of each question's options."""
+    return float(np.mean([1 / len(question.options) for question in questions]))
