@@ -169,7 +169,7 @@ class Scores(Result):
     def verdict(self) -> str:
         """Whether the model looks at its images; '' for a task without any, or whose controls were not asked."""
         images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
-        return _verdict(self.metrics[self.headline], self.interval, images, self.n) if images else ''
+        return _verdict(self.metrics[self.headline], self.interval, images, self.n, self._own) if images else ''
 
 
 NO_SHARES = ('CIDEr', 'perception', 'cognition')  # metrics that may be above 1
@@ -180,13 +180,13 @@ def _told(value, name=''):
     return f'{value:.1%}' if 0 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
 
 
-def _verdict(score, interval, controls, n):
+def _verdict(score, interval, controls, n, told=_told):
     """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
     name, best = max(controls.items(), key=lambda item: item[1])
     lost = round(100 * (score - best), 1)
     if lost <= 5:
-        told = f'with {name} ones its answers are about as good ({best:.1%})'
-        return f'The model does not look at its pictures: {told}.'
+        as_good = f'with {name} ones its answers are about as good ({told(best)})'
+        return f'The model does not look at its pictures: {as_good}.'
     if best >= interval[0]:
         return f'{n:,} questions are too few to tell whether the model looks at its pictures.'
     return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'

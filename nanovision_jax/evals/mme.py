@@ -1,7 +1,7 @@
 """MME: two questions of yes or no about each image, in fourteen categories (arXiv:2306.13394).
 
-Published as a folder a category, flat or with images/ and questions_answers_YN/, of images and of .txt files whose lines
-are `question<tab>answer`; and as tables of the Hub. Asked as lmms-eval asks: `Please answer yes or no.` makes way for
+Published as a folder a category, flat or with images/ and questions_answers_YN/, of images and of .txt files of lines
+`question<tab>answer`; and as tables of the Hub. Asked as lmms-eval asks: `Please answer yes or no.` makes way for
 what is said in every task. It is yes or no where one stands in the first four characters of an answer.
 
 A category scores 100 × accuracy + 100 × accuracy+, the share of images of which both questions are right; perception

@@ -2,7 +2,7 @@
 
 Read from the Hub's table (mmstar.parquet). A question holds its options: they are told apart by their marks, `A: …, B:
 …`, and put in again in another order by the control; where they cannot be told apart the letters' likelihood is taken,
-and the control leaves the question as it is. Asked and scored as lmms-eval's mmstar: its `average` is the mean of kinds.
+and the control leaves the question as it is. Asked and scored as lmms-eval's mmstar: its `average` is that of kinds.
 """
 
 import functools
