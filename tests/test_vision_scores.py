@@ -1,6 +1,6 @@
 """Scores of image benchmarks: ours are those of published scorers, to 1e-9, on 300 recorded answers to each.
 
-scripts/benchmarks/record_scores.py wrote tests/golden/scores/*.json, where the scorers were installed.
+scripts/benchmarks/record_lmms_eval.py wrote tests/golden/lmms_eval/*.json, where the scorers were installed.
 """
 
 import json
@@ -15,7 +15,7 @@ from nanovision_jax.evals.benchmark import Question
 
 def recorded(name):
     """(the scorer's version, its rows, its aggregates)."""
-    told = json.loads((ROOT / f'tests/golden/scores/{name}.json').read_text(encoding='utf-8'))
+    told = json.loads((ROOT / f'tests/golden/lmms_eval/{name}.json').read_text(encoding='utf-8'))
     assert len(told['rows']) == 300
     return told['scorer'], told['rows'], told['together']
 

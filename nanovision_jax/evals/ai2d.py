@@ -8,7 +8,7 @@ punctuation. Two questions about one diagram have a copy each, so that they coun
 import functools
 import re
 
-from nanovision_jax.evals import choices
+from nanovision_jax.evals import letters
 from nanovision_jax.evals.benchmark import Benchmark, Question
 from nanovision_jax.evals.published import find, image_of, made, read_rows
 from nanovision_jax.evals.scoring import plain
@@ -32,7 +32,7 @@ def _question(folder, file, place, row):
 
 def asked(question):
     """As lmms-eval's ai2d asks."""
-    return f'{question.text}\n{choices.lettered(question.options)}{choices.LETTER}'
+    return f'{question.text}\n{letters.lettered(question.options)}{letters.LETTER}'
 
 
 def is_right(answer: str, letter: str) -> bool:
@@ -44,7 +44,7 @@ def is_right(answer: str, letter: str) -> bool:
 TASK = Benchmark(
     'ai2d',
     read,
-    choices.ways(asked, lambda question: question.text, is_right),
-    choices.HEADLINE,
-    choices.guessing,
+    letters.ways(asked, lambda question: question.text, is_right),
+    letters.HEADLINE,
+    letters.guessing,
 )

@@ -10,11 +10,11 @@ import re
 
 import numpy as np
 
-from nanovision_jax.evals import choices
+from nanovision_jax.evals import letters
 from nanovision_jax.evals.benchmark import Benchmark, Question
 from nanovision_jax.evals.published import find, image_of, made, read_rows
 
-LETTER = choices.LETTER.rstrip('.')  # lmms-eval has none here
+LETTER = letters.LETTER.rstrip('.')  # lmms-eval has none here
 MARK = re.compile(r'(?<![^\s(])\(?([A-D])[:.)]\s*')
 KINDS = 'accuracy (letter), mean of kinds'
 
@@ -101,7 +101,7 @@ PHRASES = (*_IS, '옵션', '정답은', '답은', '답:', '答案是', '答案�
 def metrics(questions, scores):
     """The means, and that of the letter over the kinds of question."""
     kinds = np.array([question.given['kind'] for question in questions])
-    right = scores[choices.HEADLINE]
+    right = scores[letters.HEADLINE]
     found = {name: float(values.mean()) for name, values in scores.items()}
     return found | {KINDS: float(np.mean([right[kinds == kind].mean() for kind in np.unique(kinds)]))}
 
@@ -109,8 +109,8 @@ def metrics(questions, scores):
 TASK = Benchmark(
     'mmstar',
     read,
-    choices.ways(asked, alone, lambda answer, letter: said(answer) == letter),
-    choices.HEADLINE,
-    choices.guessing,
+    letters.ways(asked, alone, lambda answer, letter: said(answer) == letter),
+    letters.HEADLINE,
+    letters.guessing,
     metrics,
 )

@@ -6,7 +6,7 @@ as lmms-eval's scienceqa_img: an answer is the letter alone, or begins with the 
 
 import functools
 
-from nanovision_jax.evals import choices
+from nanovision_jax.evals import letters
 from nanovision_jax.evals.benchmark import Benchmark, Question
 from nanovision_jax.evals.published import find, image_of, made, read_object, read_rows, with_image
 
@@ -47,7 +47,7 @@ def _question(name, row, image):
 
 def asked(question):
     """As lmms-eval's scienceqa_img asks."""
-    return f'{question.text}\n{choices.lettered(question.options)}{choices.LETTER}'
+    return f'{question.text}\n{letters.lettered(question.options)}{letters.LETTER}'
 
 
 def is_right(answer: str, letter: str) -> bool:
@@ -59,7 +59,7 @@ def is_right(answer: str, letter: str) -> bool:
 TASK = Benchmark(
     'scienceqa',
     read,
-    choices.ways(asked, lambda question: question.text, is_right),
-    choices.HEADLINE,
-    choices.guessing,
+    letters.ways(asked, lambda question: question.text, is_right),
+    letters.HEADLINE,
+    letters.guessing,
 )

@@ -19,7 +19,7 @@ TOLD = 'a question of TextVQA has question_id, question, image_id and answers'
 def read(ocr, folder, _):
     """The questions of the validation split. ocr: whether with the words that OCR found."""
     found = []
-    for file in find(folder, 'TextVQA_*_val.json', 'validation*.parquet', '*val*.parquet'):
+    for file in find(folder, 'TextVQA_0*_val.json', 'validation*.parquet', '*val*.parquet'):
         if file.suffix == '.json':
             words = _rosetta(folder) if ocr else {}
             make = functools.partial(_of_file, words)

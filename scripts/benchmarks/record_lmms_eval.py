@@ -1,6 +1,6 @@
-"""Records what published scorers say of 300 answers to each benchmark: what tests/test_vision_tasks.py compares with.
+"""Records what published scorers say of 300 answers to each benchmark: what tests/test_vision_scores.py compares with.
 
-    python scripts/benchmarks/record_scores.py --pope=FOLDER --output=tests/golden [--task=mme,gqa]
+    python scripts/benchmarks/record_lmms_eval.py --pope=FOLDER --output=tests/golden/lmms_eval [--task=mme,gqa]
 
 Runs where lmms-eval 0.7.3 and pycocoevalcap 1.2 are installed, which may be without what they depend on (pip install
 --no-deps), beside numpy, loguru, sacrebleu, pillow and tqdm; coco_caption wants Java. POPE's questions are its own;
