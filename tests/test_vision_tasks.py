@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from nanovision_jax import evaluate
@@ -20,6 +21,7 @@ from nanovision_jax.evals import run as evaluating
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
 NAMES = list(COLOURS)
+ASKED = json.loads((ROOT / 'tests/golden/lmms_eval/asked.json').read_text(encoding='utf-8'))['asked']
 
 
 def png(colour):
@@ -481,6 +483,22 @@ def test_the_options_of_mmstar_are_taken_apart(text, options):
         assert options[1] not in mmstar.alone(question).partition('Question')[2] and not mmstar.alone(
             question
         ).endswith('A')
+
+
+@pytest.mark.parametrize('task', ASKED)
+def test_questions_are_asked_as_lmms_eval_asks_them(task, tmp_path):
+    """With its own defaults, of rows of the Hub: what record_lmms_eval.py wrote."""
+    people = {'answers': [{'answer': 'red'}] * 10} if task == 'vqav2' else {'answers': ['red'] * 10}
+    rows = [row | ({} if task == 'gqa' else people | {'colour': 'red'}) for row, _ in ASKED[task]]
+    if task == 'gqa':
+        table(tmp_path / 'testdev_balanced_instructions/testdev-0.parquet', rows, images=False)
+        table(tmp_path / 'testdev_balanced_images/testdev-0.parquet', [{'id': '7', 'colour': 'red'}])
+    else:
+        name = {'mmstar': 'mmstar', 'textvqa': 'validation-0', 'textvqa_ocr': 'validation-0', 'vqav2': 'validation-0'}
+        table(tmp_path / f'{name.get(task, "test-0")}.parquet', rows)
+    found = evaluating.benchmark_of(task)
+    questions = found.read(tmp_path, {})
+    assert [found.ways[0].request(question).text for question in questions] == [text for _, text in ASKED[task]]
 
 
 def test_an_image_that_lost_a_question_is_no_pair():

@@ -3,9 +3,9 @@
     python scripts/benchmarks/record_lmms_eval.py --pope=FOLDER --output=tests/golden/lmms_eval [--task=mme,gqa]
 
 Runs where lmms-eval 0.7.3 and pycocoevalcap 1.2 are installed, which may be without what they depend on (pip install
---no-deps), beside numpy, loguru, sacrebleu, pillow and tqdm; coco_caption wants Java. POPE's questions are its own;
-the others are made. Answers are right, wrong, empty, garbage, long, and of other alphabets. All of it
-follows from a fixed seed.
+--no-deps), beside numpy, loguru, sacrebleu, pillow, pyyaml and tqdm; coco_caption wants Java. POPE's questions are its
+own; the others are made. Answers are right, wrong, empty, garbage, long, and of other alphabets. All of it follows from
+a fixed seed. Beside the scores stands how lmms-eval asks a few rows in the layout of the Hub, with its own defaults.
 """
 
 import argparse
@@ -225,6 +225,63 @@ def coco_caption(rng, _):
     return rows, {'CIDEr': float(cider), 'ROUGE-L': float(rouge), 'BLEU': bleus}
 
 
+# How it asks ---------------------------------------------------------------------------------------------------------
+
+ROW = {'question_id': '7', 'question': 'What IS the colour of the dog?', 'image_id': 7, 'id': '7', 'imageId': '7'}
+YES = ROW | {'question': ' Is there a dog in the image? Please answer yes or no.', 'answer': 'Yes', 'category': 'count'}
+CHOICE = ROW | {'options': ['red', 'It is blue.'], 'choices': ['red', 'It is blue.', 'a b'], 'answer': 1, 'index': 7}
+STAR = 'Which is it?\nOptions: A: The red., B: A cat, a dog., C: 3, D: 4'
+# task: (its folder and file, the function, rows, what is changed in its defaults)
+ASKED = {
+    'pope': ('pope/pope', 'pope_doc_to_text', [YES | {'image_source': 'x', 'category': 'random', 'answer': 'yes'}], {}),
+    'mme': ('mme/mme', 'mme_doc_to_text', [YES, YES | {'question_id': '8', 'question': 'Is it 3? '}], {}),
+    'mmstar': (
+        'mmstar/_default_template_yaml',
+        'mmstar_doc_to_text',
+        [
+            CHOICE | {'index': i, 'question': text, 'answer': 'B', 'category': 'math', 'l2_category': 'geometry'}
+            for i, text in enumerate(
+                [STAR, 'Hint: A or B.\nQuestion: Is it?\nChoices:\n(A) no\n(B) yes\n', 'No options.']
+            )
+        ],
+        {},
+    ),
+    'scienceqa': (
+        'scienceqa/scienceqa_img',
+        'sqa_doc_to_text',
+        [CHOICE | {'hint': hint, 'subject': 'x'} for hint in ('', 'Look at it.')],
+        {},
+    ),
+    'ai2d': ('ai2d/ai2d', 'ai2d_doc_to_text', [CHOICE | {'answer': '1'}], {}),
+    'textvqa': ('textvqa/_default_template_textvqa_yaml', 'textvqa_doc_to_text', [ROW | {'ocr_tokens': ['STOP']}], {}),
+    'textvqa_ocr': (
+        'textvqa/_default_template_textvqa_yaml',
+        'textvqa_doc_to_text',
+        [ROW | {'question_id': str(i), 'ocr_tokens': words} for i, words in enumerate([['STOP', 'a, b'], []])],
+        {'ocr': True},
+    ),
+    'vqav2': ('vqav2/vqav2_val', 'vqav2_doc_to_text', [ROW | {'answer_type': 'other'}], {}),
+    'gqa': ('gqa/gqa', 'gqa_doc_to_text', [ROW | {'answer': 'red'}], {}),
+}
+
+
+def asked(name):
+    """[[a row, what lmms-eval asks]] of a task."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads past !function."""
+
+    Loader.add_multi_constructor('!', lambda *_: None)
+    place, function, rows, changed = ASKED[name]
+    folder, file = place.split('/')
+    module = light(f'tasks.{folder}.utils')
+    file = file if file.endswith('_yaml') else f'{file}.yaml'
+    told = yaml.load((pathlib.Path(module.__file__).parent / file).read_text(), Loader)
+    defaults = told['lmms_eval_specific_kwargs']['default'] | changed
+    return [[row, getattr(module, function)(row, defaults)] for row in rows]
+
+
 TASKS = (pope, mme, mmstar, scienceqa, ai2d, gqa, textvqa, vqav2, coco_caption)
 
 
@@ -235,6 +292,11 @@ def main(argv=None):
     parser.add_argument('--task', default=','.join(task.__name__ for task in TASKS))
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    told = {
+        'scorer': f'lmms-eval {importlib.metadata.version("lmms-eval")}',
+        'asked': {name: asked(name) for name in ASKED},
+    }
+    (args.output / 'asked.json').write_text(json.dumps(told, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     for task in TASKS:
         if (name := task.__name__) in args.task.split(','):
             rows, together = task(random.Random(f'{name} 0'), args.pope)
