@@ -53,7 +53,7 @@ def asked(question):
 def is_right(answer: str, letter: str) -> bool:
     """Whether an answer says a letter."""
     said = answer.strip()
-    return said.upper() == letter or (said[:1].isupper() and said[1:2] == '.' and said[0] == letter)
+    return said.upper() == letter or (said[:1] == letter and said[1:2] == '.')
 
 
 TASK = Benchmark(

@@ -25,7 +25,8 @@ GARBAGE = """| |.|...|?!|asdf qwer|###|🙂|🙂 yes|是|はい|Да.|été|½|1
 I cannot tell.|null|The image does not show that.|\tyes\n|\n|<s>|
 A man who is holding a red umbrella walks along the street, and there is nothing else to be seen in it."""
 YES_NO = """Yes|No|yes|no|Yes.|No.|yes | no|YES|No, there is not.|Yes, there is a dog.|y|N|Y.|yes no|No yes|nope|
-Not at all|nothing|Oh yes|It is a no|know|The answer is yes.|n.o|Noé|yes!"""
+Not at all|nothing|Oh yes|It is a no|know|The answer is yes.|n.o|Noé|yes!|"No"|*yes*|(no)|- yes|
+"Yes."|*No*|I no"""
 WORDS = """red|blue|white|cat|dog|two|2|three|10|ten|left|right|man|woman|pizza|bus|stop-sign|t-shirt|1,000|1/2|$5|50%|
 it's|don't|dont|couldnt've|the dog|a cat|an apple|black and white|Dr. Pepper|10:30|p.m.|é|not sure|yes|no|none|zero|one|
 N/A|unanswerable|"stop"|stop!|U.S.A.|3.14|1,2|men's|mens'|24/7|x_y|coca-cola"""
@@ -33,7 +34,7 @@ BLURRED = """{0}|{0}|{0}|{0}.| {0} |the {0}|{0}!|It is {0}|{0}, {0}|"{0}"|{0}\n|
 LETTERED = """{0}|{0}|{0}.|({0})|{0}) {2}|{0}. {2}|{0}: {2}|{2} {0}|{2} ({0})|The answer is {0}|
 The answer is {0}, not {1}.|Answer: {0}|I choose {1}. No, {0} it is|{0} or {1}|答案是{0}|정답은 {0}|{2}{0}|{0}{2}|A {2}|
 {1} is wrong, the correct option is {0}: {2}|{0},|Because of A. the best answer is ({0})|({1}) or ({0})|{0} {2} {1}|
-{2}|  {0}.| {0}"""
+{2}|  {0}.| {0}|maybe ({0}), not {1}. though|it is {0}: not {1}. {2}|see {1}) but {0}: so|see ({0}) and {1} here {2}"""
 WHO = 'a man|two women|a dog|the cat|three kids|an old bus|a couple of people|some food|a stop sign'
 DOES = 'is riding|are standing next to|sits on|holding|playing with|in front of|is looking at|walks past'
 WHAT = 'a wave|a brown horse|the street|a wooden table|skis|a fire hydrant|an umbrella|the beach|a big red kite'
