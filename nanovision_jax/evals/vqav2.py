@@ -1,8 +1,8 @@
 """VQAv2: open questions about photographs, the validation split (arXiv:1612.00837).
 
 Published as v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json with val2014/, and as
-tables of the Hub. Asked and scored as lmms-eval's vqav2_val, in groups by kind of answer. The official script leaves
-an answer as it is where all ten people agree; lmms-eval and we normalise every one.
+tables of the Hub. Asked and scored as lmms-eval's vqav2_val, in groups by kind of answer. Versions of the official
+script leave answers as they are where all ten people agree; lmms-eval and we normalise every one.
 """
 
 import functools
