@@ -194,8 +194,18 @@ def _verdict(score, interval, controls, n, told=_told):
 
 # Published benchmarks, each a module of this folder.
 BENCHMARKS = (
-    *('pope', 'arc_easy', 'arc_challenge'),
-    *('mme', 'mmstar', 'scienceqa', 'ai2d', 'textvqa', 'textvqa_ocr', 'vqav2', 'gqa', 'coco_caption'),
+    'pope',
+    'arc_easy',
+    'arc_challenge',
+    'mme',
+    'mmstar',
+    'scienceqa',
+    'ai2d',
+    'textvqa',
+    'textvqa_ocr',
+    'vqav2',
+    'gqa',
+    'coco_caption',
 )
 RESULTS = {'bpb': Compression, 'vqa': Accuracy} | dict.fromkeys(BENCHMARKS, Scores)  # by task
 GREY = 128  # of a blank image

@@ -44,37 +44,10 @@ def read_rows(file: pathlib.Path) -> list[dict]:
         raise UserError(f'{file} cannot be read: {error}.') from error
 
 
-def read_object(file: pathlib.Path) -> dict:
-    """What a file of one JSON object holds. Raises UserError for what is none."""
-    try:
-        found = json.loads(file.read_text(encoding='utf-8-sig'))
-    except (ValueError, OSError) as error:
-        raise UserError(f'{file} cannot be read: {error}.') from error
-    if not isinstance(found, dict):
-        raise UserError(f'{file} holds no JSON object.')
-    return found
-
-
-def made(file: pathlib.Path, rows, make, told: str) -> list:
-    """[make(place, row)] of a file's rows, without None. Raises UserError, which says `told`, for what is no row."""
-    found = []
-    for place, row in enumerate(rows):
-        try:
-            found.append(make(place, row))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f'{file}: {told}: {row!r:.80}.') from error
-    return [one for one in found if one is not None]
-
-
 def _read_parquet(file):
     schema = pyarrow.parquet.read_schema(file)
     columns = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     return pyarrow.parquet.read_table(file, columns=columns).to_pylist()
-
-
-def with_image(file: pathlib.Path, column: str = 'image') -> list[bool]:
-    """Of each row of a table whether it has an image."""
-    return pyarrow.parquet.read_table(file, columns=[column])[column].is_valid().to_pylist()
 
 
 def _holds_bytes(kind):
@@ -131,3 +104,30 @@ class Pictures:
 def image_of(file: pathlib.Path, folder: pathlib.Path, row: int, column: str = 'image') -> str:
     """The name by which Pictures knows the image of a table's row."""
     return f'{file.relative_to(folder)}#{row}' + ('' if column == 'image' else f'#{column}')
+
+
+def with_image(file: pathlib.Path, column: str = 'image') -> list[bool]:
+    """Of each row of a table whether it has an image."""
+    return pyarrow.parquet.read_table(file, columns=[column])[column].is_valid().to_pylist()
+
+
+def read_object(file: pathlib.Path) -> dict:
+    """What a file of one JSON object holds. Raises UserError for what is none."""
+    try:
+        found = json.loads(file.read_text(encoding='utf-8-sig'))
+    except (ValueError, OSError) as error:
+        raise UserError(f'{file} cannot be read: {error}.') from error
+    if not isinstance(found, dict):
+        raise UserError(f'{file} holds no JSON object.')
+    return found
+
+
+def made(file: pathlib.Path, rows, make, told: str) -> list:
+    """[make(place, row)] of a file's rows, without None. Raises UserError, which says `told`, for what is no row."""
+    found = []
+    for place, row in enumerate(rows):
+        try:
+            found.append(make(place, row))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f'{file}: {told}: {row!r:.80}.') from error
+    return [one for one in found if one is not None]

@@ -13,7 +13,8 @@ from nanovision_jax.runs.folder import Paths
 
 TASKS = {'bpb': bpb, 'vqa': vqa}  # of the data that runs learn from
 MODULES = {  # where it is not <name>.TASK
-    **{'arc_easy': 'arc.EASY', 'arc_challenge': 'arc.CHALLENGE'},
+    'arc_easy': 'arc.EASY',
+    'arc_challenge': 'arc.CHALLENGE',
     'textvqa_ocr': 'textvqa.OCR',
 }
 
