@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import nanovision_jax
 from nanovision_jax import evaluate
+from nanovision_jax.data import conversation, images
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base, letters, mme, mmstar
 from nanovision_jax.evals import run as evaluating
@@ -38,10 +40,10 @@ def put(file, content):
         file.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
 
 
-def table(file, rows, images=True):
+def table(file, rows, shown=True):
     """A table of the Hub: rows, and an image to each by the row's colour."""
     rows = [dict(row) for row in rows]
-    for row in rows if images else []:
+    for row in rows if shown else []:
         colour = row.pop('colour')
         row['image'] = {'bytes': png(colour), 'path': None} if colour else None
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +168,7 @@ def gqa_folder(folder):
 
 def gqa_table(folder):
     rows = [{'id': name} | row for name, row, _ in gqa_rows()]
-    table(folder / 'testdev_balanced_instructions/testdev-00000-of-00001.parquet', rows, images=False)
+    table(folder / 'testdev_balanced_instructions/testdev-00000-of-00001.parquet', rows, shown=False)
     images = [{'id': row['imageId'], 'colour': colour} for _, row, colour in gqa_rows()]
     table(folder / 'testdev_balanced_images/testdev-00000-of-00001.parquet', images[::-1])
 
@@ -485,13 +487,36 @@ def test_the_options_of_mmstar_are_taken_apart(text, options):
         ).endswith('A')
 
 
+def test_a_real_run_is_asked_what_is_written_down(tokenizer, tmp_path):
+    """Of a model that never learned: its letters are what chat says, its likelihoods those of its logits."""
+    run_dir = micro.run_folder(micro.odd_config('vision_instruct', tmp_path / 'run', positions=200), tokenizer)
+    ai2d_table(tmp_path / 'data')
+    found = evaluating.evaluate(run_dir, 'ai2d', data=tmp_path / 'data', controls='none')
+    opened, rows = nanovision_jax.load(run_dir), (run_dir / 'eval/ai2d.jsonl').read_text().splitlines()
+    for number, row in enumerate(map(json.loads, rows)):
+        image = Image.open(io.BytesIO(png(NAMES[number])))
+        text = f'What colour is it?\n{letters.lettered(NAMES)}{letters.LETTER}'
+        messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': text}]}]
+        assert row['letter']['answer'] == opened.chat(messages, images=[image], max_new_tokens=16)
+        text = 'What colour is it?\nAnswer the question using a single word or phrase.'
+        messages = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': text}]}]
+        ids = conversation.encode(messages, tokenizer, [opened.config.model.vision.patches], question=True).ids
+        shown = images.decode(png(NAMES[number]), opened.config.model.vision)[None, None]
+        for option, likely in zip(NAMES, row['likelihood']['answer']['sums'], strict=True):
+            whole = [*ids, *tokenizer.encode(option)]
+            logits = np.asarray(opened.logits(np.array([whole]), shown)[0], np.float64)[len(ids) - 1 : -1]
+            told = logits[np.arange(len(logits)), whole[len(ids) :]] - np.log(np.exp(logits).sum(1))
+            assert likely == pytest.approx(told.sum(), abs=1e-3)
+    assert found.n == 4 and len({row['letter']['answer'] for row in map(json.loads, rows)}) > 1  # it does look
+
+
 @pytest.mark.parametrize('task', ASKED)
 def test_questions_are_asked_as_lmms_eval_asks_them(task, tmp_path):
     """With its own defaults, of rows of the Hub: what record_lmms_eval.py wrote."""
     people = {'answers': [{'answer': 'red'}] * 10} if task == 'vqav2' else {'answers': ['red'] * 10}
     rows = [row | ({} if task == 'gqa' else people | {'colour': 'red'}) for row, _ in ASKED[task]]
     if task == 'gqa':
-        table(tmp_path / 'testdev_balanced_instructions/testdev-0.parquet', rows, images=False)
+        table(tmp_path / 'testdev_balanced_instructions/testdev-0.parquet', rows, shown=False)
         table(tmp_path / 'testdev_balanced_images/testdev-0.parquet', [{'id': '7', 'colour': 'red'}])
     else:
         name = {'mmstar': 'mmstar', 'textvqa': 'validation-0', 'textvqa_ocr': 'validation-0', 'vqav2': 'validation-0'}
