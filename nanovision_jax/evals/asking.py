@@ -39,7 +39,7 @@ class Asker:
         self.run, self.pictures, self.kept = run, pictures, kept
         self.config, self.vision = run.config, run.config.model.vision
         self.notes = collections.Counter()
-        self.checkpoint = runfolder.beside(run.config.run_dir), run.step
+        self.checkpoint = [runfolder.beside(run.config.run_dir), run.step]
         self.image = functools.lru_cache(2 * BATCH['words'])(self._image)
 
     def askable(self, task, questions) -> tuple[list, dict[str, int]]:

@@ -129,14 +129,14 @@ class Scores(Result):
     def lines(self) -> list[str]:
         """The result as lines of text."""
         told = [f'{self.task}: {self._headline()}']
-        told += [f'  {name:36} {_told(value)}' for name, value in self.metrics.items()]
+        told += [f'  {name:36} {_told(value, name)}' for name, value in self.metrics.items()]
         for name, row in self.groups.items():
-            told.append(f'  {name:36} {_told(row[self.headline])}  n {row["n"]:,}')
+            told.append(f'  {name:36} {self._own(row[self.headline])}  n {row["n"]:,}')
         for name, value in self.baselines.items():
-            told.append(f'  {name:36} {_told(value)}  without a model')
+            told.append(f'  {name:36} {self._own(value)}  without a model')
         for name, metrics in self.controls.items():
             lost = 100 * (self.metrics[self.headline] - metrics[self.headline])
-            told.append(f'  {name:36} {_told(metrics[self.headline])}  ({lost:.1f} points below)')
+            told.append(f'  {name:36} {self._own(metrics[self.headline])}  ({lost:.1f} points below)')
         return [*told, *filter(None, [self.coverage()])]
 
     def markdown(self) -> list[str]:
@@ -145,13 +145,13 @@ class Scores(Result):
         told = [self._headline(), '', f'| metric | value |{"".join(f" {name} |" for name in columns)}']
         told.append('|---|---|' + '---|' * len(columns))
         for name, value in self.metrics.items():
-            under = ''.join(f' {_told(self.controls[control][name])} |' for control in columns)
-            told.append(f'| {name} | {_told(value)} |{under}')
+            under = ''.join(f' {_told(self.controls[control][name], name)} |' for control in columns)
+            told.append(f'| {name} | {_told(value, name)} |{under}')
         for name, value in self.baselines.items():
-            told.append(f'| {self.headline}, {name} | {_told(value)} |{" |" * len(columns)}')
+            told.append(f'| {self.headline}, {name} | {self._own(value)} |{" |" * len(columns)}')
         for name, row in self.groups.items():
             told.append(
-                f'| {self.headline}, {name} ({row["n"]:,}) | {_told(row[self.headline])} |{" |" * len(columns)}'
+                f'| {self.headline}, {name} ({row["n"]:,}) | {self._own(row[self.headline])} |{" |" * len(columns)}'
             )
         return told
 
@@ -159,35 +159,54 @@ class Scores(Result):
         low, high = self.interval
         drawn = f', drawn of {self.drawn_of:,}' if self.drawn_of else ''
         return (
-            f'{_told(self.metrics[self.headline])} {self.headline} of {self.n:,} questions{drawn} '
-            f'(95% interval {_told(low)} to {_told(high)})'
+            f'{self._own(self.metrics[self.headline])} {self.headline} of {self.n:,} questions{drawn} '
+            f'(95% interval {self._own(low)} to {self._own(high)})'
         )
+
+    def _own(self, value):
+        return _told(value, self.headline)
 
     def verdict(self) -> str:
         """Whether the model looks at its images; '' for a task without any, or whose controls were not asked."""
         images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
-        return _verdict(self.metrics[self.headline], self.interval, images, self.n) if images else ''
+        return _verdict(self.metrics[self.headline], self.interval, images, self.n, self._own) if images else ''
 
 
-def _told(value):
-    """A share as per cent; what is no share, as it is."""
-    return f'{value:.1%}' if 0 <= value <= 1 else f'{value:.2f}'
+NO_SHARES = ('CIDEr', 'perception', 'cognition')  # metrics that may be above 1
 
 
-def _verdict(score, interval, controls, n):
+def _told(value, name=''):
+    """A share as per cent; what is no share, as it is. name: of the metric."""
+    return f'{value:.1%}' if 0 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
+
+
+def _verdict(score, interval, controls, n, told=_told):
     """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
     name, best = max(controls.items(), key=lambda item: item[1])
     lost = round(100 * (score - best), 1)
     if lost <= 5:
-        told = f'with {name} ones its answers are about as good ({best:.1%})'
-        return f'The model does not look at its pictures: {told}.'
+        as_good = f'with {name} ones its answers are about as good ({told(best)})'
+        return f'The model does not look at its pictures: {as_good}.'
     if best >= interval[0]:
         return f'{n:,} questions are too few to tell whether the model looks at its pictures.'
     return f'The model looks at its pictures: with {name} ones it loses {lost:.1f} points.'
 
 
 # Published benchmarks, each a module of this folder.
-BENCHMARKS = ('pope', 'arc_easy', 'arc_challenge')
+BENCHMARKS = (
+    'pope',
+    'arc_easy',
+    'arc_challenge',
+    'mme',
+    'mmstar',
+    'scienceqa',
+    'ai2d',
+    'textvqa',
+    'textvqa_ocr',
+    'vqav2',
+    'gqa',
+    'coco_caption',
+)
 RESULTS = {'bpb': Compression, 'vqa': Accuracy} | dict.fromkeys(BENCHMARKS, Scores)  # by task
 GREY = 128  # of a blank image
 

@@ -1,37 +1,49 @@
 """POPE: is there a such-and-such in the image? Polling-based object probing (arXiv:2305.10355).
 
 Its published files are coco_pope_{random,popular,adversarial}.json, of 3,000 questions each about 500 images of
-val2014. Two rules of what counts as yes. The official one: a first sentence with the word no or not says no, all else
-says yes, garbage too. The strict one, of lmms-eval: the answer is yes or no, whatever its case; what is neither is
-wrong, and is in neither precision nor recall.
+val2014; lmms-lab's table of the Hub has the same. Two rules of what counts as yes. The official one: a first sentence
+with the word no or not says no, all else says yes, garbage too. The strict one, of lmms-eval: the answer is yes or no,
+whatever its case; what is neither is wrong, and is in neither precision nor recall. Asked as lmms-eval asks, but that
+an answer ends after 16 tokens, not 128.
 """
 
+import functools
 import re
 
 import numpy as np
 
-from nanovision_jax.errors import UserError
 from nanovision_jax.evals.benchmark import Benchmark, Question, Request, Way
-from nanovision_jax.evals.published import find, read_rows
+from nanovision_jax.evals.published import find, image_of, made, read_rows
+from nanovision_jax.evals.scoring import SHORT
 
-SUFFIX = '\nAnswer the question using a single word or phrase.'
 YES, NO, NEITHER = 1, 0, -1
 
 
 def read(folder, _):
     """The questions of every category that is there."""
     found = []
-    for file in find(folder, 'coco_pope_*.json', '*pope*.json*'):
-        category = file.stem.rsplit('_', 1)[-1]
-        for row in read_rows(file):
-            try:
-                name = f'{category}-{row["question_id"]}'
-                found.append(Question(name, row['text'], row['label'], row['image'], category))
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f'{file}: a question of POPE has question_id, image, text and label: {row!r:.80}.'
-                ) from error
+    for file in find(folder, 'coco_pope_*.json', '*pope*.json*', 'test*.parquet'):
+        if file.suffix == '.parquet':
+            make, told = functools.partial(_of_table, folder, file, {}), 'question, answer, image_source and category'
+        else:
+            make, told = functools.partial(_of_file, file.stem.rsplit('_', 1)[-1]), 'image, text and label'
+        found += made(file, read_rows(file), make, f'a question of POPE has question_id, {told}')
     return found
+
+
+def _of_file(category, _, row):
+    return _question(row['question_id'], row['text'], row['label'], row['image'], category)
+
+
+def _of_table(folder, file, images, place, row):
+    image = images.setdefault(row['image_source'], image_of(file, folder, place))
+    return _question(row['question_id'], row['question'], row['answer'], image, row['category'])
+
+
+def _question(number, text, answer, image, category):
+    if answer not in ('yes', 'no'):
+        raise ValueError
+    return Question(f'{category}-{number}', text.strip(), answer, image, category)
 
 
 def official(answer: str) -> int:
@@ -89,7 +101,7 @@ def _retrieval(said, wanted):
 TASK = Benchmark(
     'pope',
     read,
-    (Way('generate', lambda question: Request(question.text + SUFFIX), score),),
+    (Way('generate', lambda question: Request(question.text + SHORT), score),),
     'accuracy (strict)',
     chance=lambda questions: 0.5,
     metrics=metrics,

@@ -9,6 +9,9 @@ import functools
 import json
 import pathlib
 
+import pyarrow
+import pyarrow.parquet
+
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
@@ -42,16 +45,12 @@ def read_rows(file: pathlib.Path) -> list[dict]:
 
 
 def _read_parquet(file):
-    import pyarrow.parquet  # takes a while to import, and few tasks need it
-
     schema = pyarrow.parquet.read_schema(file)
     columns = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     return pyarrow.parquet.read_table(file, columns=columns).to_pylist()
 
 
 def _holds_bytes(kind):
-    import pyarrow
-
     if pyarrow.types.is_struct(kind):
         return any(_holds_bytes(field.type) for field in kind)
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -81,19 +80,19 @@ class Pictures:
         return found
 
     def read(self, name: str) -> bytes:
-        """The bytes of an image. Raises BadExample where there is none of that name, or several."""
+        """The bytes of an image. Raises BadExample where there is none of that name, or several that are unpacked."""
         if '#' in name:
             return self._of_table(*name.split('#'))
         places = [place for place in self._stores[name.rsplit('/', 1)[-1]] if f'/{place[1]}'.endswith(f'/{name}')]
+        if len(places) > 1:  # unpacked beside its zip file
+            places = [place for place in places if place[0].path.is_dir()]
         if len(places) != 1:
-            raise BadExample(f'{len(places) or "no"} images {name!r} below {self.path}')
+            raise BadExample(f'no image {name!r}, or several, below {self.path}')
         store, inside = places[0]
         return store.read(inside)
 
     def _of_table(self, file, row, column='image'):
         if (file, column) not in self._tables:
-            import pyarrow.parquet
-
             self._tables[file, column] = pyarrow.parquet.read_table(self.path / file, columns=[column])[column]
         held = self._tables[file, column][int(row)].as_py()
         held = held['bytes'] if isinstance(held, dict) else held
@@ -105,3 +104,30 @@ class Pictures:
 def image_of(file: pathlib.Path, folder: pathlib.Path, row: int, column: str = 'image') -> str:
     """The name by which Pictures knows the image of a table's row."""
     return f'{file.relative_to(folder)}#{row}' + ('' if column == 'image' else f'#{column}')
+
+
+def with_image(file: pathlib.Path, column: str = 'image') -> list[bool]:
+    """Of each row of a table whether it has an image."""
+    return pyarrow.parquet.read_table(file, columns=[column])[column].is_valid().to_pylist()
+
+
+def read_object(file: pathlib.Path) -> dict:
+    """What a file of one JSON object holds. Raises UserError for what is none."""
+    try:
+        found = json.loads(file.read_text(encoding='utf-8-sig'))
+    except (ValueError, OSError) as error:
+        raise UserError(f'{file} cannot be read: {error}.') from error
+    if not isinstance(found, dict):
+        raise UserError(f'{file} holds no JSON object.')
+    return found
+
+
+def made(file: pathlib.Path, rows, make, told: str) -> list:
+    """[make(place, row)] of a file's rows, without None. Raises UserError, which says `told`, for what is no row."""
+    found = []
+    for place, row in enumerate(rows):
+        try:
+            found.append(make(place, row))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f'{file}: {told}: {row!r:.80}.') from error
+    return [one for one in found if one is not None]

@@ -12,7 +12,11 @@ from nanovision_jax.inference.run import load
 from nanovision_jax.runs.folder import Paths
 
 TASKS = {'bpb': bpb, 'vqa': vqa}  # of the data that runs learn from
-MODULES = {'arc_easy': 'arc.EASY', 'arc_challenge': 'arc.CHALLENGE'}  # where it is not <name>.TASK
+MODULES = {  # where it is not <name>.TASK
+    'arc_easy': 'arc.EASY',
+    'arc_challenge': 'arc.CHALLENGE',
+    'textvqa_ocr': 'textvqa.OCR',
+}
 
 
 def evaluate(

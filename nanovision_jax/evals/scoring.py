@@ -1,8 +1,18 @@
 """The rules of scoring that tasks share."""
 
+import string
+
 import numpy as np
 
 from nanovision_jax.evals.benchmark import Likelihoods, Question
+
+SHORT = '\nAnswer the question using a single word or phrase.'  # as lmms-eval asks for a short answer
+_UNMARKED = str.maketrans('', '', string.punctuation)
+
+
+def plain(text: str) -> str:
+    """In lower case without ASCII's punctuation: what lmms-eval's exact_match compares."""
+    return text.lower().translate(_UNMARKED)
 
 
 def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
