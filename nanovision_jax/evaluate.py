@@ -5,7 +5,7 @@
     python -m nanovision_jax.evaluate --run=RUN --task=pope,mme --data=FOLDER [--limit=N] [--controls=all]
 
 Writes RUN/eval/<task>.json and, with one object a question, RUN/eval/<task>.jsonl. What was not the whole of the run's
-validation data says so in its name: <task>-<split>, <task>-<name of the data>, <task>-limit<N>. A benchmark's FOLDER
+validation data says so in its name: <task>-<split>, <task>-of-<the data's file>, <task>-limit<N>. A benchmark's FOLDER
 holds its published files, at any depth; one that was cut off goes on with the questions that are left.
 
 What cannot be asked, as its picture cannot be read or it is longer than the context, is left out, and counted. For vqa

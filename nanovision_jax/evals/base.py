@@ -241,8 +241,8 @@ def check_options(
 
 
 def part_of(split: str = 'validation', data=None, limit: int | None = None) -> str:
-    """What a result is about, as its file's name says: 'validation', another split, a file's name, 'limit100'."""
-    parts = [pathlib.Path(data).name.partition('.')[0] if data else split] + [f'limit{limit}'] * bool(limit)
+    """What a result is about, as its file's name says: 'validation', another split, 'of-FILE', 'limit100'."""
+    parts = [f'of-{pathlib.Path(data).name.partition(".")[0]}' if data else split] + [f'limit{limit}'] * bool(limit)
     return '-'.join(parts[1:] if parts[0] == 'validation' and limit else parts)
 
 
