@@ -108,7 +108,8 @@ class Scores(Result):
     """Of a benchmark's questions: its metrics, of which `headline` stands for it, and the same under the controls.
 
     interval: 95%, of the headline. baselines: the headline without a model. groups: {group: {n, metric: value}}.
-    drawn_of: of how many questions those asked were drawn. run: which run answered, from which checkpoint.
+    drawn_of: of how many questions those asked were drawn. run: which run answered, from which checkpoint. shots: how
+    many examples went before each question.
     """
 
     task: str
@@ -125,6 +126,7 @@ class Scores(Result):
     drawn_of: int | None = None
     seconds: float | None = None
     run: dict | None = None
+    shots: int | None = None
 
     def lines(self) -> list[str]:
         """The result as lines of text."""
@@ -171,7 +173,7 @@ class Scores(Result):
 
 def _told(value):
     """A share as per cent; what is no share, as it is."""
-    return f'{value:.1%}' if 0 <= value <= 1 else f'{value:.2f}'
+    return f'{value:.1%}' if -1 <= value <= 1 else f'{value:.2f}'
 
 
 def _verdict(score, interval, controls, n):
@@ -187,7 +189,18 @@ def _verdict(score, interval, controls, n):
 
 
 # Published benchmarks, each a module of this folder.
-BENCHMARKS = ('pope', 'arc_easy', 'arc_challenge')
+BENCHMARKS = (
+    'pope',
+    'arc_easy',
+    'arc_challenge',
+    'mmlu',
+    'hellaswag',
+    'piqa',
+    'winogrande',
+    'core',
+    'choices',
+    'answers',
+)
 RESULTS = {'bpb': Compression, 'vqa': Accuracy} | dict.fromkeys(BENCHMARKS, Scores)  # by task
 GREY = 128  # of a blank image
 
@@ -221,10 +234,11 @@ def check_options(
         check_writable(folder)
 
 
-def part_of(split: str = 'validation', data=None, limit: int | None = None) -> str:
+def part_of(split: str = 'validation', data=None, limit: int | None = None, shots: int | None = None) -> str:
     """What a result is about, as its file's name says: 'validation', another split, a file's name, 'limit100'."""
-    parts = [pathlib.Path(data).name.partition('.')[0] if data else split] + [f'limit{limit}'] * bool(limit)
-    return '-'.join(parts[1:] if parts[0] == 'validation' and limit else parts)
+    parts = [pathlib.Path(data).name.partition('.')[0] if data else split]
+    parts += [f'shots{shots}'] * (shots is not None) + [f'limit{limit}'] * bool(limit)
+    return '-'.join(parts[1:] if parts[0] == 'validation' and parts[1:] else parts)
 
 
 def write_result(result: Result, rows: list[dict], folder: pathlib.Path, part: str):

@@ -12,7 +12,11 @@ from nanovision_jax.inference.run import load
 from nanovision_jax.runs.folder import Paths
 
 TASKS = {'bpb': bpb, 'vqa': vqa}  # of the data that runs learn from
-MODULES = {'arc_easy': 'arc.EASY', 'arc_challenge': 'arc.CHALLENGE'}  # where it is not <name>.TASK
+MODULES = {  # where it is not <name>.TASK
+    'arc_easy': 'arc.EASY',
+    'arc_challenge': 'arc.CHALLENGE',
+    'answers': 'choices.ANSWERS',
+}
 
 
 def evaluate(
@@ -52,6 +56,6 @@ def _benchmark(run, name, data, folder, limit, controls=None, **options):
     result, rows = benchmark.run(
         benchmark_of(name), asking.Asker(run, Pictures(data), kept), data, limit, controls or 'auto', options
     )
-    base.write_result(result, rows, folder, base.part_of(limit=limit))
+    base.write_result(result, rows, folder, base.part_of(limit=limit, shots=options.get('shots')))
     kept.unlink()
     return result

@@ -9,8 +9,8 @@ def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
     """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm."""
     found = {
         'sum': likely.sums,
-        'per token': likely.sums / likely.tokens,
-        'per character': likely.sums / likely.characters,
+        'per token': likely.sums / np.maximum(1, likely.tokens),
+        'per character': likely.sums / np.maximum(1, likely.characters),
     }
     if likely.unconditional is not None:
         found['against the option alone'] = likely.sums - likely.unconditional
@@ -20,3 +20,10 @@ def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
 def guessing(questions) -> float:
     """What guessing scores: one of each question's options."""
     return float(np.mean([1 / len(question.options) for question in questions]))
+
+
+def centred(questions, scores) -> dict[str, float]:
+    """The mean of each score, and centred: 0 is guessing, 1 is all."""
+    chance = guessing(questions)
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    return means | {f'centred {name}': (value - chance) / (1 - chance) for name, value in means.items()}
