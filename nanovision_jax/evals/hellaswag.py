@@ -1,7 +1,7 @@
 """HellaSwag: which of four endings goes on, by likelihood (arXiv:1905.07830).
 
-Published by its authors as hellaswag_val.jsonl, and as tables of the Hub. Asked as lm-eval asks it, cleaned of the marks
-of WikiHow.
+Published by its authors as hellaswag_val.jsonl, and as tables of the Hub. Asked as lm-eval asks it, cleaned of
+the marks of WikiHow.
 """
 
 import re

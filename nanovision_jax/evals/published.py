@@ -10,6 +10,9 @@ import io
 import json
 import pathlib
 
+import pyarrow
+import pyarrow.parquet
+
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.errors import UserError
@@ -41,16 +44,12 @@ def read_rows(file: pathlib.Path) -> list[dict]:
 
 
 def _read_parquet(file):
-    import pyarrow.parquet  # takes a while to import, and few tasks need it
-
     schema = pyarrow.parquet.read_schema(file)
     columns = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     return pyarrow.parquet.read_table(file, columns=columns).to_pylist()
 
 
 def _holds_bytes(kind):
-    import pyarrow
-
     if pyarrow.types.is_struct(kind):
         return any(_holds_bytes(field.type) for field in kind)
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -91,8 +90,6 @@ class Pictures:
 
     def _of_table(self, file, row, column='image'):
         if (file, column) not in self._tables:
-            import pyarrow.parquet
-
             self._tables[file, column] = pyarrow.parquet.read_table(self.path / file, columns=[column])[column]
         held = self._tables[file, column][int(row)].as_py()
         held = held['bytes'] if isinstance(held, dict) else held

@@ -7,10 +7,12 @@ from nanovision_jax.evals.benchmark import Likelihoods, Question
 
 def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
     """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm."""
+    with np.errstate(divide='ignore', invalid='ignore'):  # an option without characters is never the likeliest
+        per_character = likely.sums / likely.characters
     found = {
         'sum': likely.sums,
         'per token': likely.sums / np.maximum(1, likely.tokens),
-        'per character': likely.sums / np.maximum(1, likely.characters),
+        'per character': per_character,
     }
     if likely.unconditional is not None:
         found['against the option alone'] = likely.sums - likely.unconditional
