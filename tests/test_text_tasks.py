@@ -157,6 +157,8 @@ def test_mmlu_takes_another_number_of_examples(tmp_path):
         ('choices', 'a.jsonl', '{"context": "a", "options": ["b"], "answer": 0, "image": "a.png"}', 'it lacks'),
         ('answers', 'a.jsonl', '{"question": "a", "answer": []}', 'a.jsonl, question 1: it lacks'),
         ('core', 'core.yaml', 'icl_tasks: [{label: a}]', 'a task that is none of CORE'),
+        ('core', 'core.yaml', '- a: [', 'do not say what CORE is made of'),
+        ('hellaswag', 'hellaswag_val.jsonl', '{"ctx_a": "a", "ctx_b": null, "activity_label": "a"}', 'HellaSwag has'),
     ],
 )
 def test_questions_that_are_none_are_named(task, file, content, message, tmp_path):

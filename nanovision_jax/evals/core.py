@@ -21,9 +21,12 @@ KINDS = ('multiple_choice', 'schema', 'language_modeling')
 def read(folder, _):
     """The questions of all tasks, each with the examples before it."""
     (place, *_), (chances, *_) = find(folder, 'core.yaml'), find(folder, 'eval_meta_data.csv')
-    chance = {row['Eval Task']: float(row['Random baseline']) / 100 for row in read_rows(chances)}
-    found = []
-    for task in yaml.safe_load(place.read_text())['icl_tasks']:
+    try:
+        chance = {row['Eval Task']: float(row['Random baseline']) / 100 for row in read_rows(chances)}
+        tasks, found = list(yaml.safe_load(place.read_text())['icl_tasks']), []
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{place} and {chances.name} do not say what CORE is made of: {error}.') from error
+    for task in tasks:
         try:
             name, kind, shots = task['label'], task['icl_task_type'], task['num_fewshot'][0]
             between, uri = task.get('continuation_delimiter', ' '), task['dataset_uri']

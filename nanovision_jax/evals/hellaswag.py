@@ -20,7 +20,9 @@ def read(folder, _):
             try:
                 text = f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}'
                 endings, answer = tuple(map(cleaned, row['endings'])), int(row['label'])
-            except (KeyError, TypeError, ValueError) as error:
+                if answer not in range(len(endings)):
+                    raise ValueError
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f'{file}: a question of HellaSwag has activity_label, ctx_a, ctx_b, endings and label: {row!r:.80}.'
                 ) from error

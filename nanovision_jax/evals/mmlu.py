@@ -42,12 +42,17 @@ def _of_subjects(folder, part):
     for file in find(folder, f'*_{part}.csv', f'all/{part}*.parquet', f'*/{part}*.parquet', f'{part}*.parquet'):
         for row in _read_csv(file, part) if file.suffix == '.csv' else read_rows(file):
             try:
-                subject, question, choices, answer = row['subject'], row['question'], row['choices'], row['answer']
+                subject, question, choices, answer = (
+                    row['subject'],
+                    row['question'].strip(),
+                    row['choices'],
+                    row['answer'],
+                )
                 if len(choices) != 4 or answer not in range(4):
                     raise ValueError
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f'{file}: a question of MMLU has four choices and an answer: {row!r:.80}.') from error
-            found[subject].append((question.strip(), tuple(choices), answer))
+            found[subject].append((question, tuple(choices), answer))
     return found
 
 

@@ -23,6 +23,8 @@ def read(folder, _):
         for row in rows:
             try:
                 goal, options, answer = row['goal'], (row['sol1'], row['sol2']), int(row['label'])
+                if answer not in (0, 1):
+                    raise ValueError
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f'{file}: a question of PIQA has goal, sol1, sol2, and a label, in {labels.name} or beside them: '
