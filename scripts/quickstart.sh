@@ -35,7 +35,9 @@ train() {  # train STAGE [OVERRIDE ...]
 }
 evaluate() {  # evaluate RUN TASK SPLIT [OPTION ...]; what is newer than the run's end is kept
   local run="runs/$name/$1" task=$2 split=$3; shift 3
-  local file="$run/eval/$task.json"; [ "$split" = validation ] || file="$run/eval/$task-$split.json"
+  local part=''; [ "$split" = validation ] || part="-$split"
+  local option; for option in "$@"; do case $option in --limit=*) part+="-limit${option#*=}";; esac; done
+  local file="$run/eval/$task$part.json"
   [ "$file" -nt "$run/lineage.json" ] && return
   echo; echo "== evaluate $run: $task on $split"
   $python -m nanovision_jax.evaluate --run="$run" --task="$task" --split="$split" "$@"

@@ -15,7 +15,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference import engine, sampling
 from nanovision_jax.inference.engine import Engine, Prompt
 from nanovision_jax.inference.prompt import chat_prompt, text_prompt
-from nanovision_jax.inference.run import Run
+from nanovision_jax.inference.run import Run, forward
 from nanovision_jax.inference.sampling import Sampling
 
 STAGES = ('sft', 'vision_instruct')
@@ -350,3 +350,65 @@ def test_what_cannot_be_answered_is_said(tokenizer):
             chat_prompt(cfg, tokenizer, messages, pictures)
     with pytest.raises(UserError, match='no decoder to chat with'):
         Engine(micro.odd_config('clip'), None, None, tokenizer.stops)
+
+
+# Judging options -----------------------------------------------------------------------------------------------------
+
+
+def options_of(prompts):
+    """Options of unequal lengths and numbers, single tokens among them."""
+    rng = np.random.default_rng(1)
+    return [[rng.integers(5, 250, n, np.int32) for n in lengths] for lengths in ((1, 1, 7), (12, 3), (1, 2, 5, 1))]
+
+
+def by_hand(runner, prompt, option):
+    """(log-probabilities, whether each is the likeliest) of an option by one forward pass of everything."""
+    tokens = np.zeros((1, CONTEXT + 1), np.int32)
+    tokens[0, : len(prompt.ids) + len(option)] = [*prompt.ids, *option]
+    inputs = [tokens, np.arange(CONTEXT + 1, dtype=np.int32)[None], np.ones_like(tokens)]
+    if runner.config.stage == 'vision_instruct':
+        pictures = np.zeros((1, 2, 21, 21, 3), np.uint8)
+        pictures[0, : len(prompt.images)] = prompt.images or 0
+        inputs.append(pictures)
+    scores = forward(runner.graphdef, runner.params, inputs)[0, len(prompt.ids) - 1 :][: len(option)]
+    logs = np.asarray(jax.nn.log_softmax(scores, axis=1))
+    return logs[np.arange(len(option)), option], logs.argmax(axis=1) == option
+
+
+def test_options_are_as_likely_as_a_full_forward_pass_says(case):
+    runner, prompts = case
+    options = options_of(prompts)
+    # What the model would say itself is among them, with and without a token that it would not.
+    said = answers(runner, prompts, max_new_tokens=6)
+    for each, ids in zip(options, said, strict=True):
+        each += [np.array(ids, np.int32), np.array([*ids[:5], (ids[5] + 1) % 250], np.int32)]
+    for prompt, each, found in zip(prompts, options, runner.judge(prompts, options), strict=True):
+        assert len(found) == len(each)
+        for option, (likely, greedy) in zip(each, found, strict=True):
+            wanted, first = by_hand(runner, prompt, option)
+            assert likely.shape == greedy.shape == option.shape
+            np.testing.assert_allclose(likely, wanted, atol=1e-5)
+            assert (greedy == first).all()
+        assert [greedy.all() for _, greedy in found[-2:]] == [True, False] and found[-1][1][:5].all()
+
+
+def test_an_option_is_judged_alike_in_any_company(case):
+    runner, prompts = case
+    options = options_of(prompts)
+    together = runner.judge(prompts, options)
+    for prompt, each, found in zip(prompts, options, together, strict=True):
+        ((alone, *_),) = runner.judge([prompt], [each[:1]])  # in narrower shapes
+        np.testing.assert_allclose(alone[0], found[0][0], atol=1e-5)
+        for option, (likely, greedy) in zip(each, runner.judge([prompt] * 3, [each] * 3)[1], strict=True):
+            wanted, first = by_hand(runner, prompt, option)
+            np.testing.assert_allclose(likely, wanted, atol=1e-5)
+            assert (greedy == first).all()
+
+
+def test_what_the_context_does_not_hold_is_not_judged(text):
+    runner, prompts = text
+    option = np.arange(5, 5 + CONTEXT - 32 + 1, dtype=np.int32)  # the last of its tokens is said, and not read
+    ((found,),) = runner.judge(prompts[:1], [[option]])
+    np.testing.assert_allclose(found[0], by_hand(runner, prompts[0], option)[0], atol=1e-5)
+    with pytest.raises(UserError, match='prompt and option are 62 tokens long, and the context holds 61'):
+        runner.judge(prompts[:2], [[option[:3]], [option, np.arange(5, 5 + 46, dtype=np.int32)]])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 import weakref
@@ -144,7 +145,7 @@ def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
     model_run(looks=True)
     found = evaluating.evaluate(squares / 'run', 'vqa', data=squares / 'squares.json')
     assert (found.task, found.n, found.accuracy, found.interval) == ('vqa', 24, 1.0, [1.0, 1.0])
-    assert json.loads((squares / 'run/eval/vqa.json').read_text()) == found.to_json()
+    assert json.loads((squares / 'run/eval/vqa-of-squares.json').read_text()) == found.to_json()
     shuffled = [found.by_kind[kind].pop('shuffled') for kind in ('is it dark', 'what colour is')]
     assert found.by_kind == {
         'is it dark': {'n': 12, 'accuracy': 1.0, 'chance': 0.75, 'blank': 0.75},  # only that it is not dark
@@ -153,7 +154,7 @@ def test_a_model_that_looks_does_better_than_its_controls(model_run, squares):
     assert found.controls['shuffled'] == pytest.approx(sum(shuffled) / 2)
     assert found.controls['blank'] == 9 / 24 and found.too_long == 0
     assert found.controls['shuffled'] < 0.7
-    rows = [json.loads(line) for line in (squares / 'run/eval/vqa.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (squares / 'run/eval/vqa-of-squares.jsonl').read_text().splitlines()]
     assert len(rows) == 24 and len({row['id'] for row in rows}) == 24
     assert rows[2] | {'id': ''} == {
         'id': '',
@@ -170,7 +171,7 @@ def test_a_model_that_does_not_look_does_as_well_without_its_picture(model_run, 
     model_run(looks=False)
     argv = [f'--run={squares}/run', '--task=vqa', '--split=heldout', f'--data={squares}/squares.json', '--limit=20']
     evaluate.main([*argv, f'--output={squares}/elsewhere'])
-    found = base.Accuracy(**json.loads((squares / 'elsewhere/vqa-heldout.json').read_text()))
+    found = base.Accuracy(**json.loads((squares / 'elsewhere/vqa-of-squares-limit20.json').read_text()))
     assert found.n == 20 and found.controls == {'blank': found.accuracy, 'shuffled': found.accuracy}
     assert found.accuracy == pytest.approx((3 + 8) / 20)
     assert all(kind['accuracy'] <= kind['chance'] for kind in found.by_kind.values())
@@ -185,7 +186,7 @@ def test_a_question_beyond_the_context_is_not_asked_but_counted(model_run, squar
     rows[0]['conversations'][2]['value'] = 'dark ' * 61
     (squares / 'long.json').write_text(json.dumps(rows))
     evaluate.main([f'--run={squares}/run', '--task=vqa', f'--data={squares}/long.json', '--allow-missing'])
-    found = base.Accuracy(**json.loads((squares / 'run/eval/vqa.json').read_text()))
+    found = base.Accuracy(**json.loads((squares / 'run/eval/vqa-of-long.json').read_text()))
     assert (found.n, found.too_long, found.accuracy) == (23, 1, 1.0)
     assert (found.asked, found.left_out) == (24, {'longer than the context': 1})
     assert 'asked 24, answered 23, left out 1 (1 × longer than the context); not' in capsys.readouterr().out
@@ -216,7 +217,7 @@ def test_what_cannot_be_read_is_counted_with_its_reason(model_run, tmp_path, cap
     assert (found.asked, found.n, found.accuracy, found.too_long) == (300, 297, 1.0, 0)
     assert found.left_out == {'missing image': 2, 'image does not decode': 1}
     assert found.other == {'question about 2 pictures': 3, 'question about no pictures': 1}
-    rows = [json.loads(line) for line in (tmp_path / 'run/eval/vqa.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / 'run/eval/vqa-of-many.jsonl').read_text().splitlines()]
     assert len(rows) == 300 and len({row['id'] for row in rows}) == 300
     assert rows[-3] == {
         'id': '7-7',
@@ -255,7 +256,7 @@ def test_more_than_one_in_a_hundred_left_out_is_an_error_and_writes_nothing(mode
 
     model_run(looks=True)
     evaluate.main([*argv, '--allow-missing'])
-    found = base.Accuracy(**json.loads((tmp_path / 'run/eval/vqa.json').read_text()))
+    found = base.Accuracy(**json.loads((tmp_path / 'run/eval/vqa-of-many.json').read_text()))
     assert (found.asked, found.n, old.n) == (300, 296, 297)
 
 
@@ -330,7 +331,7 @@ def test_a_result_of_older_code_is_still_told(tmp_path):
     (tmp_path / 'eval').mkdir()
     (tmp_path / 'eval/vqa-heldout.json').write_text(json.dumps(values | {'too_long': 0}))
     (tmp_path / 'eval/bpb.json').write_text(json.dumps({'task': 'bpb', 'n': 9}))
-    (tmp_path / 'eval/vqa-of-somebody.json').write_text('no result')
+    (tmp_path / 'eval/vqa-by-somebody.json').write_text('no result')
     (compressed, text), (split, questions) = ((split, result) for split, result in base.read_results(tmp_path))
     assert (compressed, text.lines()) == ('validation', ['task: bpb', 'n: 9'])
     assert split == 'heldout' and len(questions.lines()) == 1 and questions.to_json() == values | {'too_long': 0}
@@ -438,8 +439,9 @@ def test_bits_per_byte_are_the_numpy_ones(stage, limit, tokenizer, tmp_path, mon
     assert (found.task, found.n, found.bytes) == ('bpb', windows * length, size)
     assert found.loss == pytest.approx(nats / (windows * length), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
-    assert json.loads((tmp_path / 'run/eval/bpb.json').read_text()) == found.to_json()
-    assert not (tmp_path / 'run/eval/bpb.jsonl').exists()
+    (file,) = (tmp_path / 'run/eval').iterdir()
+    assert file.name == f'bpb-of-words{f"-limit{limit}" if limit else ""}.json'
+    assert json.loads(file.read_text()) == found.to_json()
     rest, beyond = (len(ids) - 1) % length, (len(ids) - 1) // length * length - windows * length
     other = {'token behind the last whole window': rest} | ({'token beyond the limit': beyond} if beyond else {})
     assert (found.asked, found.left_out, found.other) == (windows * length, {}, other)
@@ -471,7 +473,7 @@ def test_the_scores_of_a_real_run_are_those_of_asking_it_by_hand(tokenizer, tmp_
     (tmp_path / 'rows.json').write_text(json.dumps(rows))
     found = evaluating.evaluate(run_dir, 'vqa', data=tmp_path / 'rows.json', images=tmp_path)
 
-    asked = [json.loads(line) for line in (run_dir / 'eval/vqa.jsonl').read_text().splitlines()]
+    asked = [json.loads(line) for line in (run_dir / 'eval/vqa-of-rows.jsonl').read_text().splitlines()]
     assert [row['answer'] for row in asked] == [by_hand(shown[row['image']], row['question']) for row in asked]
     assert len({row['answer'] for row in asked}) > 2  # it does look
     other, grey = base.others([row['image'] for row in asked]), Image.new('RGB', (21, 21), (128, 128, 128))
@@ -486,3 +488,61 @@ def test_the_scores_of_a_real_run_are_those_of_asking_it_by_hand(tokenizer, tmp_
     assert found.controls == {'blank': mean(lambda _: grey), 'shuffled': mean(lambda name: shown[other[name]])}
     assert found.controls['shuffled'] < found.accuracy
     assert {kind: row['n'] for kind, row in found.by_kind.items()} == {'cat?': 4, 'dog?': 3}
+
+
+# Names and comparisons -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('given', 'part', 'told'),
+    [
+        ({}, 'validation', 'validation split'),
+        ({'limit': 9}, 'limit9', 'validation split, at most 9 of it'),
+        ({'split': 'heldout', 'limit': 9}, 'heldout-limit9', 'heldout split, at most 9 of it'),
+        ({'data': 'a/my-own.file.json', 'limit': 9}, 'of-my-own-limit9', 'my-own, at most 9 of it'),
+        ({'shots': 0}, 'shots0', 'validation split, 0 examples before each'),
+    ],
+)
+def test_what_is_not_the_whole_split_says_so_in_its_name(given, part, told):
+    assert base.part_of(**given) == part and base.told_part(part) == told
+
+
+def results(run, scores, part='validation', task='vqa'):
+    """A run's evaluation with these {id: score}, two questions an image."""
+    rows = [{'id': name, 'image': f'{int(name) // 2}.png', 'correct': score} for name, score in scores.items()]
+    rows.append({'id': 'lost', 'image': None, 'left_out': 'missing image'})
+    mean = float(np.mean(list(scores.values())))
+    base.write_result(base.Accuracy(task, len(scores), mean, [mean, mean], {}, {}), rows, run / 'eval', part)
+
+
+def test_runs_are_compared_on_what_all_were_asked(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    hard = rng.random(400) < 0.5  # for all of them
+    first = {str(i): float(not hard[i]) for i in range(400)}
+    better = first | {str(i): 1.0 for i in range(400) if hard[i] and i % 8 == 0}
+    results(tmp_path / 'a', first)
+    results(tmp_path / 'b', {name: better[name] for name in list(better)[:300]})
+    results(tmp_path / 'c', first)
+    evaluate.main(['--compare', *(str(tmp_path / name) for name in 'abc')])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == 'vqa, validation split: accuracy on 300 questions that all were asked, of up to 400'
+    gained = 100 * np.mean([better[str(i)] - first[str(i)] for i in range(300)])
+    assert f'{gained:+.1f} points' in lines[1] and 'chance' not in lines[1]
+    low, high = map(float, re.search(r'interval \+(.*) to \+(.*)\)', lines[1]).groups())
+    assert 0 < low < gained < high < 2 * gained  # unpaired, it would be 8 points wide
+    assert '+0.0 points (95% interval +0.0 to +0.0), which may be chance' in lines[2]
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path):
+    results(tmp_path / 'a', {'1': 1.0, '2': 0.0})
+    results(tmp_path / 'b', {'1': 1.0}, part='heldout')
+    runs = [str(tmp_path / name) for name in 'ab']
+    for argv, why in (
+        (['--compare', *runs], 'no evaluation, question by question, is in all of these runs'),
+        (['--compare', runs[0]], '--compare takes two runs or more'),
+        (['--compare', *runs, '--limit=3'], '--compare takes two runs or more, and --task'),
+        (['--task=vqa'], '--run is missing'),
+        ([f'--run={runs[0]}'], '--task is missing'),
+    ):
+        with pytest.raises(UserError, match=why):
+            evaluate.main(argv)

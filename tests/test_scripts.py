@@ -27,6 +27,7 @@ case "$2" in
   nanovision_jax.evaluate)
     run=$(option --run "$@") task=$(option --task "$@") split=$(option --split "$@")
     [ "$split" = validation ] || task=$task-$split
+    limit=$(option --limit "$@"); task=$task${limit:+-limit$limit}
     mkdir -p "$run/eval" && touch "$run/eval/$task.json";;
 esac
 """

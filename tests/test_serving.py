@@ -219,6 +219,14 @@ def test_tokens_there_and_back(address, tokenizer):
         assert told['tokens'] == text_prompt(tokenizer, 'the cat').ids.tolist() and told['count'] == len(told['tokens'])
         back = web.post('/detokenize', json={'model': 'text', 'tokens': told['tokens']}).json()
         assert back['prompt'] == '<|endoftext|>the cat'
+
+        def piece(text):
+            asked = {'model': 'text', 'prompt': text, 'add_special_tokens': False}
+            return web.post('/tokenize', json=asked).json()['tokens']
+
+        assert tokenizer.decode(piece(' the cat ')) == ' the cat ' and piece('the cat') == told['tokens'][1:]
+        assert piece('<|endoftext|>') == [tokenizer.end_of_text] and piece('<|end|>') == [tokenizer.end]
+        assert len(piece('a <|end|>')) > 4 and tokenizer.end not in piece('a <|end|>')  # text is text
         talk = web.post('/tokenize', json={'model': 'see', 'messages': TALKS[0]}).json()['tokens']
         assert tokenizer.decode(talk, special=True).endswith('<|assistant|>')
         told = web.get('/tokenizer_info').json()

@@ -92,9 +92,10 @@ class Tokenizer:
         """`text` without anything that would become one of `controls`."""
         return escape(text, self.controls) if self._control.search(text) else text
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Plain text as a tuple of ids: escaped and trimmed."""
-        return tuple(self._read(self.escape(text).strip()).ids)
+    def encode(self, text: str, trim: bool = True) -> tuple[int, ...]:
+        """Plain text as a tuple of ids: escaped, and trimmed unless it is a piece that stands between others."""
+        text = self.escape(text)
+        return tuple(self._read(text.strip() if trim else text).ids)
 
     def _read(self, text):
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -48,6 +48,7 @@ def task(name, part):
         (Way('likelihood', request, scoring.choice),),
         'accuracy (per character)',
         scoring.guessing,
+        scoring.centred,
         sees=False,
     )
 

@@ -7,6 +7,7 @@ list of rows, one for each question; RESULTS says of which kind its results are,
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 
@@ -108,7 +109,8 @@ class Scores(Result):
     """Of a benchmark's questions: its metrics, of which `headline` stands for it, and the same under the controls.
 
     interval: 95%, of the headline. baselines: the headline without a model. groups: {group: {n, metric: value}}.
-    drawn_of: of how many questions those asked were drawn. run: which run answered, from which checkpoint.
+    drawn_of: of how many questions those asked were drawn. run: which run answered, from which checkpoint. shots: how
+    many examples went before each question.
     """
 
     task: str
@@ -125,6 +127,7 @@ class Scores(Result):
     drawn_of: int | None = None
     seconds: float | None = None
     run: dict | None = None
+    shots: int | None = None
 
     def lines(self) -> list[str]:
         """The result as lines of text."""
@@ -177,7 +180,7 @@ NO_SHARES = ('CIDEr', 'perception', 'cognition')  # metrics that may be above 1
 
 def _told(value, name=''):
     """A share as per cent; what is no share, as it is. name: of the metric."""
-    return f'{value:.1%}' if 0 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
+    return f'{value:.1%}' if -1 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
 
 
 def _verdict(score, interval, controls, n, told=_told):
@@ -197,6 +200,13 @@ BENCHMARKS = (
     'pope',
     'arc_easy',
     'arc_challenge',
+    'mmlu',
+    'hellaswag',
+    'piqa',
+    'winogrande',
+    'core',
+    'choices',
+    'answers',
     'mme',
     'mmstar',
     'scienceqa',
@@ -240,10 +250,15 @@ def check_options(
         check_writable(folder)
 
 
-def part_of(split: str = 'validation', data=None, limit: int | None = None) -> str:
-    """What a result is about, as its file's name says: 'validation', another split, 'of-FILE', 'limit100'."""
-    parts = [f'of-{pathlib.Path(data).name.partition(".")[0]}' if data else split] + [f'limit{limit}'] * bool(limit)
-    return '-'.join(parts[1:] if parts[0] == 'validation' and limit else parts)
+# What part_of() makes: of another split or a file, with so many examples before each question, some of it.
+_PART = re.compile(r'(?:(train|heldout)|(of)-(.+?))?(?:-?shots(\d+))?(?:-?limit(\d+))?')
+
+
+def part_of(split: str = 'validation', data=None, limit: int | None = None, shots: int | None = None) -> str:
+    """What a result is about, as its file's name says: 'validation', another split, 'of-FILE', 'shots0', 'limit100'."""
+    parts = [f'of-{pathlib.Path(data).name.partition(".")[0]}' if data else split]
+    parts += [f'shots{shots}'] * (shots is not None) + [f'limit{limit}'] * bool(limit)
+    return '-'.join(parts[1:] if parts[0] == 'validation' and parts[1:] else parts)
 
 
 def write_result(result: Result, rows: list[dict], folder: pathlib.Path, part: str):
@@ -258,15 +273,29 @@ def write_result(result: Result, rows: list[dict], folder: pathlib.Path, part: s
 def read_results(run_dir: pathlib.Path) -> list[tuple[str, Result]]:
     """(part, Result) of every evaluation of a run, by task; of each the validation split's first.
 
-    Raises UserError for a damaged file.
+    Files that part_of() did not name are somebody's own. Raises UserError for a damaged file.
     """
     found = []
     for file in Paths(run_dir).results.glob('*.json'):
         task, _, part = file.stem.partition('-')
-        if task in RESULTS:
+        if task in RESULTS and _PART.fullmatch(part):
             found.append((part or 'validation', _parse(RESULTS[task], read_json(file), file)))
     order = list(RESULTS)
     return sorted(found, key=lambda one: (order.index(one[1].task), one[0] != 'validation', one[0]))
+
+
+def told_part(part: str) -> str:
+    """A part as text: 'validation split', 'heldout split, some of it', 'FILE'."""
+    split, _, data, shots, limit = _PART.fullmatch('' if part == 'validation' else part).groups()
+    told = data or f'{split or "validation"} split'
+    return told + (f', {shots} examples before each' if shots else '') + (f', at most {limit} of it' if limit else '')
+
+
+def part_options(part: str) -> list[str]:
+    """The options of the command line that evaluate a part; of a file's name the command has the rest."""
+    split, _, data, shots, limit = _PART.fullmatch('' if part == 'validation' else part).groups()
+    given = {'split': split, 'data': data, 'shots': shots, 'limit': limit}
+    return [f'--{name}={value}' for name, value in given.items() if value]
 
 
 def _parse(kind, values, file):

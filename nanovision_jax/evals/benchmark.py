@@ -43,8 +43,10 @@ class Request(NamedTuple):
     """How a question is asked. options: what the model chooses from by likelihood; none: it answers in words.
 
     chat: whether `text` is a question of a conversation, or a text that the options continue; document: whether that
-    text is the beginning of one. unconditional: a context against which the options are weighed too, as in lm-eval's
-    acc_mutual_info.
+    text is the beginning of one. after: what is scored behind text and option, where it is not the option itself.
+    scored: which tokens are: 'behind' the context, as lm-eval has it, or, as DCLM's CORE has it, those in which the
+    options 'differ', or those that they 'share' at their end. unconditional: a context against which the options are
+    weighed too, as in lm-eval's acc_mutual_info.
     """
 
     text: str
@@ -54,6 +56,8 @@ class Request(NamedTuple):
     delimiter: str = ''  # between a text and its options, of which it is no part
     most: int = 16  # tokens of an answer in words
     unconditional: str | None = None
+    after: str | None = None
+    scored: str = 'behind'
 
 
 class Likelihoods(NamedTuple):
@@ -79,6 +83,8 @@ class Benchmark(NamedTuple):
 
     metrics: (questions, {metric: scores of each}) → {metric: value}; by default the mean of each. said: what a
     baseline always answers, by its name, beside the commonest answer. chance: what guessing scores in the headline.
+    each: the headline of each question, of which it is the mean, where it is none of the scores. sees: whether every
+    question has an image. shots: how many examples go before a question, for a task that takes some.
     """
 
     name: str
@@ -90,6 +96,8 @@ class Benchmark(NamedTuple):
     said: dict[str, str] = {}
     sees: bool = True
     folder: str = ''  # below the data's folder, where its images are
+    each: Callable[[Sequence[Question], dict[str, np.ndarray]], np.ndarray] | None = None
+    shots: int | None = None
 
 
 # Running one ---------------------------------------------------------------------------------------------------------
@@ -100,8 +108,10 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
 
     limit: about so many questions, of whole images, drawn with a fixed seed; all groups are as likely.
     """
-    began = time.monotonic()
-    every = list(task.read(folder, options or {}))
+    began, options = time.monotonic(), {name: value for name, value in (options or {}).items() if value is not None}
+    if 'shots' in options and task.shots is None:
+        raise UserError(f'{task.name} takes no --shots: its questions are asked without examples.')
+    every = list(task.read(folder, options))
     if not every:
         raise UserError(f'{folder} holds no question of {task.name}.')
     if len({question.id for question in every}) < len(every):
@@ -118,7 +128,7 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
         len(questions),
         task.headline,
         measured(task, questions, found),
-        interval(found[task.headline], images),
+        interval(task.each(questions, found) if task.each else found[task.headline], images),
         groups(task, questions, found),
         {name: measured(task, questions, scores) for name, scores in others_.items()},
         baselines(task, questions),
@@ -128,6 +138,7 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
         drawn_of=len(every) if limit else None,
         seconds=round(time.monotonic() - began, 1),
         run=asker.lineage(),
+        shots=options.get('shots', task.shots),
     )
     rows = []
     for number, question in enumerate(questions):
@@ -160,13 +171,13 @@ def _scored(task, asker, questions, control):
     if control == 'reordered':
         asked = [reordered(question, number) for number, question in enumerate(questions)]
     elif control == 'shuffled':
-        swapped = others([question.image for question in questions])
+        swapped = others([question.image for question in questions if question.image])
     found, answers = {}, {}
     for way in task.ways:
         requests = [way.request(question) for question in asked]
-        shown = ['' if control == 'blank' else swapped.get(q.image, q.image) for q in asked]
+        shown = [('' if control == 'blank' else swapped.get(q.image, q.image)) if q.image else None for q in asked]
         title = f'{task.name}, {way.name}' + (f', {control}' if control else '')
-        answers[way.name] = asker.ask(requests, shown if task.sees else None, title)
+        answers[way.name] = asker.ask(requests, shown, title)
         scores = [way.score(q, answer) for q, (_, answer) in zip(asked, answers[way.name], strict=True)]
         found |= {name: np.array([score[name] for score in scores], float) for name in scores[0]}
     return found, answers
@@ -174,12 +185,17 @@ def _scored(task, asker, questions, control):
 
 def _controls(task, questions):
     """The controls that a task's questions allow."""
-    if task.sees:
+    if images := {question.image for question in questions if question.image}:
         yield 'blank'
-        if len({question.image for question in questions}) > 1:
+        if len(images) > 1:
             yield 'shuffled'
-    if any(question.options for question in questions):
+    if any(_shows_order(way.request, question) for way in task.ways for question in questions):
         yield 'reordered'
+
+
+def _shows_order(request, question):
+    """Whether a question is asked in other words where its options are in another order."""
+    return len(question.options) > 1 and request(reordered(question, 0)).text != request(question).text
 
 
 def reordered(question: Question, seed: int) -> Question:
@@ -213,6 +229,8 @@ def groups(task, questions, scores) -> dict[str, dict]:
 def baselines(task, questions) -> dict[str, float]:
     """What the headline is without a model: by guessing, by the commonest answer, by what a task names."""
     found = {'chance': task.chance(questions)}
+    if task.each:
+        return found
     if any(question.options for question in questions):
         commonest = collections.Counter(question.answer for question in questions).most_common(1)[0][1]
         return found | {'majority': commonest / len(questions)}

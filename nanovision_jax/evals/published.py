@@ -6,6 +6,7 @@ A table of the Hub has the bytes of its images in a column: Images keeps where t
 import collections
 import csv
 import functools
+import io
 import json
 import pathlib
 
@@ -34,9 +35,7 @@ def read_rows(file: pathlib.Path) -> list[dict]:
             return _read_parquet(file)
         text = file.read_text(encoding='utf-8-sig')
         if file.suffix in ('.csv', '.tsv'):
-            return list(
-                csv.DictReader(text.splitlines(keepends=True), delimiter='\t' if file.suffix == '.tsv' else ',')
-            )
+            return list(csv.DictReader(io.StringIO(text, newline=''), delimiter='\t' if file.suffix == '.tsv' else ','))
         if text.lstrip().startswith('['):
             return json.loads(text)
         return [json.loads(line) for line in text.split('\n') if line.strip()]

@@ -16,6 +16,7 @@ MODULES = {  # where it is not <name>.TASK
     'arc_easy': 'arc.EASY',
     'arc_challenge': 'arc.CHALLENGE',
     'textvqa_ocr': 'textvqa.OCR',
+    'answers': 'choices.ANSWERS',
 }
 
 
@@ -56,6 +57,6 @@ def _benchmark(run, name, data, folder, limit, controls=None, **options):
     result, rows = benchmark.run(
         benchmark_of(name), asking.Asker(run, Pictures(data), kept), data, limit, controls or 'auto', options
     )
-    base.write_result(result, rows, folder, base.part_of(limit=limit))
+    base.write_result(result, rows, folder, base.part_of(limit=limit, shots=options.get('shots')))
     kept.unlink()
     return result

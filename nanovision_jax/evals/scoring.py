@@ -17,10 +17,12 @@ def plain(text: str) -> str:
 
 def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
     """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm."""
+    with np.errstate(divide='ignore', invalid='ignore'):  # an option without characters is never the likeliest
+        per_character = likely.sums / likely.characters
     found = {
         'sum': likely.sums,
-        'per token': likely.sums / likely.tokens,
-        'per character': likely.sums / likely.characters,
+        'per token': likely.sums / np.maximum(1, likely.tokens),
+        'per character': per_character,
     }
     if likely.unconditional is not None:
         found['against the option alone'] = likely.sums - likely.unconditional
@@ -30,3 +32,10 @@ def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
 def guessing(questions) -> float:
     """What guessing scores: one of each question's options."""
     return float(np.mean([1 / len(question.options) for question in questions]))
+
+
+def centred(questions, scores) -> dict[str, float]:
+    """The mean of each score, and centred: 0 is guessing, 1 is all."""
+    chance = guessing(questions)
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    return means | {f'centred {name}': (value - chance) / (1 - chance) for name, value in means.items()}

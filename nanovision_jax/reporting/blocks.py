@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import pathlib
+import re
 import runpy
 import shlex
 import statistics
@@ -18,7 +19,7 @@ from nanovision_jax import config as configs
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError, check_writable
-from nanovision_jax.evals.base import read_results
+from nanovision_jax.evals.base import part_options, read_results, told_part
 from nanovision_jax.reporting import page
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -60,11 +61,14 @@ def open_runs(family):
 
 
 def results(runs, task):
-    """Every (Run, split, Result) of an evaluation task, the validation split's first."""
+    """Every (Run, part, Result) of a task, the validation split's first; a part of what is there whole is left out."""
     for run_ in runs:
-        for split, result in read_results(run_.folder):
-            if result.task == task:
-                yield run_, split, result
+        found = [(part, result) for part, result in read_results(run_.folder) if result.task == task]
+        whole = {part for part, _ in found}
+        for part, result in found:
+            of = re.sub('-?limit.*', '', part) or 'validation'
+            if of == part or of not in whole:
+                yield run_, part, result
 
 
 def parameters(run_):
@@ -154,8 +158,10 @@ def tell(family, runs):
         yield from evaluation(*found)
     if found := list(results(runs, 'bpb')):
         yield 'heading', 'Held-out text'
-        rows = [(f'{r.stage}, {s}', f'{b.n:,}', f'{b.loss:.3f}', f'{b.bits_per_byte:.3f}') for r, s, b in found]
-        yield 'table', ('Run, split', 'Tokens', 'Loss (nats a token)', 'Bits per byte'), rows
+        rows = [
+            (f'{r.stage}, {told_part(s)}', f'{b.n:,}', f'{b.loss:.3f}', f'{b.bits_per_byte:.3f}') for r, s, b in found
+        ]
+        yield 'table', ('Run, text', 'Tokens', 'Loss (nats a token)', 'Bits per byte'), rows
     yield from answers(family, runs)
     yield from origin(runs)
     yield 'heading', 'How to reproduce'
@@ -163,13 +169,13 @@ def tell(family, runs):
     for task in ('bpb', 'vqa'):
         for run_, split, _ in results(runs, task):
             line = f'python -m nanovision_jax.evaluate --run={shlex.quote(str(run_.folder))} --task={task}'
-            lines.append(line if split == 'validation' else f'{line} --split={shlex.quote(split)}')
+            lines.append(' '.join([line, *part_options(split)]))
     yield 'commands', [*lines, f'python -m nanovision_jax.report {shlex.quote(str(family))}']
 
 
 def headline(run_, split, result):
     """The result of an evaluation in a sentence."""
-    (low, high), n = result.interval, f'{result.n:,} questions about pictures of the {split} split'
+    (low, high), n = result.interval, f'{result.n:,} questions about pictures ({told_part(split)})'
     return f'{run_.stage} answers {result.accuracy:.1%} of {n} right (95% interval {low:.1%} to {high:.1%}).'
 
 
@@ -223,7 +229,7 @@ def training(runs):
 
 def evaluation(run_, split, result):
     """Blocks: accuracy by kind, what becomes of it without the images, and what that means."""
-    yield 'heading', f'Questions about pictures: {run_.stage}, {split} split'
+    yield 'heading', f'Questions about pictures: {run_.stage}, {told_part(split)}'
     yield 'text', headline(run_, split, result), ''
     if told := result.coverage():
         yield 'text', f'Questions {told}.', 'note'
@@ -237,7 +243,11 @@ def evaluation(run_, split, result):
     note = 'Chance, the mark in a bar, is the score of always giving the kind’s commonest answer.'
     note += ' Blank and Shuffled are the scores with grey pictures, and with those of other questions.'
     note += ' A description counts by the share of its parts that are right.' if 'description' in dict(kinds) else ''
-    note += ' In heldout are the pairs of colour and shape that training never shows.' if split == 'heldout' else ''
+    note += (
+        ' In heldout are the pairs of colour and shape that training never shows.'
+        if split.startswith('heldout')
+        else ''
+    )
     note += f' {len(kinds) - 16} rarer kinds are left out.' if len(kinds) > 16 else ''
     yield 'text', note, 'note'
     right = result.accuracy
@@ -255,8 +265,10 @@ def answered(file):
 
 def answers(family, runs):
     """Blocks: a dozen questions with their images, and the conversations of chat.jsonl."""
-    asked = [(run_, rows) for run_ in runs if (rows := answered(runfolder.Paths(run_.folder).results / 'vqa.jsonl'))]
-    for run_, rows in asked[-1:]:
+    for run_, part, _ in itertools.islice(results(runs[::-1], 'vqa'), 1):
+        file = runfolder.result_file(runfolder.Paths(run_.folder).results, 'vqa', part)
+        if not (rows := answered(file.with_suffix('.jsonl'))):
+            break
         chosen = choose(rows)
         found = find_images(run_.config, {row['image'] for row in chosen}) if run_.config else {}
         right, share = (sum(row['correct'] == 1 for row in some) for some in (chosen, rows))

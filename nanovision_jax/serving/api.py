@@ -142,8 +142,8 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
         if 'messages' in fields.data:
             ids = (await asyncio.to_thread(protocol.chat, fields, one, limits)).ids.tolist()
         else:
-            leading = [one.tokenizer.end_of_text] * fields.take('add_special_tokens', bool, True)
-            ids = [*leading, *one.tokenizer.encode(fields.take('prompt', str, ''))]
+            text, leading = fields.take('prompt', str, ''), fields.take('add_special_tokens', bool, True)
+            ids = protocol.tokens(text, leading, one.tokenizer)
         return {'tokens': ids, 'count': len(ids), 'max_model_len': one.scheduler.context}
 
     @app.post('/detokenize')

@@ -241,6 +241,18 @@ def _prompt(given, run):
     return Prompt(np.array(given, np.int32), [])
 
 
+def tokens(text: str, leading: bool, tokenizer) -> list[int]:
+    """The ids of a text: of a document, with what leads it, or of a piece as it stands.
+
+    A piece that is a control token and no more is that token: harnesses ask in this way which one leads documents.
+    """
+    if leading:
+        return [tokenizer.end_of_text, *tokenizer.encode(text)]
+    if text in tokenizer.controls:
+        return [tokenizer.special[tokenizer.controls.index(text)]]
+    return list(tokenizer.encode(text, trim=False))
+
+
 def is_id(value) -> bool:
     """Whether a value can be a token's id."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
