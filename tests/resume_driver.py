@@ -21,7 +21,7 @@ from nanovision_jax import cli
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.images import ImageStore
 from nanovision_jax.runs import checkpoint
-from nanovision_jax.training import fit, prefetch
+from nanovision_jax.training import fit, prefetch, watching
 from nanovision_jax.training import loop as train
 
 jax.config.update('jax_num_cpu_devices', int(os.environ.get('DEVICES', 8)))
@@ -57,11 +57,11 @@ faults = {
     'start': (train, 'open_data'),
     'compiling': (fit, 'settle'),
     'evaluation': (train, 'validate'),
-    'sampling': (train, 'show_samples'),
+    'sampling': (watching, 'watch'),
     'saving': (checkpoint.Checkpoints, '_finish'),
 }
 if os.environ.get('FAULT') != 'sampling':
-    train.show_samples = lambda *_: None
+    watching.watch = lambda *_: {}
 if (fault := os.environ.get('FAULT')) in ('nan', 'inf'):
     poisoned(np.float32(fault))
 elif fault and fault.startswith('hang '):

@@ -106,8 +106,8 @@ def test_data_needs_no_jax():
     ('below', 'above'),
     [
         ('inference', ('training', 'evals', 'serving')),
+        ('evals', ('training', 'serving', 'hf')),
         ('serving', ('training', 'evals', 'hf')),
-        ('training', ('evals',)),
         ('models', ('training', 'inference', 'data', 'runs', 'parallel', 'hf', 'evals')),
         ('parallel', ('training', 'inference', 'runs', 'hf', 'evals')),
         ('data', ('models', 'training', 'inference', 'parallel', 'hf', 'evals')),

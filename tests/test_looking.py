@@ -55,6 +55,16 @@ def test_attention_that_is_looked_at_is_the_attention_that_is_used(flavour):
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-6)
 
 
+def test_norms_are_those_of_what_stands_before_the_first_block():
+    _, definition, params = opened()
+    images, words = looking.norms(definition, params, micro.TOKENIZER.image, prompt())
+    model = models.merge(definition.graphdef, params)
+    features = np.asarray(model.image_features(jnp.asarray(IMAGE)[None, None]))[0]
+    table = np.asarray(params['decoder']['embedding']['embedding'])
+    assert images == pytest.approx(np.linalg.norm(features, axis=1).mean(), rel=1e-5)
+    assert words == pytest.approx(np.linalg.norm(table[[5, 7, 9]], axis=1).mean(), rel=1e-5)
+
+
 def test_a_patch_that_is_a_word_is_nearest_to_that_word():
     """A projector that gives every patch the embedding of a word."""
     word = 17

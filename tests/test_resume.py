@@ -17,7 +17,7 @@ from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import verify
+from nanovision_jax.training import verify, watching
 
 STEPS = 9
 RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves
@@ -62,7 +62,7 @@ def go(parents, cache, tmp_path_factory):
 
         batches, write = pipeline.batches, checkpoint.Checkpoints.save
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'show_samples', lambda *_: None)
+            patch.setattr(watching, 'watch', lambda *_: {})
             patch.setattr(pipeline, 'batches', watched)
             patch.setattr(checkpoint.Checkpoints, 'save', save)
             try:
@@ -211,7 +211,7 @@ def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, cache, tmp_pa
 @pytest.mark.slow
 def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tmp_path, monkeypatch):
     """Once before its first checkpoint, once in the middle of writing one."""
-    monkeypatch.setattr(train, 'show_samples', lambda *_: None)
+    monkeypatch.setattr(watching, 'watch', lambda *_: {})
     killed, alone = (micro.family(tmp_path / name, tiny_family) for name in ('killed', 'alone'))
     for stage in micro.STAGES:
         run = killed / stage

@@ -24,7 +24,7 @@ from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
-from nanovision_jax.training import meter, optim, resume, step
+from nanovision_jax.training import meter, optim, resume, step, watching
 from nanovision_jax.training import start as starts
 
 
@@ -149,8 +149,9 @@ def test_a_batch_of_another_shape_is_an_error_for_the_compiled_step():
 
 
 def road_config(stage, family):
-    """A run of four steps; sft's are counted in epochs."""
-    return micro.run_config(stage, family, **(dict(steps=0, epochs=0.7) if stage == 'sft' else {}))
+    """A run of four steps; sft's are counted in epochs, and vision_instruct is asked questions."""
+    fields = {'sft': dict(steps=0, epochs=0.7), 'vision_instruct': dict(eval__tasks='vqa', eval__limit=6)}
+    return micro.run_config(stage, family, **fields.get(stage, {}))
 
 
 @pytest.fixture(scope='module')
@@ -181,11 +182,10 @@ def test_every_line_of_metrics_has_its_fields(road, stage):
     lines = read_metrics(road / stage / 'metrics.jsonl')
     logged = [line for line in lines if 'loss' in line]
     evaluated = [line for line in lines if 'eval_loss' in line]
-    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited seconds'
+    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited learned seconds'
     parts = step.partition(micro.config(stage), micro.read(road / stage)['params'])[0]
     norms = {f'{name}_norm/{part}' for name in ('grad', 'update') for part in parts}
-    learned = set() if stage == 'clip' else {'learned'}
-    assert all(set(line) == set(names.split()) | norms | learned for line in logged)
+    assert all(set(line) == set(names.split()) | norms for line in logged)
     assert [line['step'] for line in logged] == [1, 2, 3, 4] and [line['step'] for line in evaluated] == [4]
     assert len(logged) + len(evaluated) == len(lines)
     for name in ('tokens', 'seconds'):
@@ -194,6 +194,28 @@ def test_every_line_of_metrics_has_its_fields(road, stage):
     assert [line['learning_rate'] for line in logged] == pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
     assert all(line[name] > 0 for line in logged for name in ('loss', 'grad_norm', 'tokens_per_second', 'mfu'))
     assert evaluated[0]['eval_loss'] > 0
+
+
+def test_an_evaluation_tells_where_the_model_looks_and_what_it_answers(road):
+    of = {
+        stage: [x for x in read_metrics(road / stage / 'metrics.jsonl') if 'eval_loss' in x] for stage in micro.STAGES
+    }
+    watched = {'image_attention', 'image_entropy', 'image_norm', 'word_norm'}
+    (line,) = of['vision_instruct']
+    assert set(line) == {'step', 'eval_loss', 'left_out', 'eval/vqa'} | watched
+    assert 0 < line['image_attention'] < 1 and 0 < line['image_entropy'] <= 1 + 1e-6 and 0 <= line['eval/vqa'] <= 1
+    assert line['image_norm'] > 0 and line['word_norm'] > 0
+    assert watched <= set(of['vision_pretrain'][0]) and not watched & set(of['sft'][0]) | watched & set(of['clip'][0])
+
+
+def test_tasks_that_cannot_be_asked_are_refused_before_anything_is_made(road):
+    cfg = road_config('vision_instruct', road)
+    cfg.run_dir = str(road / 'other')
+    for tasks, message in (('vqa,nosuch', 'no task'), ('pope', 'pope needs --data')):
+        cfg.eval.tasks = tasks
+        with pytest.raises(UserError, match=message):
+            train.train(cfg)
+    assert not (road / 'other').exists()
 
 
 def test_tokens_counts_what_is_not_padding(road):
@@ -254,7 +276,7 @@ def test_without_steps_a_run_lasts_its_epochs(road, capsys):
 @pytest.fixture
 def family(road, tmp_path, monkeypatch):
     """A copy of the road's first two stages, to be spoiled."""
-    monkeypatch.setattr(train, 'show_samples', lambda *_: None)
+    monkeypatch.setattr(watching, 'watch', lambda *_: {})
     shutil.copytree(
         road,
         tmp_path / 'family',

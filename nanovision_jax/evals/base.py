@@ -50,6 +50,14 @@ class Compression(Result):
     other: dict | None = None
     bits_per_byte: float | None = None
 
+    def score(self) -> float:
+        """The number that stands for it."""
+        return self.bits_per_byte
+
+    def summary(self) -> str:
+        """That number as a line of text."""
+        return f'{self.task}: {self.bits_per_byte:.4f} bits a byte of {self.n:,} tokens'
+
     def lines(self) -> list[str]:
         """The result as lines of text."""
         counted = {name: x for name, x in self.to_json().items() if name not in ('asked', 'left_out', 'other')}
@@ -76,9 +84,17 @@ class Accuracy(Result):
     other: dict | None = None
     too_long: int | None = None
 
+    def score(self) -> float:
+        """The number that stands for it."""
+        return self.accuracy
+
+    def summary(self) -> str:
+        """That number as a line of text."""
+        return f'{self.task}: {self._headline()}'
+
     def lines(self) -> list[str]:
         """The result as lines of text."""
-        told = [f'{self.task}: {self._headline()}']
+        told = [self.summary()]
         for kind, row in self.by_kind.items():
             told.append(
                 f'  {kind:24} {row["accuracy"]:6.1%}  chance {row["chance"]:6.1%}  blank {row["blank"]:6.1%}  '
@@ -129,9 +145,17 @@ class Scores(Result):
     run: dict | None = None
     shots: int | None = None
 
+    def score(self) -> float:
+        """The number that stands for it."""
+        return self.metrics[self.headline]
+
+    def summary(self) -> str:
+        """That number as a line of text."""
+        return f'{self.task}: {self._headline()}'
+
     def lines(self) -> list[str]:
         """The result as lines of text."""
-        told = [f'{self.task}: {self._headline()}']
+        told = [self.summary()]
         told += [f'  {name:36} {_told(value, name)}' for name, value in self.metrics.items()]
         for name, row in self.groups.items():
             told.append(f'  {name:36} {self._own(row[self.headline])}  n {row["n"]:,}')

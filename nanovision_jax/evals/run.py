@@ -29,34 +29,40 @@ def evaluate(
     """
     base.check_options(run_dir, task, split, data, images, output, limit, allow_missing, **options)
     run, folder = load(run_dir), pathlib.Path(output or Paths(run_dir).results)
-    if task in base.BENCHMARKS:
-        return _benchmark(run, task, pathlib.Path(caches.local(data)), folder, limit, **options)
-    options = {'images': images and caches.local(images), 'allow_missing': allow_missing} if task == 'vqa' else {}
-    if data:
+    if task == 'vqa':
+        options |= {'images': images and caches.local(images), 'allow_missing': allow_missing}
+    if task not in base.BENCHMARKS and data:
         for place in stores.conversations(data, images or '', shown=task == 'vqa'):
             stores.fetched(place)
-        data = caches.local(data)
-    else:
+    elif task not in base.BENCHMARKS:
         stores.fetch(run.config)
-    result, rows = TASKS[task].run(run, split=split, data=data, limit=limit, **options)
-    base.write_result(result, rows, folder, base.part_of(split, data, limit))
+    result, rows = asked(run, task, data, folder, limit, split=split, **options)
+    of = None if task in base.BENCHMARKS else data
+    base.write_result(result, rows, folder, base.part_of(split, of, limit, options.get('shots')))
+    (folder / f'{task}.answers').unlink(missing_ok=True)
     return result
+
+
+def asked(
+    run, task: str, data, folder: pathlib.Path, limit=None, controls=None, split='validation', **options
+) -> tuple:
+    """(Result, rows) of a task asked of an opened run (inference.run.Run); of benchmarks answers are kept in `folder`.
+
+    controls: 'none' leaves them out. Raises UserError where that cannot be asked.
+    """
+    data = caches.local(data) if data else None
+    if task not in base.BENCHMARKS:
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= {'controls': False} if task == 'vqa' and controls == 'none' else {}
+        return TASKS[task].run(run, split=split, data=data, limit=limit, **given)
+    if not pathlib.Path(data).is_dir():
+        raise UserError(f'no folder {data}: --data is where the published files of {task} are.')
+    folder.mkdir(parents=True, exist_ok=True)
+    asker = asking.Asker(run, Pictures(data), folder / f'{task}.answers')
+    return benchmark.run(benchmark_of(task), asker, pathlib.Path(data), limit, controls or 'auto', options)
 
 
 def benchmark_of(name: str) -> benchmark.Benchmark:
     """The Benchmark of a name."""
     module, _, attribute = MODULES.get(name, f'{name}.TASK').partition('.')
     return getattr(importlib.import_module(f'nanovision_jax.evals.{module}'), attribute)
-
-
-def _benchmark(run, name, data, folder, limit, controls=None, **options):
-    if not data.is_dir():
-        raise UserError(f'no folder {data}: --data is where the published files of {name} are.')
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f'{name}.answers'
-    result, rows = benchmark.run(
-        benchmark_of(name), asking.Asker(run, Pictures(data), kept), data, limit, controls or 'auto', options
-    )
-    base.write_result(result, rows, folder, base.part_of(limit=limit, shots=options.get('shots')))
-    kept.unlink()
-    return result

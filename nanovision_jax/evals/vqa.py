@@ -207,14 +207,15 @@ def reader(source, vision):
     return image
 
 
-def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False):
+def run(model_run, split='validation', data=None, images=None, limit=None, allow_missing=False, controls=True):
     """(result, rows): the scores with their controls, and one object a question. Needs a vision run.
 
     Images are read as they are asked about: at most 2 × BATCH are in memory, and of all questions only their text.
 
     result: asked = n + the sum of left_out, {reason: count}. A question is left out if its image cannot be read, or
     if it is longer than the context. `other` counts what is no question about one image, and so is not asked.
-    Raises UserError, before the model is asked, if over 1% are left out without allow_missing.
+    controls: whether all are asked again with blank and with other images. Raises UserError, before the model is
+    asked, if over 1% are left out without allow_missing.
     """
     config, tokenizer, vision = model_run.config, model_run.tokenizer, model_run.config.model.vision
     if not stage_of(config).sees:
@@ -236,10 +237,8 @@ def run(model_run, split='validation', data=None, images=None, limit=None, allow
         return answers, np.array([score(q.kind, a, q.reference) for q, a in zip(questions, answers, strict=True)])
 
     answers, scores = asked(lambda i: image(questions[i].place), 'vqa')
-    controls = {
-        'blank': asked(lambda _: grey, 'vqa, blank pictures')[1],
-        'shuffled': asked(lambda i: image(place[other[questions[i].image]]), 'vqa, shuffled pictures')[1],
-    }
+    shown = {'blank': lambda _: grey, 'shuffled': lambda i: image(place[other[questions[i].image]])}
+    controls = {name: asked(of, f'vqa, {name} pictures')[1] for name, of in shown.items() if controls}
     result = Accuracy(
         'vqa',
         len(questions),

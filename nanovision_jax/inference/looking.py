@@ -45,6 +45,21 @@ def _looks(
     return model.decoder.looks(x, jnp.arange(tokens.shape[1])[None], structure)[:, 0]
 
 
+def norms(definition: Definition, params, image_token: int, prompt: Prompt) -> tuple[float, float]:
+    """The mean norms of what stands in the place of a prompt's patches, and of its words, before the first block."""
+    tokens = np.zeros((1, bucket(len(prompt.ids))), np.int32)
+    tokens[0, : len(prompt.ids)] = prompt.ids
+    found = jax.device_get(_norms(definition, params, tokens, np.stack(prompt.images)[None]))[0][: len(prompt.ids)]
+    is_image = prompt.ids == image_token
+    return float(found[is_image].mean()), float(found[~is_image].mean())
+
+
+@functools.partial(jax.jit, static_argnames='definition')
+def _norms(definition, params, tokens: Int[Array, '1 T'], images: UInt8[Array, '1 M height width 3']):
+    model = models.merge(definition.graphdef, params)
+    return jnp.linalg.norm(model.embed(tokens, model.image_features(images)).astype(jnp.float32), axis=-1)
+
+
 def nearest_words(
     definition: Definition, params, image: UInt8[np.ndarray, 'size size 3'], without: tuple[int, ...], count: int = 5
 ) -> tuple[Int32[np.ndarray, 'F count'], Float32[np.ndarray, 'F count']]:

@@ -11,14 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nanovision_jax import config as configs
 from nanovision_jax import models
-from nanovision_jax.data import conversation, pipeline, stores
-from nanovision_jax.data.images import load as load_image
+from nanovision_jax.data import pipeline, stores
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError, check_writable
-from nanovision_jax.inference import prompt
-from nanovision_jax.inference.run import Run
 from nanovision_jax.parallel import compile_cache, hardware, hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage, lock
@@ -26,7 +22,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs.mirror import Mirror
 from nanovision_jax.runs.skips import lost_examples
 from nanovision_jax.stages import stage_of
-from nanovision_jax.training import features, fit, optim
+from nanovision_jax.training import features, fit, optim, watching
 from nanovision_jax.training import start as starts
 from nanovision_jax.training.load import load_parameters
 from nanovision_jax.training.log import Log
@@ -56,6 +52,7 @@ def train(
     startup.reached('imports')
     folder = pathlib.Path(config.run_dir)
     check_writable(folder)
+    watching.check_tasks(config)
     hearing = contextlib.nullcontext(stop) if stop else StopOnSignal()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hearing)
@@ -269,8 +266,9 @@ def run_steps(
     def evaluate(step):
         with keeping():
             if stop.signal is None:
-                validate(config, step, eval_step, state['params'], data.validation, mesh, log)
-                show_samples(config, step, training.graphdef, state['params'], data, log)
+                found = validate(config, step, eval_step, state['params'], data.validation, mesh, log)
+                found |= watching.watch(config, step, training.graphdef, state['params'], data, log)
+                log.metrics.write(step=step, **found)
 
     def further():
         """The next batch, or (None, None) after a signal."""
@@ -328,53 +326,16 @@ def run_steps(
     return step, state['params']
 
 
-def validate(config, step: int, eval_step, params: dict, rows, mesh, log: Log):
-    """Logs the mean loss over the same validation batches each time; training data is untouched by their stream."""
-    total, count, left_out = 0.0, 0.0, 0 if _is_text(config) else len(rows.index.left_out) + rows.index.dropped
+def validate(config, step: int, eval_step, params: dict, rows, mesh, log: Log) -> dict[str, float]:
+    """{eval_loss, left_out} over the same validation batches each time; training data is untouched by their stream."""
+    is_text = stage_of(config).data == 'text'
+    total, count, left_out = 0.0, 0.0, 0 if is_text else len(rows.index.left_out) + rows.index.dropped
     own = parallel.own_rows(mesh, config.data.batch_size)
     batches = pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout, own=own)
     for batch, _, without in itertools.islice(read_together(batches), config.eval.batches):
         left_out += len(without)
         loss, n = eval_step(params, parallel.put_batch(batch, mesh))
         total, count = total + float(loss), count + float(n)
-    log.metrics.write(step=step, eval_loss=total / count, left_out=left_out)
     without = f', without {left_out} examples that cannot be used' if left_out else ''
     log.say(f'step {step}  eval loss {total / count:.4f} on held-out data{without}')
-
-
-def show_samples(config, step: int, graphdef, params: dict, data: RunData, log: Log, n: int = 2):
-    """Shows a few validation prompts, answered by the model as it is now."""
-    if not stage_of(config).decodes:
-        return
-    if hosts.several():  # the first answers, alone
-        params, alone = hosts.fetch(params), parallel.make_mesh(configs.Mesh(), [hosts.first_device()])
-        if not hosts.is_first():
-            return
-    examples = min(n, data.validation.rows_per_epoch() if _is_text(config) else len(data.validation.index.rows))
-    try:
-        prompts, asked = zip(*(validation_prompt(config, data, i) for i in range(examples)), strict=True)
-    except conversation.BadExample as error:
-        log.say(f'  no samples are shown: {error}')
-        return
-    with jax.set_mesh(alone) if hosts.several() else contextlib.nullcontext():
-        params = jax.device_put(params, hosts.first_device()) if hosts.several() else params
-        answers = Run(config, step, graphdef, params, data.tokenizer).answer(prompts, max_new_tokens=32)
-    for text, answer in zip(asked, answers, strict=True):
-        log.say(f'  {text[-70:]!r} → {answer.strip()!r}')
-
-
-def validation_prompt(config, data: RunData, i: int) -> tuple[prompt.Prompt, str]:
-    """(Prompt, its text) of the i-th validation example: its first question, or the beginning of its text."""
-    tokenizer, rows = data.tokenizer, data.validation
-    if _is_text(config):
-        text = tokenizer.decode(rows[i]['tokens'][:24])
-        return prompt.text_prompt(tokenizer, text), text
-    example = rows.source[rows.index.rows[i]]
-    question = example.messages[: 1 + (example.messages[0]['role'] == 'system')]
-    shown = 0 if isinstance(question[-1]['content'], str) else sum(map(conversation.is_image, question[-1]['content']))
-    images = [load_image(encoded) for encoded in example.images[:shown]]
-    return prompt.chat_prompt(config, tokenizer, question, images), conversation.text_of(question[-1])
-
-
-def _is_text(config):
-    return stage_of(config).data == 'text'
+    return {'eval_loss': total / count, 'left_out': left_out}

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -28,20 +27,6 @@ LEAST, PARTS = 256, 16  # at least so many tokens at once, else a share of a bat
 def chunk_of(tokens: int, vocabulary: int) -> int:
     """How many tokens' logits a device makes at once."""
     return min(tokens, max(LEAST, min(-(-tokens // PARTS), LOGITS // (4 * vocabulary))))
-
-
-def token_losses(decoder, hidden: Float[Array, 'B T D'], targets: Int[Array, 'B T']) -> Float[Array, 'B T']:
-    """The cross-entropy of every target, in nats, of what decoder.logits() makes of hidden states."""
-
-    def losses(part):
-        return optax.softmax_cross_entropy_with_integer_labels(decoder.logits(part[0]), part[1])
-
-    batch, length = targets.shape
-    chunk = chunk_of(length, batch * decoder.output_kernel().shape[1])
-    pad = -length % chunk
-    hidden, targets = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
-    parts = tuple(jnp.stack(jnp.split(x, (length + pad) // chunk, axis=1)) for x in (hidden, targets))
-    return jnp.moveaxis(jax.lax.map(losses, parts), 0, 1).reshape(batch, -1)[:, :length]
 
 
 def next_token(
