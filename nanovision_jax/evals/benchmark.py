@@ -19,7 +19,6 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.evals.base import Scores, interval, others
 
 AUTO = 500  # questions up to which the controls are asked too, where nothing is said
-CONTROLS = ('blank', 'shuffled', 'reordered')  # images blanked, those of other questions; the options in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,6 @@ class Benchmark(NamedTuple):
     metrics: Callable[[Sequence[Question], dict[str, np.ndarray]], dict[str, float]] | None = None
     said: dict[str, str] = {}
     sees: bool = True
-    folder: str = ''  # below the data's folder, where its images are
     each: Callable[[Sequence[Question], dict[str, np.ndarray]], np.ndarray] | None = None
     shots: int | None = None
 
@@ -184,7 +182,7 @@ def _scored(task, asker, questions, control):
 
 
 def _controls(task, questions):
-    """The controls that a task's questions allow."""
+    """The controls that a task's questions allow: images blanked, those of others, the options in another order."""
     if images := {question.image for question in questions if question.image}:
         yield 'blank'
         if len(images) > 1:
