@@ -30,12 +30,17 @@ def main(argv):
         raise UserError('--output is for comparisons: the report of a run or a family lies in its folder.')
     if args.words and several:
         raise UserError('--words is for the report of one run or family, not for comparisons.')
+    words = ()
+    if args.words:
+        from nanovision_jax.reporting.words import chapter  # loads jax
+
+        words = tuple(chapter(args.run[0], args.words))
     from nanovision_jax.reporting import comparison, family  # reads pictures and data sets
 
     if several:
         print(f'written: {comparison.write(args.run, args.output, args.price)}')
     else:
-        print(f'written: {family.write(args.run[0], args.price, args.words)}')
+        print(f'written: {family.write(args.run[0], args.price, words)}')
 
 
 if __name__ == '__main__':

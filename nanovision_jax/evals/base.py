@@ -36,6 +36,10 @@ class Result:
         told += f' ({told_counts(self.left_out)})' if self.left_out else ''
         return told + (f'; not counted: {told_counts(self.other)}' if self.other else '')
 
+    def verdict(self) -> str:
+        """Whether the model looks at its images, in a sentence; '' where that was not measured."""
+        return ''
+
 
 @dataclasses.dataclass
 class Compression(Result):

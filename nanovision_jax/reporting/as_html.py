@@ -15,7 +15,7 @@ def page(title: str, blocks: list[tuple], about: str) -> str:
     body = '\n'.join(map(block, blocks))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="generator" content="nanovision_jax: {html.escape(about)}">\n<title>{html.escape(title)}</title>\n'
+        f'<meta name="generator" content="{html.escape(about)}">\n<title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     )

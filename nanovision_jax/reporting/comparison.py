@@ -12,8 +12,6 @@ from nanovision_jax.reporting.charts import Chart, Line
 from nanovision_jax.reporting.runs import Run, open_run
 from nanovision_jax.runs import config_file as runconfig
 
-ABOUT = 'a comparison'  # what the page says it is of
-
 
 def write(folders: list, output=None, price: float | None = None) -> pathlib.Path:
     """Writes report.html and report.md, which compare runs, into a folder, and returns the path of the first.
@@ -32,11 +30,11 @@ def write(folders: list, output=None, price: float | None = None) -> pathlib.Pat
     folder = pathlib.Path(output) if output else pathlib.Path() if root else shared
     check_writable(folder)
     for file in (folder / 'report.html', folder / 'report.md'):
-        told = '# Comparison' if file.suffix == '.md' else f'content="nanovision_jax: {ABOUT}"'
+        told = '# Comparison' if file.suffix == '.md' else family.COMPARISON
         if file.exists() and told not in file.read_text(errors='replace')[:1000]:
             raise UserError(f'{file} is there and is no comparison: say --output=FOLDER.')
     folder.mkdir(parents=True, exist_ok=True)
-    return family.write_pages(folder, 'Comparison', list(tell(runs, price)), ABOUT)
+    return family.write_pages(folder, 'Comparison', list(tell(runs, price)), family.COMPARISON)
 
 
 def tell(runs: list[Run], price: float | None = None):

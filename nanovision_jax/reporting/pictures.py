@@ -1,4 +1,4 @@
-"""Of a report, what has pictures: questions with answers, conversations, and the words that patches are like."""
+"""Of a report, what has pictures: questions with answers, and conversations."""
 
 import base64
 import collections
@@ -8,21 +8,17 @@ import io
 import itertools
 import pathlib
 
-import numpy as np
-
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 from nanovision_jax.reporting.runs import Run, results, rows_of
 from nanovision_jax.runs import folder as runfolder
-from nanovision_jax.stages import stage_of
 
 CHATS = 24  # pictures that are shown of chat.jsonl, so that the page stays below 5 MB
-NEAREST = 3  # words that are told of a patch
 
 
-def chapter(folder: pathlib.Path, runs: list[Run], words: str | None):
-    """Blocks: a dozen questions with their images, the conversations of chat.jsonl, and the words of patches."""
+def chapter(folder: pathlib.Path, runs: list[Run]):
+    """Blocks: a dozen questions with their images, and the conversations of chat.jsonl."""
     for run_, part, result in itertools.islice(results(runs[::-1], 'vqa'), 1):
         if not (rows := rows_of(run_, part, result)):
             break
@@ -47,8 +43,6 @@ def chapter(folder: pathlib.Path, runs: list[Run], words: str | None):
         yield 'cards', cards[:CHATS]
         if len(cards) > CHATS:
             yield 'text', f'These are the first {CHATS} of {len(cards)} pictures.', 'note'
-    if words:
-        yield from patches(runs, words)
 
 
 def choose(rows: list[dict], n: int = 12) -> list[dict]:
@@ -106,40 +100,3 @@ def data_uri(data: bytes) -> str:
     image.thumbnail((256, 256))
     image.save(buffer, kind)
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
-
-
-def patches(runs: list[Run], picture: str):
-    """Blocks: a picture, and the words whose embeddings are most like what the projector makes of each of its patches.
-
-    It opens the last run that sees. Raises UserError where there is none, or no picture.
-    """
-    seeing = [run_ for run_ in runs if run_.config and stage_of(run_.config).sees]
-    if not seeing:
-        raise UserError('--words takes a run that sees: vision_pretrain or vision_instruct.')
-    if not pathlib.Path(picture).is_file():
-        raise UserError(f'--words={picture}: there is no such picture.')
-    try:
-        image = images.load(pathlib.Path(picture).read_bytes())
-    except BadExample as error:
-        raise UserError(f'--words={picture} is no picture: {error}.') from error
-    from PIL import Image
-
-    from nanovision_jax.inference.looking import nearest_words  # jax loads for this alone
-    from nanovision_jax.inference.run import load
-
-    opened, vision = load(seeing[-1].folder), seeing[-1].config.model.vision
-    seen = images.prepare(image, vision)
-    special = opened.tokenizer.special
-    ids, cosines = nearest_words(opened.engine.definition, opened.engine.params, seen, special, NEAREST)
-    words = [
-        [(opened.tokenizer.decode([int(token)], special=True).strip(), cosine) for token, cosine in patch]
-        for patch in np.stack([ids, cosines], -1).tolist()
-    ]
-    buffer = io.BytesIO()
-    Image.fromarray(seen).save(buffer, 'png')
-    yield 'heading', f'Words that patches are like: {seeing[-1].name}'
-    yield 'text', (
-        f'The {NEAREST} words whose embeddings are nearest to what the projector makes of each patch of '
-        f'{pathlib.Path(picture).name}, with their cosines. It need not speak in words: the decoder reads directions.'
-    ), ''  # fmt: skip
-    yield 'patches', data_uri(buffer.getvalue()), vision.image_size // vision.patch_size, words

@@ -45,7 +45,8 @@ figcaption { font-size: .85rem; line-height: 1.4 } figcaption p { margin: .35rem
 .chart text { font-size: 10.5px; fill: var(--soft); font-variant-numeric: tabular-nums }
 .grid { stroke: var(--line) } .axis { stroke: var(--rule) }
 polyline { fill: none; stroke-width: 1.4; stroke-linejoin: round } .dots { stroke: var(--page) }
-.at rect { fill: transparent } .at path { stroke: var(--rule) } .at path, .at text { visibility: hidden }
+.at rect { fill: transparent } .at path { stroke: var(--rule) }
+.at path, .at text { visibility: hidden; pointer-events: none }
 .at:hover :is(path, text) { visibility: visible }
 .at text { paint-order: stroke; stroke: var(--page); stroke-width: 4px }
 .key { white-space: nowrap; margin-right: .7rem } .key::before { content: ''; display: inline-block; width: .9em;
@@ -60,8 +61,8 @@ img { width: 128px; height: 128px; object-fit: contain; display: block; backgrou
 .patches { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; align-items: start } .patches .scroll { margin: 0 }
 .patches { max-width: 100% } .patches > * { max-width: 100% } .patches td { text-align: left; min-width: 4.5rem }
 .picture { position: relative; width: 224px } .picture :is(img, svg) { width: 224px; height: 224px; display: block }
-.picture svg { position: absolute; inset: 0 } .picture path { stroke: #fff; stroke-width: .02;
-  mix-blend-mode: difference }
+.picture svg { position: absolute; inset: 0 } .picture path { stroke: #fff; stroke-width: .015;
+  opacity: .75 }
 small { color: var(--soft) }
 pre { font: .75rem/1.6 ui-monospace, Menlo, 'Liberation Mono', monospace; white-space: pre-wrap; padding: .8rem 1rem;
   overflow-wrap: anywhere; background: var(--box) } pre span { display: inline-block; max-width: 100% }
