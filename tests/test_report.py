@@ -8,13 +8,16 @@ import zipfile
 
 import micro
 import pytest
+from conftest import ROOT
 from reported import HOSTILE, make_run, make_vqa, png, write_lines
 
 from nanovision_jax import report as command
+from nanovision_jax import train
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
 from nanovision_jax.reporting import family as report
 from nanovision_jax.reporting import pictures, runs, scores, training, tree
+from nanovision_jax.training import loop
 
 
 @pytest.fixture
@@ -203,6 +206,14 @@ def test_a_report_that_fails_fails_no_run(family, capsys):
     (folder / 'config.json').write_text('{')
     report.write_after(folder)
     assert re.fullmatch('no report was written: .*config.json is damaged.*\n', capsys.readouterr().err)
+
+
+def test_training_ends_with_a_report(family, monkeypatch, capsys):
+    folder = family / 'pretrain'
+    monkeypatch.setattr(loop, 'train', lambda config, **_: folder)
+    train.main([f'--config={ROOT}/configs/pretrain.py:tiny', f'--config.run_dir={folder}'])
+    assert f'report: {folder}/report.html' in capsys.readouterr().out
+    assert '<h1>small &lt;i&gt;: pretrain</h1>' in (folder / 'report.html').read_text()
 
 
 def test_cost_is_hours_times_devices_times_price(family):

@@ -176,15 +176,16 @@ class Scores(Result):
     def verdict(self) -> str:
         """Whether the model looks at its images.
 
-        '' for a task without any, whose controls were not asked, or whose headline is no share.
+        '' for a task without any, whose controls were not asked, or whose headline is in points of its own.
         """
-        if self.headline in NO_SHARES:
+        if self.headline in OWN_POINTS:
             return ''
         images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
         return _verdict(self.metrics[self.headline], self.interval, images, self.n, self._own) if images else ''
 
 
-NO_SHARES = ('CIDEr', 'perception', 'cognition')  # metrics that may be above 1
+OWN_POINTS = ('perception', 'cognition')  # metrics in points of their own, which are no hundredths
+NO_SHARES = ('CIDEr', *OWN_POINTS)  # metrics that may be above 1
 
 
 def told_score(value, name=''):

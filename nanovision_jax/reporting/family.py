@@ -61,7 +61,7 @@ def for_others(run_dir) -> str | None:
 
 def _places(runs):
     """The beginnings, longest first, of all paths that a report of runs may tell and that lead out of this folder."""
-    told = [os.getcwd(), os.path.expanduser('~'), *(str(run_.folder) for run_ in runs)]
+    told = [str(folder) for run_ in runs for folder in (run_.folder, run_.folder.parent)]
     for run_ in runs:
         told += [configs.get(run_.config, name) for name in (*PATHS, *NAMES)] if run_.config else []
         told += [parent['run'] for parent in run_.lineage.get('parents', ())]
