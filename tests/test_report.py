@@ -364,6 +364,10 @@ def test_what_goes_out_names_no_place_of_this_machine(family, tmp_path):
     assert str(tmp_path) in html
     shared = report.for_others(family / 'pretrain')
     assert str(tmp_path) not in shared and 'chat.json' in shared and len(shared) > 0.9 * len(html)
+    (family / 'report.html').write_text('a page of somebody’s own')
+    assert report.for_others(family / 'pretrain') is None
+    report.write(family / 'pretrain')
+    assert '<h1>small &lt;i&gt;: pretrain</h1>' in report.for_others(family / 'pretrain')
 
 
 # The command ---------------------------------------------------------------------------------------------------------

@@ -48,11 +48,14 @@ def write_pages(folder: pathlib.Path, name: str, blocks: list[tuple], about: str
 
 
 def for_others(run_dir) -> str | None:
-    """The report.html of a run's family or, where that has none, of the run: of places on this machine only the last
-    part is left. None where there is neither."""
+    """The report.html of a run's family or, where that has none, of the run; None where there is neither.
+
+    Of places on this machine only the last part is left. A page that write() did not make, or a version of it that left
+    no mark in it, is somebody's own.
+    """
     run_dir = pathlib.Path(run_dir).resolve()
     for file in (run_dir.parent / 'report.html', run_dir / 'report.html'):
-        if file.is_file() and COMPARISON not in (text := file.read_text(errors='replace')):
+        if file.is_file() and f'content="{RUNS}"' in (text := file.read_text(errors='replace'))[:1000]:
             for start in _places(open_runs(file.parent)):
                 text = text.replace(html.escape(start), '')
             return text

@@ -6,12 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanovision_jax.evals.base import BENCHMARKS, Accuracy, Result, Scores, interval, told_part, told_score
+from nanovision_jax.evals.base import BENCHMARKS, Accuracy, Scores, interval, told_part, told_score
 from nanovision_jax.reporting.runs import Run, results, rows_of
 
 KINDS, GROUPS = 16, 24  # rows of a table at most
 FEW = 9  # different answers that a kind of question may want for its confusions to be shown
 WORST = 8
+CONTROLS = {
+    'blank': 'with grey pictures',
+    'shuffled': 'with those of other questions',
+    'reordered': 'with the options in another order',
+}
 
 
 class Answered(NamedTuple):
@@ -103,20 +108,17 @@ def benchmarks(found: list[tuple[Run, str, Scores]]):
         base = max(result.baselines.items(), key=lambda item: item[1], default=None)
         controls = [result.controls[name][result.headline] if name in result.controls else None for name in names]
         lines.append((
-            f'{result.task}, {run_.name}{_part(part)}',
-            result.headline,
+            f'{result.task} {result.headline}, {run_.name}{_part(part)}',
             told_score(result.metrics[result.headline], result.headline),
             f'{low.removesuffix("%")} to {high.removesuffix("%")}',
             f'{result.n:,}' + (f' of {result.drawn_of:,}' if result.drawn_of else ''),
             f'{told_score(base[1], result.headline)} ({base[0]})' if base else '–',
             *('–' if value is None else told_score(value, result.headline) for value in controls),
         ))  # fmt: skip
-    header = ('Benchmark, run', 'Metric', 'Score', '95% interval', 'Questions', 'Without a model')
+    header = ('Benchmark, run', 'Score', '95% interval', 'Questions', 'Without a model')
     yield 'table', (*header, *(name.capitalize() for name in names)), lines
     note = 'Without a model is the best of what guessing and always giving one answer score.'
-    told = {'blank': 'with grey pictures', 'shuffled': 'with those of other questions', 'reordered': 'with the options '
-            'in another order'}  # fmt: skip
-    told = [f'{name} {told[name]}' for name in names if name in told]
+    told = [f'{name} {CONTROLS[name]}' for name in names if name in CONTROLS]
     yield 'text', note + (f' The same questions are asked again: {", ".join(told)}.' if told else ''), 'note'
 
 
@@ -138,12 +140,11 @@ def benchmark(run_: Run, part: str, result: Scores):
         yield 'table', ('Metric', 'Score', *(name.capitalize() for name in controls)), lines
     groups = sorted(result.groups.items(), key=lambda item: item[1][headline_])
     if groups:
-        lines = [
-            (name, f'{row["n"]:,}', told_score(row[headline_], headline_), (row[headline_], 0))
-            if _is_share(row[headline_])
-            else (name, f'{row["n"]:,}', told_score(row[headline_], headline_), '')
-            for name, row in groups[:GROUPS]
-        ]
+        lines = []
+        for name, row in groups[:GROUPS]:
+            value = row[headline_]
+            bar = (value, 0) if _is_share(value) else ''
+            lines.append((name, f'{row["n"]:,}', told_score(value, headline_), bar))
         yield 'table', ('Group, worst first', 'Questions', headline_, ''), lines
         if len(groups) > GROUPS:
             yield 'text', f'{len(groups) - GROUPS} better groups are left out.', 'note'
@@ -158,19 +159,17 @@ def _part(part):
     return f' ({told})' if told else ''
 
 
-def answered(result: Result, rows: list[dict]) -> list[Answered]:
-    """The questions of a benchmark that are answered in words and scored from 0 to 1."""
+def answered(result: Scores, rows: list[dict]) -> list[Answered]:
+    """The questions of a benchmark, if all of them are answered in words and scored from 0 to 1; else none."""
     found = []
     for row in rows:
-        wanted = row['wanted'] if isinstance(row['wanted'], str) else (row['wanted'] or [''])[0] if isinstance(
-            row['wanted'], list) else None  # fmt: skip
-        way = next((x for x in row.values() if isinstance(x, dict) and isinstance(x.get('answer'), str)), None)
+        wanted = row['wanted'][:1] if isinstance(row['wanted'], list) else [row['wanted']]
+        ways = [way for way in row.values() if isinstance(way, dict) and isinstance(way.get('answer'), str)]
         score = row['scores'].get(result.headline)
-        if wanted is None or way is None or score is None or not _is_share(score):
+        if not (wanted and isinstance(wanted[0], str) and ways and score is not None and _is_share(score)):
             return []
-        found.append(
-            Answered(row['group'] or '', row['image'] or row['id'], way['prompt'], wanted, way['answer'], score)
-        )
+        said, image = ways[0], row['image'] or row['id']
+        found.append(Answered(row['group'] or '', image, said['prompt'], wanted[0], said['answer'], score))
     return found
 
 

@@ -52,8 +52,8 @@ polyline { fill: none; stroke-width: 1.4; stroke-linejoin: round } .dots { strok
 .key { white-space: nowrap; margin-right: .7rem } .key::before { content: ''; display: inline-block; width: .9em;
   margin: 0 .35em .22em 0; border-top: .2em solid } .legend { font-size: .85rem }
 .tree path { fill: none; stroke: var(--rule); stroke-width: 1.5 } .tree circle { fill: var(--c0); stroke: var(--page);
-  stroke-width: 1.5 } .tree .root { fill: var(--page); stroke: var(--rule) } .tree text { font-size: 11px;
-  fill: var(--soft) } .tree .name { font-size: 13px; font-weight: 600; fill: var(--ink) }
+  stroke-width: 1.5 } .tree .root { fill: var(--page); stroke: var(--rule) } .tree text { font-size: 11.5px;
+  fill: var(--soft) } .tree .name { font-size: 13.5px; font-weight: 600; fill: var(--ink) }
 
 img { width: 128px; height: 128px; object-fit: contain; display: block; background: var(--box) }
 .cards .small, .picture img { image-rendering: pixelated } .kind { font-size: .75rem }

@@ -90,10 +90,15 @@ def draw(nodes: list[Node]) -> str:
         x, y = at(number)
         kind = '' if node.parents else ' class="root"'
         parts.append(f'<circle{kind} cx="{x}" cy="{y}" r="5"/>')
-        parts.append(f'<text class="name" x="{text}" y="{y + 3}">{html.escape(node.name)}</text>')
-        parts.append(f'<text x="{text}" y="{y + 17}">{html.escape(node.told)}</text>')
+        parts.append(f'<text class="name" x="{text}" y="{y + 3}">{_cut(node.name, 36)}</text>')
+        parts.append(f'<text x="{text}" y="{y + 17}">{_cut(node.told, 54)}</text>')
     told = '; '.join(f'{node.name}: {node.told}' for node in nodes)
     return (
         f'<svg class="tree" viewBox="0 0 360 {STEP * len(nodes) - 6}" role="img" aria-label="{html.escape(told)}">'
         f'{"".join(parts)}</svg>'
     )
+
+
+def _cut(text, most):
+    """As much of a text as has room beside the lanes; the rest is in the sentence."""
+    return html.escape(text if len(text) <= most else f'{text[: most - 1]}…')
