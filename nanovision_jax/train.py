@@ -9,6 +9,7 @@ say
   --anew       start again; the old run is kept under another name
   --profile=N  write a trace of N steps to RUN/profile, which ui.perfetto.dev and XProf open
   --verify=N   take N steps from a checkpoint twice, say whether they are bit-equal, and save none
+At its end a run's report is in its folder: report.html.
 
 On several hosts the same command is run on each, with one file system. Slurm's and Open MPI's environment is
 understood, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; else say
@@ -40,7 +41,11 @@ def main(argv):
         from nanovision_jax.parallel import hosts  # jax loads once the command line is read
         from nanovision_jax.training.loop import train
 
-        train(config, **flags, began=BEGAN, stop=stop, cluster=hosts.find(*where))
+        folder = train(config, **flags, began=BEGAN, stop=stop, cluster=hosts.find(*where))
+        if hosts.is_first():
+            from nanovision_jax.reporting.family import write_after
+
+            write_after(folder)
 
 
 if __name__ == '__main__':

@@ -20,11 +20,12 @@ from nanovision_jax import convert
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals import base
 from nanovision_jax.hf import convert as conversions
 from nanovision_jax.hf import engines
 from nanovision_jax.inference.prompt import chat_prompt
 from nanovision_jax.parallel import mesh as parallel
-from nanovision_jax.reporting import blocks
+from nanovision_jax.reporting import family as report
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -176,7 +177,7 @@ def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
     card = (tmp_path / 'again' / 'README.md').read_text()
     assert '| sft, from out | not known | not known to this card: see where the data come from | not known |' in card
     assert 'tiny_world' not in card
-    page = blocks.write(back.parent).with_suffix('.md').read_text()
+    page = report.write(back.parent).with_suffix('.md').read_text()
     assert f'python -m nanovision_jax.convert --from=hf --input={folder} --output={back}' in page
     with pytest.raises(UserError, match=r'data.source is unknown: say what to learn from'):
         configs.check(after.config)
@@ -420,12 +421,12 @@ def test_push_uploads_the_folder_and_a_refusal_keeps_it(runs, tmp_path, capsys, 
     calls = []
 
     class Hub:
-        def create_repo(self, name, exist_ok):
+        def create_repo(self, name, repo_type, exist_ok):
             if name == 'nobody/none':
                 raise OSError('no way there')
             calls.append((name, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, repo_type, folder_path, commit_message):
             calls.append((repo_id, folder_path))
             return 'where it is'
 
@@ -433,9 +434,58 @@ def test_push_uploads_the_folder_and_a_refusal_keeps_it(runs, tmp_path, capsys, 
     out = tmp_path / 'out'
     said = say(['--to=hf', f'--run={runs("gpt")}', f'--output={out}', '--push=me/mine'], capsys)
     assert 'uploaded: where it is' in said and calls == [('me/mine', True), ('me/mine', out)]
+    assert not (out / 'report.html').exists()  # there is none
     with pytest.raises(UserError, match=r"not uploaded as 'nobody/none' \(OSError: no way there\).*is complete"):
         convert.main(['--to=hf', f'--run={runs("gpt")}', f'--output={tmp_path / "two"}', '--push=nobody/none'])
     assert (tmp_path / 'two' / 'model.safetensors').is_file()
+    run = tmp_path / 'home-of-somebody' / 'sft'
+    shutil.copytree(runs('gpt'), run)
+    assert 'home-of-somebody' in report.write(run.parent).read_text()
+    say(['--to=hf', f'--run={run}', f'--output={tmp_path / "three"}', '--push=me/mine'], capsys)
+    page = (tmp_path / 'three' / 'report.html').read_text()
+    assert '<h2>Training</h2>' in page and str(tmp_path) not in page
+
+
+def test_a_space_is_uploaded_as_one(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **given):
+            calls.append((name, given))
+
+        def upload_folder(self, repo_id, repo_type, folder_path, commit_message):
+            calls.append((repo_id, repo_type, folder_path))
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Hub)
+    conversions.upload(tmp_path, 'me/page', 'space')
+    space = {'repo_type': 'space', 'exist_ok': True, 'space_sdk': 'gradio'}
+    assert calls == [('me/page', space), ('me/page', 'space', tmp_path)]
+
+
+def test_the_card_tells_scores_with_intervals_and_controls(runs, tmp_path, capsys):
+    run = tmp_path / 'runs' / 'vision_instruct'
+    shutil.copytree(runs('gpt, clip'), run)
+
+    def of(x):
+        return {'accuracy': x}
+
+    groups, controls = {'adversarial': {'n': 20} | of(0.5)}, {'blank': of(0.5), 'shuffled': of(0.475)}
+    scores = base.Scores('pope', 40, 'accuracy', of(0.75), [0.65, 0.85], groups, controls, {'chance': 0.25}, asked=41)
+    scores.left_out = {'unreadable': 1}
+    base.write_result(scores, [], run / 'eval', 'validation')
+    say(['--to=hf', f'--run={run}', f'--output={tmp_path / "out"}'], capsys)
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for told in (
+        '75.0% accuracy of 40 questions (95% interval 65.0% to 85.0%)',
+        '| accuracy | 75.0% | 50.0% | 47.5% |',
+        '| accuracy, chance | 25.0% |',
+        '| accuracy, adversarial (20) | 50.0% |',
+        'asked 41, answered 40, left out 1 (1 × unreadable)',
+        'The model looks at its pictures: with blank ones it loses 25.0 points.',
+    ):
+        assert told in card, told
 
 
 def test_engines_that_would_answer_wrongly_are_named():

@@ -13,7 +13,7 @@ from conftest import ROOT
 from nanovision_jax import cli, convert, errors
 from nanovision_jax import config as configs
 from nanovision_jax.data import preparation
-from nanovision_jax.reporting import blocks
+from nanovision_jax.reporting import family as report
 from nanovision_jax.training import loop as train
 
 
@@ -145,7 +145,7 @@ def test_every_command_tries_its_folder_before_its_work(tmp_path, monkeypatch):
             called()
     monkeypatch.setattr(errors.tempfile, 'TemporaryFile', refuse)  # a test may run as root, who may write anywhere
     with pytest.raises(errors.UserError, match=r'family cannot be written: .*\(Read-only file system\)'):
-        blocks.write(family)
+        report.write(family)
     assert [file.name for file in family.iterdir()] == ['clip']
 
 

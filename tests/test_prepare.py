@@ -20,7 +20,7 @@ from nanovision_jax.data.datasets import fineweb_edu
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
-from nanovision_jax.reporting import blocks
+from nanovision_jax.reporting.pictures import find_images
 
 
 @pytest.fixture
@@ -180,11 +180,11 @@ def test_lineage_report_and_questions_know_prepared_data(captions, tmp_path):
     assert told['mixture'] == 'llava_pretrain:1' and told['prepared'] == {'llava_pretrain': [made]}
     held_out = examples(tmp_path / 'data', split='validation')
     names = {held_out[0].names[0], held_out[3].names[0], 'unknown'}
-    assert set(blocks.find_images(config, names)) == names - {'unknown'}
+    assert set(find_images(config, names)) == names - {'unknown'}
     questions = vqa.load_questions(config, 'validation').found
     assert [question.image for question in questions] == [example.names[0] for example in held_out]
     config.data.path = str(tmp_path / 'moved')
-    assert blocks.find_images(config, names) == {}
+    assert find_images(config, names) == {}
 
 
 # The hub -------------------------------------------------------------------------------------------------------------

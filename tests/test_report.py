@@ -1,79 +1,23 @@
 """report: the numbers it tells, what it says of looking, escaping, and that it needs no network and no jax."""
 
-import io
 import json
 import re
 import subprocess
 import sys
 import zipfile
 
-import numpy as np
+import micro
 import pytest
-from PIL import Image
+from conftest import ROOT
+from reported import HOSTILE, make_run, make_vqa, png, write_lines
 
-from nanovision_jax import config as configs
+from nanovision_jax import report as command
+from nanovision_jax import train
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
-from nanovision_jax.reporting import blocks, page
-from nanovision_jax.runs import config_file as runconfig
-
-HOSTILE = '<script>alert("1")</script> | & *b*'
-
-
-def png(size, value):
-    buffer = io.BytesIO()
-    Image.new('RGB', (size, size), (value, 0, 99)).save(buffer, 'PNG')
-    return buffer.getvalue()
-
-
-def write_lines(file, rows):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
-
-def make_run(family, stage, **data):
-    folder = family / stage
-    config = configs.base_config(stage, 'tiny')
-    config.name, config.run_dir, config.steps = 'small', str(folder), 30
-    config.data = configs.Data(**data)
-    lines = [
-        {'step': i, 'loss': 40 / i, 'tokens': 1000 * i, 'tokens_per_second': s, 'mfu': s / 10_000, 'seconds': 9.0 * i}
-        for i, s in ((10, 1500), (20, 2345), (30, 9000))
-    ]
-    write_lines(folder / 'metrics.jsonl', [*lines, {'step': 30, 'eval_loss': 1.625}])
-    runconfig.save(config)
-    parent = {'run': 'runs/small/pretrain', 'step': 30, 'part': 'all', 'manifest': 'abcdef0123456789'}
-    lineage = {
-        'stage': stage,
-        'parents': [parent] if stage != 'pretrain' else [],
-        'tokenizer': 'feed' * 16,
-        'data': {'source': config.data.source, 'path': config.data.path, 'images': ''},
-        'frozen_before': {'vision': 'aa'},
-        'sessions': [{'started': '2026-05-04T02:00:21+00:00', 'versions': {'jax': '0.10.2'}, 'devices': '1 × H100'}],
-        'finished': 30,
-        'frozen_after': {'vision': 'aa'},
-        'peak_device_bytes': 3 * 2**30,
-    }
-    (folder / 'lineage.json').write_text(json.dumps(lineage))
-    return folder
-
-
-def make_vqa(folder, blank=0.25, shuffled=0.2, n=40):
-    """Three answers in four are right; pictures 0 to 9 are in the zip, the others are lost."""
-    rows = []
-    for i in range(n):
-        kind, right = ('colour', 'shape')[i // 2 % 2], i % 4 != 0
-        text = HOSTILE if i % 2 else f'Question {i}?'
-        answer = 'Red.' if right else HOSTILE
-        rows.append({'id': f'q{i}', 'image': f'{i % 20}.png', 'question': text, 'reference': 'Red.', 'answer': answer})
-        rows[-1] |= {'correct': float(right), 'kind': kind}
-    write_lines(folder / 'eval' / 'vqa.jsonl', rows)
-    shared = {'n': n // 2, 'chance': 0.125, 'blank': blank, 'shuffled': shuffled}
-    by_kind = {kind: shared | {'accuracy': x} for kind, x in (('colour', 0.625), ('shape', 0.875))}
-    result = {'task': 'vqa', 'n': n, 'accuracy': 0.75, 'interval': [0.7, 0.8], 'by_kind': by_kind}
-    result['controls'] = {'blank': blank, 'shuffled': shuffled}
-    (folder / 'eval' / 'vqa.json').write_text(json.dumps(result))
-    return rows
+from nanovision_jax.reporting import family as report
+from nanovision_jax.reporting import pictures, runs, scores, training, tree
+from nanovision_jax.training import loop
 
 
 @pytest.fixture
@@ -93,13 +37,14 @@ def family(tmp_path):
 
 
 def pages(family):
-    path = blocks.write(family)
+    path = report.write(family)
     assert path == family / 'report.html'
     return path.read_text(), (family / 'report.md').read_text()
 
 
 def test_both_pages_tell_the_same_numbers(family):
     html, markdown = pages(family)
+    html = re.sub('</?span>', '', html)  # which keep options of commands together
     for text in (
         '4 May 2026',
         '9.0 minutes of training',  # two stages of 270 s
@@ -171,7 +116,7 @@ def test_page_is_whole_and_harmless(family):
     assert '&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; | &amp; *b*' in html
     assert r'&lt;/script&gt; \| &amp; \*b\*' in markdown
     assert not re.search(r'(src|href)\s*=\s*(?!"data:)|url\(|@import', html)
-    assert html.count('<figure>') == html.count('</figure>') == 14  # two curves and twelve questions
+    assert html.count('<figure>') == html.count('</figure>') == 16  # two curves, two of the speed, and twelve questions
 
 
 def test_pictures_are_inlined_and_lost_ones_leave_their_caption(family):
@@ -186,14 +131,14 @@ def test_pictures_are_inlined_and_lost_ones_leave_their_caption(family):
 
 def test_chosen_questions_are_spread_and_in_proportion(family):
     rows = make_vqa(family / 'vision_instruct')
-    chosen = blocks.choose(rows)
-    assert chosen == blocks.choose(rows[::-1])
+    chosen = pictures.choose(rows)
+    assert chosen == pictures.choose(rows[::-1])
     assert sum(row['correct'] == 0 for row in chosen) == 3
     assert sorted(row['kind'] for row in chosen) == ['colour'] * 6 + ['shape'] * 6
     assert len({row['image'] for row in chosen}) == 12
     mostly_right = [row | {'correct': float(i > 0)} for i, row in enumerate(rows)]
-    assert [row['id'] for row in blocks.choose(mostly_right) if row['correct'] == 0] == ['q0']
-    assert blocks.choose(rows[:1]) == rows[:1]
+    assert [row['id'] for row in pictures.choose(mostly_right) if row['correct'] == 0] == ['q0']
+    assert pictures.choose(rows[:1]) == rows[:1]
 
 
 def test_chat_is_shown_with_its_pictures(family):
@@ -213,8 +158,9 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert '2.500' in html
     assert '2.500' in markdown
     assert not any(text in html for text in ('Minutes', 'Where it came from', 'Questions', 'None', '>nan'))
-    with pytest.raises(UserError, match='holds no run'):
-        blocks.write(tmp_path / 'clip')
+    (tmp_path / 'none').mkdir()
+    with pytest.raises(UserError, match='holds no run: give a run folder, or a family, with clip'):
+        report.write(tmp_path / 'none')
 
 
 def test_parameters_come_from_the_checkpoint(family):
@@ -230,18 +176,228 @@ def test_parameters_come_from_the_checkpoint(family):
     assert '<td>7,000</td>' in html  # vision is frozen
 
 
-@pytest.mark.parametrize('losses', [[3.0], [3.0, 3.0], [9.0, 0.5, 0.02], [2.0, -1.0], np.linspace(4, 3, 50).tolist()])
-def test_charts_of_any_losses(losses):
-    train = [(10 * (i + 1), loss) for i, loss in enumerate(losses)]
-    svg = page.chart('sft', train, train[-1:])
-    assert svg.count('<circle') == 1
-    points = re.search(r'points="([^"]*)"', svg)[1].replace(',', ' ').split()
-    assert all(0 <= float(x) <= 360 for x in points)
-    assert ('(log)' in svg) == (losses == [9.0, 0.5, 0.02])
-
-
 def test_pages_are_made_without_jax(family):
-    code = f'from nanovision_jax.reporting import blocks; blocks.write({str(family)!r})'
+    code = f'from nanovision_jax.reporting import comparison, family; family.write({str(family)!r})'
     code += '; import sys; print("jax" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout == 'False\n'
+
+
+# What a run tells ----------------------------------------------------------------------------------------------------
+
+
+def test_one_run_has_a_report_of_its_own(family):
+    report_file = report.write(family / 'vision_instruct')
+    html = report_file.read_text()
+    assert report_file == family / 'vision_instruct' / 'report.html'
+    assert '<h1>small &lt;i&gt;: vision_instruct</h1>' in html and '1 stage, 4.5 minutes' in html
+    assert '75.0% of 40 questions' in html and '<th>pretrain</th>' not in html
+    assert not (family / 'report.html').exists()
+
+
+def test_a_report_that_fails_fails_no_run(family, capsys):
+    folder = family / 'pretrain'
+    report.write_after(folder)
+    assert 'report: ' in capsys.readouterr().out
+    before = (folder / 'report.html').stat().st_mtime_ns
+    report.write_after(folder)  # it is there, and nothing was trained since
+    assert capsys.readouterr() == ('', '') and (folder / 'report.html').stat().st_mtime_ns == before
+    (folder / 'report.html').unlink()
+    (folder / 'config.json').write_text('{')
+    report.write_after(folder)
+    assert re.fullmatch('no report was written: .*config.json is damaged.*\n', capsys.readouterr().err)
+
+
+def test_training_ends_with_a_report(family, monkeypatch, capsys):
+    folder = family / 'pretrain'
+    monkeypatch.setattr(loop, 'train', lambda config, **_: folder)
+    train.main([f'--config={ROOT}/configs/pretrain.py:tiny', f'--config.run_dir={folder}'])
+    assert f'report: {folder}/report.html' in capsys.readouterr().out
+    assert '<h1>small &lt;i&gt;: pretrain</h1>' in (folder / 'report.html').read_text()
+
+
+def test_cost_is_hours_times_devices_times_price(family):
+    lines = runs.open_run(family / 'pretrain')
+    assert training.dollars(lines, 4) == pytest.approx(270 / 3600 * 4)
+    lines.lineage['sessions'][0]['devices'] = '8 × H100'
+    assert training.dollars(lines, 4) == pytest.approx(8 * 270 / 3600 * 4)
+    lines.lineage['sessions'].append({'devices': '4 × H100'})  # how many seconds each had is not known
+    assert training.dollars(lines, 4) is None
+    assert '$0.60 at 4 dollars a device and hour' in report.write(family, 4).read_text()  # two stages of 0.075 hours
+    assert 'Cost' not in report.write(family).read_text()
+
+
+def test_norms_of_parts_and_memory_have_curves_where_they_are_logged(family):
+    file = family / 'pretrain' / 'metrics.jsonl'
+    told = {'grad_norm': 2.5, 'grad_norm/decoder': 2.0, 'grad_norm/projector': 1.5, 'update_norm/decoder': 0.25}
+    write_lines(file, [{'step': i, 'loss': 1.0, 'memory': 3 * 2**30} | told for i in (1, 2)])
+    charts_ = {chart.title: chart for chart in training.small(runs.open_run(family / 'pretrain'))}
+    assert [line.name for line in charts_['norm of gradients'].lines] == ['all', 'decoder', 'projector']
+    assert charts_['norm of updates'].lines[0].points == [(1, 0.25), (2, 0.25)]
+    assert charts_['peak device memory, GiB'].lines[0].points == [(1, 3.0), (2, 3.0)]
+
+
+def test_places_of_evaluations_between_log_lines_follow_from_these(family):
+    lines = [{'step': 10, 'loss': 2.0, 'tokens': 100}, {'step': 15, 'eval_loss': 1.5}]
+    write_lines(family / 'pretrain' / 'metrics.jsonl', [*lines, {'step': 20, 'loss': float('nan'), 'tokens': 300}])
+    run = runs.open_run(family / 'pretrain')
+    assert run.series('eval_loss', 'tokens') == [(200, 1.5)] and run.series('loss') == [(10, 2.0)]
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def make_scores(folder, task='pope', headline='accuracy', scale=1.0, **fields):
+    def of(value):
+        return {headline: scale * value, 'other': 0.5}
+
+    groups = {'easy': {'n': 10} | of(0.9), 'hard': {'n': 30} | of(0.7)}
+    controls = {'blank': of(0.5), 'shuffled': of(0.525)}
+    interval = [scale * 0.7, scale * 0.8]
+    result = base.Scores(task, 40, headline, of(0.75), interval, groups, controls, {'chance': scale * 0.45}, **fields)
+    rows = []
+    for i in range(40):
+        wanted, right = ('yes', 'no')[i % 2], i % 4 != 0
+        said = {
+            'prompt': f'Is there a {HOSTILE if i % 8 else "cat"}?',
+            'answer': wanted.title() + '.' if right else 'No',
+        }
+        rows.append({'id': str(i), 'image': f'{i}.png', 'group': 'hard', 'wanted': [wanted], 'words': said})
+        rows[-1]['scores'] = {headline: float(right)}
+    base.write_result(result, rows, folder / 'eval', 'validation')
+
+
+def test_benchmarks_have_intervals_controls_baselines_and_groups(family):
+    make_scores(family / 'vision_instruct', asked=41, left_out={'unreadable': 1}, drawn_of=9000)
+    for text in pages(family):
+        told = text.split('Benchmarks')[1]
+        for number in ('75.0%', '70.0 to 80.0', '40 of 9,000', '45.0% (chance)', '50.0%', '52.5%', '90.0%'):
+            assert number in told, number
+        assert 'asked 41, answered 40, left out 1 (1 × unreadable)' in told
+        assert 'looks at its pictures: with shuffled ones it loses 22.5 points' in told
+        assert told.index('hard') < told.index('easy')  # the worst first
+        assert '<script' not in told and '--task=pope --data=FOLDER' in re.sub('</?span>', '', told)
+
+
+def test_what_is_no_share_is_told_as_it_is(family):
+    make_scores(family / 'vision_instruct', 'mme', 'perception', scale=2000)
+    for text in pages(family):
+        told = text.split('Benchmarks')[1].split('Held-out text')[0]
+        assert '1500.00' in told and '1400.00 to 1600.00' in told and '900.00 (chance)' in told
+        assert 'its pictures' not in told  # five points of what?
+
+
+def test_confusions_count_answers_by_what_was_wanted():
+    def row(wanted, given):
+        return scores.Answered('count', 'a', 'How many?', wanted, given, float(wanted == given))
+
+    rows = [row('One.', 'one')] * 3 + [row('One.', 'Two.')] * 2 + [row('Two.', 'a lot')] + [row('Two.', 'Two.')]
+    kind, given, lines = scores.confusion('count', rows)
+    assert (kind, given) == ('count', ['one', 'two', 'else'])
+    assert lines == [('one', [3, 2, 0]), ('two', [0, 1, 1])]
+    assert scores.confusion('count', rows[:3]) is None  # one answer alone is wanted
+    many = [row(f'{i}', '0') for i in range(scores.FEW + 1)]
+    assert scores.confusion('count', many) is None and scores.confusion('count', many[1:]) is not None
+    assert scores.confusion('count', [row('1', '1'), row('2', '2')]) is None  # nothing is confused
+
+
+def test_the_worst_questions_are_those_that_lost_most():
+    def rows(question, right, wrong):
+        made = [scores.Answered('k', 'a', question, 'Yes.', 'Yes.', 1.0)] * right
+        return made + [scores.Answered('k', 'a', question, 'Yes.', 'No.', 0.0)] * wrong
+
+    found = scores.worst(rows('often?', 90, 10) + rows('always?', 0, 4) + rows('never?', 5, 0))
+    assert found == [
+        ('often?', 'No. (10 times)', 'Yes.', '100', '90%'),
+        ('always?', 'No. (4 times)', 'Yes.', '4', '0%'),
+    ]
+
+
+# Where runs came from ------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_grows_from_the_blank_page(tmp_path):
+    for stage in ('clip', 'pretrain', 'sft', 'vision_pretrain'):
+        folder = make_run(tmp_path / 'a', stage)
+        record = json.loads((folder / 'lineage.json').read_text())
+        of = {'sft': ['pretrain'], 'vision_pretrain': ['sft', 'clip']}.get(stage, [])
+        record['parents'] = [
+            {'run': f'../{name}', 'step': 30, 'part': 'vision' if name == 'clip' else 'all', 'manifest': 'f00'}
+            for name in of
+        ]
+        (folder / 'lineage.json').write_text(json.dumps(record))
+    nodes = tree.ancestry(runs.open_runs(tmp_path / 'a'))
+    assert [(node.name, node.parents, node.lane) for node in nodes] == [
+        ('blank page', (), 0),
+        ('pretrain', (0,), 0),
+        ('sft', (1,), 0),
+        ('clip', (0,), 1),
+        ('vision_pretrain', (2, 3), 0),
+    ]
+    assert nodes[-1].told == '30 steps, everything from sft, vision from clip'
+    assert [node.name for node in tree.ancestry(runs.open_runs(tmp_path / 'a' / 'sft'))] == [
+        'blank page', 'pretrain', 'sft',
+    ]  # fmt: skip
+    svg = tree.draw(nodes)
+    assert svg.count('<circle') == 5 and svg.count('<path') == 5
+    (tmp_path / 'a' / 'sft' / 'lineage.json').unlink()
+    told = {node.name: node.told for node in tree.ancestry(runs.open_runs(tmp_path / 'a'))}
+    assert told['sft'] == 'a run that is not here any more'
+
+
+def test_others_weights_are_a_root_of_their_own(tmp_path):
+    folder = make_run(tmp_path, 'pretrain')
+    record = json.loads((folder / 'lineage.json').read_text())
+    record |= {'parents': [{'run': '/m/<gpt>', 'step': None, 'part': 'all', 'manifest': 'f00'}], 'sessions': []}
+    (folder / 'lineage.json').write_text(json.dumps(record))
+    nodes = tree.ancestry([runs.open_run(folder)])
+    assert [(n.name, n.told, n.parents) for n in nodes] == [
+        ('<gpt>', 'weights from elsewhere', ()),
+        ('pretrain', 'converted, everything from <gpt>', (0,)),
+    ]
+    assert '<gpt>' not in tree.draw(nodes)
+
+
+def test_what_goes_out_names_no_place_of_this_machine(family, tmp_path):
+    assert report.for_others(family / 'pretrain') is None
+    html = report.write(family).read_text()
+    assert str(tmp_path) in html
+    shared = report.for_others(family / 'pretrain')
+    assert str(tmp_path) not in shared and 'chat.json' in shared and len(shared) > 0.9 * len(html)
+    (family / 'report.html').write_text('a page of somebody’s own')
+    assert report.for_others(family / 'pretrain') is None
+    report.write(family / 'pretrain')
+    assert '<h1>small &lt;i&gt;: pretrain</h1>' in report.for_others(family / 'pretrain')
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        (['--price=-1'], '--price takes dollars an hour and device, not -1.0'),
+        (['--output=x'], '--output is for comparisons'),
+        (['again', '--words=x.png'], '--words is for the report of one run or family'),
+        (['--words=none.png'], r'--words=none.png: there is no such picture'),
+        (['again'], 'again is no run'),
+    ],
+)
+def test_mistakes_are_one_sentence(family, given, said):
+    with pytest.raises(UserError, match=said):
+        command.main([str(family / 'vision_instruct'), *given])
+
+
+def test_words_of_patches(tmp_path, tokenizer, capsys):
+    folder = micro.run_folder(micro.config('vision_instruct', tmp_path / 'a' / 'vision_instruct'), tokenizer)
+    (tmp_path / 'some.png').write_bytes(png(40, 7))
+    command.main([str(folder.parent), f'--words={tmp_path / "some.png"}'])
+    html = (tmp_path / 'a' / 'report.html').read_text()
+    vision = runs.open_run(folder).config.model.vision
+    table = html.split('class="patches"')[1].split('</table>')[0]
+    across = vision.image_size // vision.patch_size
+    assert (table.count('<tr>'), table.count('<td>'), table.count('<small>')) == (across, across**2, 3 * across**2)
+    assert '| column 1 |' in (tmp_path / 'a' / 'report.md').read_text()
+    (tmp_path / 'none.png').write_text('no picture')
+    with pytest.raises(UserError, match=r'none.png is no picture: '):
+        command.main([str(folder), f'--words={tmp_path / "none.png"}'])

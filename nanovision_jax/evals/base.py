@@ -36,6 +36,10 @@ class Result:
         told += f' ({told_counts(self.left_out)})' if self.left_out else ''
         return told + (f'; not counted: {told_counts(self.other)}' if self.other else '')
 
+    def verdict(self) -> str:
+        """Whether the model looks at its images, in a sentence; '' where that was not measured."""
+        return ''
+
 
 @dataclasses.dataclass
 class Compression(Result):
@@ -156,7 +160,7 @@ class Scores(Result):
     def lines(self) -> list[str]:
         """The result as lines of text."""
         told = [self.summary()]
-        told += [f'  {name:36} {_told(value, name)}' for name, value in self.metrics.items()]
+        told += [f'  {name:36} {told_score(value, name)}' for name, value in self.metrics.items()]
         for name, row in self.groups.items():
             told.append(f'  {name:36} {self._own(row[self.headline])}  n {row["n"]:,}')
         for name, value in self.baselines.items():
@@ -172,8 +176,8 @@ class Scores(Result):
         told = [self._headline(), '', f'| metric | value |{"".join(f" {name} |" for name in columns)}']
         told.append('|---|---|' + '---|' * len(columns))
         for name, value in self.metrics.items():
-            under = ''.join(f' {_told(self.controls[control][name], name)} |' for control in columns)
-            told.append(f'| {name} | {_told(value, name)} |{under}')
+            under = ''.join(f' {told_score(self.controls[control][name], name)} |' for control in columns)
+            told.append(f'| {name} | {told_score(value, name)} |{under}')
         for name, value in self.baselines.items():
             told.append(f'| {self.headline}, {name} | {self._own(value)} |{" |" * len(columns)}')
         for name, row in self.groups.items():
@@ -191,23 +195,29 @@ class Scores(Result):
         )
 
     def _own(self, value):
-        return _told(value, self.headline)
+        return told_score(value, self.headline)
 
     def verdict(self) -> str:
-        """Whether the model looks at its images; '' for a task without any, or whose controls were not asked."""
+        """Whether the model looks at its images.
+
+        '' for a task without any, whose controls were not asked, or whose headline is in points of its own.
+        """
+        if self.headline in OWN_POINTS:
+            return ''
         images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
         return _verdict(self.metrics[self.headline], self.interval, images, self.n, self._own) if images else ''
 
 
-NO_SHARES = ('CIDEr', 'perception', 'cognition')  # metrics that may be above 1
+OWN_POINTS = ('perception', 'cognition')  # metrics in points of their own, which are no hundredths
+NO_SHARES = ('CIDEr', *OWN_POINTS)  # metrics that may be above 1
 
 
-def _told(value, name=''):
+def told_score(value, name=''):
     """A share as per cent; what is no share, as it is. name: of the metric."""
     return f'{value:.1%}' if -1 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
 
 
-def _verdict(score, interval, controls, n, told=_told):
+def _verdict(score, interval, controls, n, told=told_score):
     """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
     name, best = max(controls.items(), key=lambda item: item[1])
     lost = round(100 * (score - best), 1)

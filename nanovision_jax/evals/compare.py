@@ -5,6 +5,7 @@ The same questions on the same images are resampled for both, so that what is ha
 
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +14,57 @@ from nanovision_jax.evals.base import RESULTS, Scores, interval, read_results, t
 from nanovision_jax.runs.folder import Paths, read_lines, result_file
 
 
+class Score(NamedTuple):
+    """What a run scores, and how far it is from the first run, with the 95% interval; None for the first itself."""
+
+    run: str
+    score: float
+    difference: float | None
+    interval: list[float] | None
+
+    def told(self) -> str:
+        """The score as text."""
+        return f'{self.score:.1%}'
+
+    def verdict(self) -> str:
+        """Whether the difference may be chance; '' where it is none."""
+        return 'may be chance' if self.interval and self.interval[0] <= 0 <= self.interval[1] else ''
+
+
+class Paired(NamedTuple):
+    """An evaluation that all runs have. n: questions that all were asked, of up to `most`."""
+
+    task: str
+    part: str
+    metric: str
+    n: int
+    most: int
+    scores: list[Score]
+
+    def title(self) -> str:
+        """What was compared, as text."""
+        told = f'{self.task}, {told_part(self.part)}: {self.metric} on {self.n:,} questions'
+        return told + (f' that all were asked, of up to {self.most:,}' if self.n < self.most else '')
+
+
 def compare(runs: list[str], tasks: list[str] | None = None) -> Iterator[str]:
-    """Lines: for each evaluation that all runs have, what each scores, and how far each is from the first.
+    """The lines of text that tell what paired() finds."""
+    for found in paired(runs, tasks):
+        yield found.title()
+        for score in found.scores:
+            yield f'  {score.told():>6}  {score.run}' + _difference(score)
+
+
+def _difference(score):
+    if score.difference is None:
+        return ''
+    low, high = score.interval
+    told = f'  {100 * score.difference:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f})'
+    return told + (f', which {score.verdict()}' if score.verdict() else '')
+
+
+def paired(runs: list[str], tasks: list[str] | None = None) -> Iterator[Paired]:
+    """For each evaluation that all runs have, what each scores, and how far each is from the first.
 
     tasks: of these alone. Raises UserError where there is nothing to compare.
     """
@@ -30,24 +80,14 @@ def compare(runs: list[str], tasks: list[str] | None = None) -> Iterator[str]:
         headline = found[0][task, part].headline if RESULTS[task] is Scores else 'accuracy'
         scores = [_scores(run, task, part, headline) for run in runs]
         ids = [name for name in scores[0] if all(name in other for other in scores)]
-        most = max(map(len, scores))
-        yield f'{task}, {told_part(part)}: {headline} on {len(ids):,} questions' + (
-            f' that all were asked, of up to {most:,}' if len(ids) < most else ''
-        )
-        if not ids:
-            continue
         images = [scores[0][name][1] for name in ids]
-        columns = [np.array([one[name][0] for name in ids]) for one in scores]
-        for run, values in zip(runs, columns, strict=True):
-            yield f'  {values.mean():6.1%}  {run}' + (
-                _difference(values - columns[0], images) if run != runs[0] else ''
-            )
-
-
-def _difference(differences, images):
-    low, high = interval(differences, images)
-    told = f'  {100 * differences.mean():+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f})'
-    return told + ('' if low > 0 or high < 0 else ', which may be chance')
+        columns = [np.array([one[name][0] for name in ids]) for one in scores] if ids else []
+        lines = []
+        for run, values in zip(runs, columns, strict=False):
+            change = None if run == runs[0] else values - columns[0]
+            apart = (None, None) if change is None else (float(change.mean()), interval(change, images))
+            lines.append(Score(run, float(values.mean()), *apart))
+        yield Paired(task, part, headline, len(ids), max(map(len, scores)), lines)
 
 
 def _scores(run, task, part, headline):

@@ -39,14 +39,8 @@ def card(run, architecture: str) -> str:
         '|---|---|---|---|---|---|---|---|',
     ]
     lines += [_stage(folder) for folder in reversed(ancestors(pathlib.Path(config.run_dir)))]
-    lines += ['', '## What was measured', '']
-    found = read_results(pathlib.Path(config.run_dir))
-    results = {runfolder.result_file('', result.task, split): result for split, result in found}
-    for file in sorted(results):
-        lines += [f'### {file.stem}', '', *results[file].markdown(), '']
-    if not results:
-        lines += ['Nothing yet.', '']
-    return '\n'.join(lines)
+    measured = _measured(pathlib.Path(config.run_dir))
+    return '\n'.join([*lines, '', '## What was measured', '', *(measured or ['Nothing yet.', ''])])
 
 
 _VISION_USE = (
@@ -75,6 +69,16 @@ def _continue_use(run):
         f"inputs = tokenizer({text!r}, add_special_tokens=False, return_tensors='pt')  # it continues text, no more",
         _TEXT_USE[-1],
     )
+
+
+def _measured(run_dir):
+    """The results of a run: scores with intervals, baselines and controls, what was left out, and whether it looks."""
+    found = {runfolder.result_file('', result.task, part): result for part, result in read_results(run_dir)}
+    lines = []
+    for file, result in sorted(found.items()):
+        lines += [f'### {file.stem}', '', *result.markdown(), '']
+        lines += [line for text in (result.coverage(), result.verdict()) if text for line in (text, '')]
+    return lines
 
 
 def ancestors(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -18,6 +18,7 @@ from nanovision_jax.hf.configs import model_folder
 from nanovision_jax.hf.export import export
 from nanovision_jax.hf.read import read_folder
 from nanovision_jax.parallel import hosts
+from nanovision_jax.reporting import family as report
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.runs import folder as runfolder
@@ -25,12 +26,17 @@ from nanovision_jax.stages import stage_of
 
 
 def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
-    """Writes a run (inference.run.Run) as a folder that transformers opens, and uploads it as `push` (USER/NAME)."""
+    """Writes a run (inference.run.Run) as a folder that transformers opens, and uploads it as `push` (USER/NAME).
+
+    With it goes the report of the run's family, where there is one.
+    """
     output = pathlib.Path(output)
     export(run, output, dtype)
     print(f'written: {output}')
     print('\n'.join(f'  {line}' for line in engines.told(run.config)))
     if push:
+        if page := report.for_others(run.config.run_dir):
+            (output / 'report.html').write_text(page)
         print(f'uploaded: {upload(output, push)}')
 
 
@@ -41,15 +47,17 @@ def to_gguf(run, output, dtype: str = 'float32'):
     print(f'written: {output}{", its text alone" if stage_of(run.config).sees else ""}')
 
 
-def upload(folder, name: str) -> str:
-    """Uploads a folder to the Hugging Face hub as the model `name`, and returns its address.
+def upload(folder, name: str, kind: str = 'model') -> str:
+    """Uploads a folder to the Hugging Face hub as `name`, a model or a space, and returns its address.
 
     Takes the login that huggingface_hub finds. Raises UserError where the hub does not take it.
     """
     try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(name, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message='From nanovision_jax'))
+        api, made = huggingface_hub.HfApi(), {'space_sdk': 'gradio'} if kind == 'space' else {}
+        api.create_repo(name, repo_type=kind, exist_ok=True, **made)
+        return str(
+            api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message='From nanovision_jax')
+        )
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise UserError(
             f'{folder} was not uploaded as {name!r} ({type(error).__name__}: {str(error).splitlines()[0]}). '

@@ -12,8 +12,6 @@ import shutil
 import tempfile
 import tomllib
 
-import huggingface_hub
-
 from nanovision_jax.cli import Parser, run
 from nanovision_jax.errors import UserError
 from nanovision_jax.hf import convert
@@ -45,17 +43,6 @@ def make(run_dir, folder):
     (folder / 'requirements.txt').write_text('\n'.join(requirements()) + '\n')
 
 
-def push(folder, name):
-    """Uploads the folder of a Space to the hub. Raises UserError where that does not go."""
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(name, repo_type='space', space_sdk='gradio', exist_ok=True)
-        api.upload_folder(repo_id=name, repo_type='space', folder_path=folder)
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f'{name} cannot be uploaded ({type(error).__name__}): {str(error).splitlines()[0]}') from error
-    print(f'https://huggingface.co/spaces/{name}')
-
-
 def main(argv):
     """The command: see the module's docstring."""
     parser = Parser(prog='python scripts/space/share.py', description=__doc__)
@@ -69,7 +56,8 @@ def main(argv):
         folder = pathlib.Path(args.output or pathlib.Path(temporary) / 'space')
         make(args.run, folder)
         if args.push:
-            push(folder, args.push)
+            convert.upload(folder, args.push, 'space')
+            print(f'https://huggingface.co/spaces/{args.push}')
         else:
             print(f'written: {folder}')
 
