@@ -216,3 +216,105 @@ def test_a_checkpoint_s_cost_is_that_of_its_state(tmp_path):
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     assert 0.7 * state < found['bytes'] < 1.2 * state  # compressed: what has one value, as counts do, takes little
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def seeds(tmp_path, monkeypatch):
+    """(seeds.main in a folder of its own, the commands that it gave): a stub leaves behind what they would."""
+    bench = runpy.run_path(str(ROOT / 'scripts/benchmarks/seeds.py'))
+    monkeypatch.setitem(bench['main'].__globals__, 'ROOT', tmp_path)
+    given = []
+
+    def run(command, cwd, **_):
+        option = dict(arg.split('=', 1) for arg in command[3:])
+        given.append(' '.join(command[2:]))
+        if command[2].endswith('train'):
+            folder = cwd / 'runs' / option['--config.name'] / pathlib.Path(option['--config'].split(':')[0]).stem
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / 'lineage.json').exists():
+                (folder / 'lineage.json').write_text('{}')
+        else:
+            folder, split = pathlib.Path(option['--run']), option['--split']
+            share = (0.5 if split == 'heldout' else 0.9) + 0.1 * int(folder.parent.name[-1])
+            part = '' if split == 'validation' else f'-{split}'
+            (folder / 'eval').mkdir(exist_ok=True)
+            told = {'accuracy': share, 'by_kind': {'shape': {'accuracy': share / 2}}}
+            (folder / f'eval/vqa{part}-limit{option["--limit"]}.json').write_text(json.dumps(told))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    return bench['main'], given
+
+
+def test_seeds_are_trained_evaluated_and_told(seeds, tmp_path, capsys):
+    main, given = seeds
+    main(['--seeds=2', '--config.steps=5'])
+    trained = [line for line in given if '.train ' in line]
+    assert len(trained) == 10 and len(given) == 14
+    options = '--config=configs/clip.py:tiny --config.name=tiny-seed1 --config.seed=1 --config.steps=5'
+    assert trained[5] == f'nanovision_jax.train {options}'
+    lines = capsys.readouterr().out.splitlines()
+    assert '| validation | all | 95.0 | 7.1 | 90.0 to 100.0 | 90.0, 100.0 |' in lines
+    assert '| heldout | shape | 27.5 | 3.5 | 25.0 to 30.0 | 25.0, 30.0 |' in lines
+    given.clear()
+    main(['--seeds=2', '--config.steps=5'])
+    assert len(given) == 10  # what is finished says so itself; evaluations are kept
+    later = (tmp_path / 'runs/tiny-seed1/vision_instruct/lineage.json').stat().st_mtime + 60
+    os.utime(tmp_path / 'runs/tiny-seed1/vision_instruct/lineage.json', (later, later))
+    given.clear()
+    main(['--seeds=2'])
+    assert len([line for line in given if '.evaluate ' in line]) == 2
+
+
+def test_seeds_of_some_stages_take_the_others_from_a_family(seeds, tmp_path, capsys):
+    main, given = seeds
+    for part in ('clip', 'sft', 'data', 'tokenizer'):
+        (tmp_path / 'family' / part).mkdir(parents=True)
+    main(['--seeds=1', '--name=new', '--stages=vision_pretrain,vision_instruct', f'--parents={tmp_path}/family'])
+    family = tmp_path / 'runs/new-seed0'
+    assert [line.split()[1] for line in given[:2]] == [
+        '--config=configs/vision_pretrain.py:tiny',
+        '--config=configs/vision_instruct.py:tiny',
+    ]
+    assert (family / 'clip').resolve() == tmp_path / 'family/clip' and (family / 'data').is_symlink()
+    assert not (family / 'pretrain').exists() and not (family / 'vision_pretrain').is_symlink()
+    assert '| heldout | all | 50.0 |  | 50.0 to 50.0 | 50.0 |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('argv', 'why'),
+    [
+        (['--seeds=0'], 'above 0'),
+        (['--stages=vision_instruct'], '--parents=FAMILY'),
+        (['--stages=clip', '--parents=a'], 'ends with vision_instruct'),
+        (['--stages=clap,vision_instruct'], "no stage 'clap'"),
+        (['--seed=1'], 'unknown argument'),
+    ],
+)
+def test_a_mistake_with_seeds_is_one_sentence(argv, why, seeds):
+    with pytest.raises(UserError, match=why):
+        seeds[0](argv)
+    assert seeds[1] == []
+
+
+def test_a_probe_reads_what_is_there_and_not_what_is_not():
+    fit = runpy.run_path(str(ROOT / 'scripts/benchmarks/probe.py'))['fit']
+    rng = np.random.default_rng(0)
+    labels, noise = rng.integers(0, 4, 600), rng.normal(size=(600, 10))
+    told = np.concatenate([noise, np.eye(4)[labels] + 0.1 * noise[:, :4]], axis=1)
+    assert (fit(told[:400], labels[:400], 4)(told[400:]) == labels[400:]).mean() > 0.98
+    assert (fit(noise[:400], labels[:400], 4)(noise[400:]) == labels[400:]).mean() < 0.4
+
+
+@pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
+def test_probes_tell_of_every_layer(stage, tiny_family, tmp_path, capsys):
+    family = micro.family(tmp_path / 'family', tiny_family)
+    sizes = {'model__vision__image_size': 60, 'model__vision__patch_size': 10}
+    micro.parent_run(family, stage, micro.run_config(stage, family, **sizes))
+    main = runpy.run_path(str(ROOT / 'scripts/benchmarks/probe.py'))['main']
+    main([f'--run={family / stage}', '--train=120', '--test=20'])
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.count(' | ') == 4]
+    layers = ['| pixels', '| tower', '| tower, mean of all patches']
+    layers += ['| projector', '| decoder, before the answer', '| answer'] * (stage == 'vision_instruct')
+    assert {row[0] for row in rows} == set(layers) and len(rows) == 3 * len(layers)
+    assert all('% (' in cell for row in rows for cell in row[2:])
