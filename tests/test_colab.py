@@ -59,6 +59,7 @@ KEPT = ('uuid', 'instruction', 'response')
 DATA = {'sft': 'magpie', 'vision_pretrain': 'llava_pretrain', 'vision_instruct': 'llava_instruct'}
 
 
+@pytest.mark.slow
 def test_the_notebooks_go_down_the_road(work):
     family = work / 'runs' / 'tiny'
     for stage in ('pretrain', 'clip'):

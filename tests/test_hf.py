@@ -104,6 +104,7 @@ def test_a_tower_s_parameters_go_to_the_device_once(tmp_path):
         tower(pixels)
 
 
+@pytest.mark.slow
 def test_a_whole_size_tower_gives_the_features_of_its_home(tmp_path):
     whole = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     model = make('clip_vision', tmp_path, **whole, image_size=224, patch_size=32)
@@ -326,6 +327,7 @@ def test_a_field_that_published_weights_fix_is_refused(tmp_path):
 # Down the road -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_published_decoder_and_tower_go_down_the_road(tiny_family, tokenizer_folder, tokenizer, tmp_path):
     decoder, tower, family = tmp_path / 'decoder', tmp_path / 'tower', tmp_path / 'runs'
     for folder in (decoder, tower, family):

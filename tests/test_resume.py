@@ -140,12 +140,14 @@ def test_a_last_checkpoint_that_is_damaged_is_done_again(whole, crashed, go, cap
     assert_as(crashed, whole[0])
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(whole, crashed, go):
     (crashed / 'checkpoints' / '6' / 'manifest.json').unlink()
     go(crashed, data__workers=2)
     assert_as(crashed, whole[0])
 
 
+@pytest.mark.slow
 def test_evaluation_changes_nothing(whole, go):
     folder, seen = go(eval__every=1, eval__batches=2)
     lines = read_metrics(folder / 'metrics.jsonl')
@@ -155,6 +157,7 @@ def test_evaluation_changes_nothing(whole, go):
     assert seen[:n] == whole[1][:n]
 
 
+@pytest.mark.slow
 def test_with_features_from_disk_it_ends_the_same_too(go, whole, capsys):
     fields = {'data__cache_features': 'bf16'}
     alone, (folder, _) = go(**fields)[0], go(crash_at=6, **fields)
