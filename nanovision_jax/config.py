@@ -230,7 +230,7 @@ class Eval:
     every: int = option(500, 'steps between evaluations', above=0)
     batches: int = option(20, 'batches an evaluation', above=0)
     tasks: str = option('', 'of evaluate, with commas between: asked a few questions at each evaluation, as vqa,pope')
-    data: str = option('', "the folder of their published files; vqa and bpb take the run's own data without one")
+    data: str = option('', "the folder of their published files; vqa and bpb take the run's own data")
     limit: int = option(100, 'questions of each of these tasks', above=0)
 
 

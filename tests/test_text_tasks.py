@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import runpy
+import types
 
 import jax
 import micro
@@ -236,6 +237,19 @@ def test_core_is_the_mean_of_centred_accuracies(bundle):
     fewer = questions[4:]  # as --limit leaves some
     told = benchmark.measured(core.TASK, fewer, {'accuracy': scores['accuracy'][4:]})
     assert told['CORE'] == pytest.approx(((0.75 - 0.5) / 0.5 - 0.5 + 0.25) / 3)
+
+
+def test_the_rows_of_core_hold_what_its_headline_is_the_mean_of(bundle):
+    """So that runs can be compared by it."""
+
+    def ask(requests, shown, title):
+        ones = np.arange(8.0)
+        return [('', Likelihoods(*([ones[: len(request.options)]] * 4))) for request in requests]
+
+    asker = types.SimpleNamespace(askable=lambda task, asked: (asked, {}), ask=ask, noted=dict, lineage=dict)
+    found, rows = benchmark.run(core.TASK, asker, bundle, controls='none')
+    assert np.mean([row['scores']['CORE'] for row in rows]) == pytest.approx(found.metrics['CORE'])
+    assert len({row['scores']['CORE'] for row in rows}) > 2
 
 
 # A real engine -------------------------------------------------------------------------------------------------------

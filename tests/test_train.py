@@ -148,9 +148,21 @@ def test_a_batch_of_another_shape_is_an_error_for_the_compiled_step():
 # The road ------------------------------------------------------------------------------------------------------------
 
 
+def questions(family):
+    """A folder with two questions of a benchmark, beside which vqa asks about the run's own data."""
+    folder = family / 'questions'
+    folder.mkdir(exist_ok=True)
+    rows = [{'id': str(i), 'question': 'What is it?', 'answer': answer} for i, answer in enumerate(('red', 'blue'))]
+    (folder / 'own.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return folder
+
+
 def road_config(stage, family):
     """A run of four steps; sft's are counted in epochs, and vision_instruct is asked questions."""
-    fields = {'sft': dict(steps=0, epochs=0.7), 'vision_instruct': dict(eval__tasks='vqa', eval__limit=6)}
+    fields = {
+        'sft': dict(steps=0, epochs=0.7),
+        'vision_instruct': dict(eval__tasks='vqa,answers', eval__data=str(questions(family)), eval__limit=6),
+    }
     return micro.run_config(stage, family, **fields.get(stage, {}))
 
 
@@ -202,7 +214,7 @@ def test_an_evaluation_tells_where_the_model_looks_and_what_it_answers(road):
     }
     watched = {'image_attention', 'image_entropy', 'image_norm', 'word_norm'}
     (line,) = of['vision_instruct']
-    assert set(line) == {'step', 'eval_loss', 'left_out', 'eval/vqa'} | watched
+    assert set(line) == {'step', 'eval_loss', 'left_out', 'eval/vqa', 'eval/answers'} | watched
     assert 0 < line['image_attention'] < 1 and 0 < line['image_entropy'] <= 1 + 1e-6 and 0 <= line['eval/vqa'] <= 1
     assert line['image_norm'] > 0 and line['word_norm'] > 0
     assert watched <= set(of['vision_pretrain'][0]) and not watched & set(of['sft'][0]) | watched & set(of['clip'][0])
@@ -211,9 +223,18 @@ def test_an_evaluation_tells_where_the_model_looks_and_what_it_answers(road):
 def test_tasks_that_cannot_be_asked_are_refused_before_anything_is_made(road):
     cfg = road_config('vision_instruct', road)
     cfg.run_dir = str(road / 'other')
-    for tasks, message in (('vqa,nosuch', 'no task'), ('pope', 'pope needs --data')):
-        cfg.eval.tasks = tasks
+    for tasks, data, message in (
+        ('vqa,nosuch', '', 'no task'),
+        ('pope', '', 'pope needs --data'),
+        ('vqa,pope', str(road / 'nowhere'), 'eval.data: no folder .*nowhere'),
+    ):
+        cfg.eval.tasks, cfg.eval.data = tasks, data
         with pytest.raises(UserError, match=message):
+            train.train(cfg)
+    for stage in ('clip', 'sft'):
+        cfg = road_config(stage, road)
+        cfg.run_dir, cfg.eval.tasks = str(road / 'other'), 'vqa'
+        with pytest.raises(UserError, match=f'vqa cannot be asked of stage {stage}'):
             train.train(cfg)
     assert not (road / 'other').exists()
 

@@ -120,13 +120,14 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
     found, answers = _scored(task, asker, questions, '')
     wanted = controls == 'all' or (controls == 'auto' and len(questions) <= AUTO)
     others_ = {name: _scored(task, asker, questions, name)[0] for name in _controls(task, questions) if wanted}
+    each = found[task.headline] if task.each is None else task.each(questions, found)
     images = [question.image or question.id for question in questions]
     result = Scores(
         task.name,
         len(questions),
         task.headline,
         measured(task, questions, found),
-        interval(task.each(questions, found) if task.each else found[task.headline], images),
+        interval(each, images),
         groups(task, questions, found),
         {name: measured(task, questions, scores) for name, scores in others_.items()},
         baselines(task, questions),
@@ -144,7 +145,8 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
         for way in task.ways:
             prompt, answer = answers[way.name][number]
             row[way.name] = {'prompt': prompt, 'answer': _as_json(answer)}
-        rows.append(row | {'scores': {name: float(values[number]) for name, values in found.items()}})
+        scores = {name: float(values[number]) for name, values in (found | {task.headline: each}).items()}
+        rows.append(row | {'scores': scores})
     return result, rows
 
 

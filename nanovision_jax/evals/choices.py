@@ -9,9 +9,6 @@ one text or several that are right. `image`, which need not be there, is a file'
 results apart. --data is the folder of one such file.
 """
 
-import re
-import string
-
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import scoring
 from nanovision_jax.evals.benchmark import Benchmark, Question, Request, Way
@@ -70,13 +67,9 @@ def said(question):
 
 def match(question, answer):
     """Whether an answer is one that is right: as it stands, as lm-eval's exact_match, and without case and signs."""
-    plain = {_plain(one) for one in question.answer}
-    return {'exact match': float(answer in question.answer), 'match (plain)': float(_plain(answer) in plain)}
-
-
-def _plain(text):
-    """Small letters, without punctuation and white space at the ends, as exact_match's two ignore_ make it."""
-    return re.sub(f'[{re.escape(string.punctuation)}]', '', text.lower()).strip()
+    plain = {scoring.plain(one).strip() for one in question.answer}
+    found = float(scoring.plain(answer).strip() in plain)
+    return {'exact match': float(answer in question.answer), 'match (plain)': found}
 
 
 TASK = Benchmark(

@@ -14,6 +14,7 @@ import numpy as np
 from nanovision_jax import config as configs
 from nanovision_jax.data import conversation
 from nanovision_jax.data.images import load as load_image
+from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
 from nanovision_jax.evals import run as tasks
 from nanovision_jax.inference import looking, prompt
@@ -110,8 +111,14 @@ def look(run: Run, samples: list[tuple], log: Log) -> dict[str, float]:
 
 def check_tasks(config):
     """Raises UserError where eval.tasks cannot be asked of the run, before any time is spent."""
+    stage, data = stage_of(config), config.eval.data
     for name in _tasks(config):
-        base.check_options(config.run_dir, name, data=config.eval.data or None)
+        base.check_options(config.run_dir, name, data=_data(config, name))
+        if name in base.BENCHMARKS and not pathlib.Path(data).is_dir():
+            raise UserError(f'eval.data: no folder {data} with the published files of {name}.')
+        sees = name == 'vqa' or (name in base.BENCHMARKS and tasks.benchmark_of(name).sees)
+        if not stage.decodes or (sees and not stage.sees):
+            raise UserError(f'eval.tasks: {name} cannot be asked of stage {config.stage}, which has no such model.')
 
 
 def ask(config, run: Run, log: Log) -> dict[str, float]:
@@ -119,10 +126,16 @@ def ask(config, run: Run, log: Log) -> dict[str, float]:
     found = {}
     for name in _tasks(config):
         with tempfile.TemporaryDirectory() as kept:
-            result, _ = tasks.asked(run, name, config.eval.data, pathlib.Path(kept), config.eval.limit, controls='none')
+            place = pathlib.Path(kept)
+            result, _ = tasks.asked(run, name, _data(config, name), place, config.eval.limit, controls='none')
         found[f'eval/{name}'] = result.score()
         log.say(f'  {result.summary()}')
     return found
+
+
+def _data(config, name):
+    """Where a task's questions are; None: in the run's own data, whatever folder the others have."""
+    return config.eval.data if name in base.BENCHMARKS else None
 
 
 def _tasks(config):
