@@ -145,10 +145,10 @@ def bubbles(page, role):
 
 
 def settled(answer):
-    """The text of an answer, once none is added."""
+    """The text of an answer, once it has ended: a button to stop it is there until then."""
     answer.wait_for()
-    before, text = None, answer.inner_text()
-    while text != before:
+    before, text, stop = None, answer.inner_text(), answer.page.locator('.stop-button:visible')
+    while text != before or stop.count():
         answer.page.wait_for_timeout(700)
         before, text = text, answer.inner_text()
     return text
@@ -256,11 +256,14 @@ def test_where_it_looks_is_shown_for_each_token(visit, picture):
 def test_the_keyboard_is_enough_and_a_phone_wide_enough(visit):
     page = visit(width=360)
     assert page.evaluate('document.documentElement.scrollWidth') <= 360
+    field = page.locator('textarea:visible').first
+    field.wait_for()  # it is loaded after the tabs
     for _ in range(20):
         page.keyboard.press('Tab')
-        if page.evaluate('document.activeElement.tagName') == 'TEXTAREA':
+        if field.evaluate('field => field === document.activeElement'):
             break
     page.keyboard.type(QUESTION)
+    assert field.input_value() == QUESTION
     page.keyboard.press('Enter')
     assert settled(bubbles(page, 'bot').first).strip()
     for name in ('Stages', 'Attention'):
