@@ -1,5 +1,6 @@
 """Trains 3,000 steps, and writes every 250 what the process holds to FAMILY/seen: python long_driver.py FAMILY CACHE"""
 
+import ctypes
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ validate = train.validate
 
 def look(config, step, *args):
     found = validate(config, step, *args)
+    ctypes.CDLL(None).malloc_trim(0)  # of glibc: what is resident is what is held, without 100 MB that are free again
     with open('/proc/self/statm') as file:
         resident = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     held = {'resident': resident, 'threads': threading.active_count(), 'files': len(os.listdir('/proc/self/fd'))}
