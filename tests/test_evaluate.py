@@ -533,6 +533,19 @@ def test_runs_are_compared_on_what_all_were_asked(tmp_path, capsys):
     assert '+0.0 points (95% interval +0.0 to +0.0), which may be chance' in lines[2]
 
 
+def test_what_is_no_share_is_compared_as_it_is(tmp_path, capsys):
+    for run, value in (('a', 0.8), ('b', 1.05)):
+        rows = [{'id': name, 'image': name, 'scores': {'CIDEr': value}} for name in 'xy']
+        controls = {'blank': {'CIDEr': value - 0.5}}
+        result = base.Scores('coco_caption', 2, 'CIDEr', {'CIDEr': value}, [value, value], {}, controls, {})
+        assert any(line.endswith(f'{value - 0.5:.2f}  (-0.50)') for line in result.lines())
+        base.write_result(result, rows, tmp_path / run / 'eval', 'validation')
+    evaluate.main(['--compare', f'{tmp_path}/a', f'{tmp_path}/b'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ['0.80', f'{tmp_path}/a']
+    assert '  1.05  ' in lines[2] and lines[2].endswith('  +0.25 (95% interval +0.25 to +0.25)')
+
+
 def test_what_cannot_be_compared_is_one_sentence(tmp_path):
     results(tmp_path / 'a', {'1': 1.0, '2': 0.0})
     results(tmp_path / 'b', {'1': 1.0}, part='heldout')

@@ -166,8 +166,8 @@ class Scores(Result):
         for name, value in self.baselines.items():
             told.append(f'  {name:36} {self._own(value)}  without a model')
         for name, metrics in self.controls.items():
-            lost = 100 * (self.metrics[self.headline] - metrics[self.headline])
-            told.append(f'  {name:36} {self._own(metrics[self.headline])}  ({lost:.1f} points below)')
+            change = told_difference(metrics[self.headline] - self.metrics[self.headline], self.headline)
+            told.append(f'  {name:36} {self._own(metrics[self.headline])}  ({change})')
         return [*told, *filter(None, [self.coverage()])]
 
     def markdown(self) -> list[str]:
@@ -215,6 +215,11 @@ NO_SHARES = ('CIDEr', *OWN_POINTS)  # metrics that may be above 1
 def told_score(value, name=''):
     """A share as per cent; what is no share, as it is. name: of the metric."""
     return f'{value:.1%}' if -1 <= value <= 1 and name not in NO_SHARES else f'{value:.2f}'
+
+
+def told_difference(value, name=''):
+    """A difference with its sign: of shares in points, which are hundredths; of what is no share, as it is."""
+    return f'{value:+.2f}' if name in NO_SHARES else f'{100 * value:+.1f} points'
 
 
 def _verdict(score, interval, controls, n, told=told_score):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanovision_jax.errors import UserError
-from nanovision_jax.evals.base import RESULTS, Scores, interval, read_results, told_part
+from nanovision_jax.evals.base import RESULTS, Scores, interval, read_results, told_difference, told_part, told_score
 from nanovision_jax.runs.folder import Paths, read_lines, result_file
 
 
@@ -18,13 +18,21 @@ class Score(NamedTuple):
     """What a run scores, and how far it is from the first run, with the 95% interval; None for the first itself."""
 
     run: str
+    metric: str
     score: float
     difference: float | None
     interval: list[float] | None
 
     def told(self) -> str:
         """The score as text."""
-        return f'{self.score:.1%}'
+        return told_score(self.score, self.metric)
+
+    def change(self) -> str:
+        """The difference as text; '' for the first run."""
+        if self.difference is None:
+            return ''
+        low, high = (told_difference(end, self.metric).removesuffix(' points') for end in self.interval)
+        return f'{told_difference(self.difference, self.metric)} (95% interval {low} to {high})'
 
     def verdict(self) -> str:
         """Whether the difference may be chance; '' where it is none."""
@@ -52,15 +60,8 @@ def compare(runs: list[str], tasks: list[str] | None = None) -> Iterator[str]:
     for found in paired(runs, tasks):
         yield found.title()
         for score in found.scores:
-            yield f'  {score.told():>6}  {score.run}' + _difference(score)
-
-
-def _difference(score):
-    if score.difference is None:
-        return ''
-    low, high = score.interval
-    told = f'  {100 * score.difference:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f})'
-    return told + (f', which {score.verdict()}' if score.verdict() else '')
+            line = f'  {score.told():>6}  {score.run}' + f'  {score.change()}' * bool(score.change())
+            yield line + f', which {score.verdict()}' * bool(score.verdict())
 
 
 def paired(runs: list[str], tasks: list[str] | None = None) -> Iterator[Paired]:
@@ -86,7 +87,7 @@ def paired(runs: list[str], tasks: list[str] | None = None) -> Iterator[Paired]:
         for run, values in zip(runs, columns, strict=False):
             change = None if run == runs[0] else values - columns[0]
             apart = (None, None) if change is None else (float(change.mean()), interval(change, images))
-            lines.append(Score(run, float(values.mean()), *apart))
+            lines.append(Score(run, headline, float(values.mean()), *apart))
         yield Paired(task, part, headline, len(ids), max(map(len, scores)), lines)
 
 

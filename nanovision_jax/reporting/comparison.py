@@ -104,11 +104,8 @@ def paired(runs: list[Run]):
         yield 'subheading', one.title()
         rows = []
         for score in one.scores:
-            change = '–'
-            if score.difference is not None:
-                low, high = score.interval
-                change = f'{100 * score.difference:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})'
-            rows.append((names[score.run], score.told(), change.replace('-', '−'), score.verdict()))
+            change = score.change().replace('(95% interval ', '(').replace('-', '−') or '–'
+            rows.append((names[score.run], score.told(), change, score.verdict()))
         yield 'table', ('Run', 'Score', 'Difference from the first (95% interval)', ''), rows
     yield 'text', (
         'The same questions on the same images are resampled for both runs, so that what is hard for both widens no '
