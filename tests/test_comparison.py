@@ -51,7 +51,7 @@ def test_pages_tell_what_differs_and_by_how_much(two, tmp_path, capsys):
             assert told in text, told
         assert 'log.every' not in text and '$6.00' in text and '$12.00' in text
         assert 'vqa, validation split: accuracy on 40 questions' in text
-        assert '75.0%' in text and '95.0%' in text and '+20.0 points (+' in text and 'may be chance' not in text
+        assert '75.0%' in text and '95.0%' in text and '+20.0 points (95%: +' in text and 'may be chance' not in text
     assert '<script' not in (tmp_path / 'report.html').read_text()
 
 
@@ -69,7 +69,7 @@ def test_curves_are_over_tokens_and_over_hours(two):
 def test_the_same_scores_may_be_chance(two, tmp_path):
     make_vqa(two[1])
     text = comparison.write(two).with_suffix('.md').read_text()
-    assert '+0.0 points (+0.0 to +0.0)' in text and 'may be chance' in text
+    assert '+0.0 points (95%: +0.0 to +0.0)' in text and 'may be chance' in text
 
 
 def test_runs_without_a_common_evaluation_or_config_are_compared_still(two, tmp_path):

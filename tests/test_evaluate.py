@@ -528,9 +528,9 @@ def test_runs_are_compared_on_what_all_were_asked(tmp_path, capsys):
     assert head == 'vqa, validation split: accuracy on 300 questions that all were asked, of up to 400'
     gained = 100 * np.mean([better[str(i)] - first[str(i)] for i in range(300)])
     assert f'{gained:+.1f} points' in lines[1] and 'chance' not in lines[1]
-    low, high = map(float, re.search(r'interval \+(.*) to \+(.*)\)', lines[1]).groups())
+    low, high = map(float, re.search(r'95%: \+(.*) to \+(.*)\)', lines[1]).groups())
     assert 0 < low < gained < high < 2 * gained  # unpaired, it would be 8 points wide
-    assert '+0.0 points (95% interval +0.0 to +0.0), which may be chance' in lines[2]
+    assert '+0.0 points (95%: +0.0 to +0.0), which may be chance' in lines[2]
 
 
 def test_what_is_no_share_is_compared_as_it_is(tmp_path, capsys):
@@ -543,7 +543,7 @@ def test_what_is_no_share_is_compared_as_it_is(tmp_path, capsys):
     evaluate.main(['--compare', f'{tmp_path}/a', f'{tmp_path}/b'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ['0.80', f'{tmp_path}/a']
-    assert '  1.05  ' in lines[2] and lines[2].endswith('  +0.25 (95% interval +0.25 to +0.25)')
+    assert '  1.05  ' in lines[2] and lines[2].endswith('  +0.25 (95%: +0.25 to +0.25)')
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path):

@@ -225,8 +225,8 @@ def test_tasks_that_cannot_be_asked_are_refused_before_anything_is_made(road):
     cfg.run_dir = str(road / 'other')
     for tasks, data, message in (
         ('vqa,nosuch', '', 'no task'),
-        ('pope', '', 'pope needs --data'),
-        ('vqa,pope', str(road / 'nowhere'), 'eval.data: no folder .*nowhere'),
+        ('pope', '', "eval.data names no folder .* of pope: ''"),
+        ('vqa,pope', str(road / 'nowhere'), 'eval.data names no folder .*nowhere'),
     ):
         cfg.eval.tasks, cfg.eval.data = tasks, data
         with pytest.raises(UserError, match=message):

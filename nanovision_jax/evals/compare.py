@@ -28,11 +28,11 @@ class Score(NamedTuple):
         return told_score(self.score, self.metric)
 
     def change(self) -> str:
-        """The difference as text; '' for the first run."""
+        """The difference and its interval as text; '' for the first run."""
         if self.difference is None:
             return ''
         low, high = (told_difference(end, self.metric).removesuffix(' points') for end in self.interval)
-        return f'{told_difference(self.difference, self.metric)} (95% interval {low} to {high})'
+        return f'{told_difference(self.difference, self.metric)} (95%: {low} to {high})'
 
     def verdict(self) -> str:
         """Whether the difference may be chance; '' where it is none."""
@@ -60,8 +60,8 @@ def compare(runs: list[str], tasks: list[str] | None = None) -> Iterator[str]:
     for found in paired(runs, tasks):
         yield found.title()
         for score in found.scores:
-            line = f'  {score.told():>6}  {score.run}' + f'  {score.change()}' * bool(score.change())
-            yield line + f', which {score.verdict()}' * bool(score.verdict())
+            change = ', which '.join(filter(None, [score.change(), score.verdict()]))
+            yield '  '.join(filter(None, [f'  {score.told():>6}', score.run, change]))
 
 
 def paired(runs: list[str], tasks: list[str] | None = None) -> Iterator[Paired]:

@@ -104,9 +104,8 @@ def paired(runs: list[Run]):
         yield 'subheading', one.title()
         rows = []
         for score in one.scores:
-            change = score.change().replace('(95% interval ', '(').replace('-', '−') or '–'
-            rows.append((names[score.run], score.told(), change, score.verdict()))
-        yield 'table', ('Run', 'Score', 'Difference from the first (95% interval)', ''), rows
+            rows.append((names[score.run], score.told(), score.change().replace('-', '−') or '–', score.verdict()))
+        yield 'table', ('Run', 'Score', 'Difference from the first', ''), rows
     yield 'text', (
         'The same questions on the same images are resampled for both runs, so that what is hard for both widens no '
         'interval.'

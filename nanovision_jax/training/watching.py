@@ -113,9 +113,9 @@ def check_tasks(config):
     """Raises UserError where eval.tasks cannot be asked of the run, before any time is spent."""
     stage, data = stage_of(config), config.eval.data
     for name in _tasks(config):
+        if name in base.BENCHMARKS and not (data and pathlib.Path(data).is_dir()):
+            raise UserError(f'eval.data names no folder with the published files of {name}: {data!r}.')
         base.check_options(config.run_dir, name, data=_data(config, name))
-        if name in base.BENCHMARKS and not pathlib.Path(data).is_dir():
-            raise UserError(f'eval.data: no folder {data} with the published files of {name}.')
         sees = name == 'vqa' or (name in base.BENCHMARKS and tasks.benchmark_of(name).sees)
         if not stage.decodes or (sees and not stage.sees):
             raise UserError(f'eval.tasks: {name} cannot be asked of stage {config.stage}, which has no such model.')
