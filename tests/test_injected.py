@@ -457,12 +457,14 @@ def test_three_thousand_steps_leave_nothing_behind(runs, cache, tmp_path):
     temporary = tmp_path / 'temporary'
     temporary.mkdir()
     command = [sys.executable, f'{ROOT}/tests/long_driver.py', str(runs), str(cache)]
-    env = os.environ | {'TMPDIR': str(temporary), 'PYTHONPATH': str(ROOT)}
+    # One arena of glibc for all threads: each other one keeps the last buffer of a step that its thread freed (20 MB
+    # here), which `malloc_trim` does not give back, and which thread runs a step is chance.
+    env = os.environ | {'TMPDIR': str(temporary), 'PYTHONPATH': str(ROOT), 'MALLOC_ARENA_MAX': '1'}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = {line['step']: line for line in map(json.loads, (runs / 'seen').read_text().splitlines())}
     before, after = ([seen[step] for step in range(start, start + 1001, 250)] for start in (1000, 2000))
-    for what, most in (('resident', 1.02), ('threads', 1.2), ('files', 1.2)):  # a save may be under way
+    for what, most in (('resident', 1.01), ('threads', 1.2), ('files', 1.2)):  # a save may be under way
         assert max(at[what] for at in after) < most * max(at[what] for at in before), seen
     assert not list(temporary.iterdir())
     assert len(list((runs / 'vision_instruct/checkpoints').iterdir())) == 2
