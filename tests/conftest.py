@@ -117,6 +117,7 @@ def tiny_family(tmp_path_factory):
         'scenes': {'train': 64, 'validation': 24, 'heldout': 24},
         'text': {'train': 96, 'validation': 16},
         'chat': {'train': 48, 'validation': 16},
+        'unnamed': {'train': 32},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_world, 'EXAMPLES', few)

@@ -91,7 +91,7 @@ def stands(first, relation, second):
 
 
 def named(question):
-    return re.search(rf'\ban? ({C}) ({S})\b', question).groups()
+    return re.search(rf'\ban? ({C}|) ?({S})\b', question).groups()
 
 
 def count_of(noun, things):
@@ -125,7 +125,7 @@ def right_answer(kind, question, things):
         return right_answer('description', '', [thing])
     assert kind == 'description'
     order = sorted(things, key=lambda t: row_and_column(t.place))
-    parts = [f'{"an" if t.size[0] in "aeiou" else "a"} {t.size} {t.colour} {t.shape} in the {t.place}' for t in order]
+    parts = [f'a {t.size} {t.colour} {t.shape} in the {t.place}' for t in order]
     answer = {1: '{}', 2: '{} and {}', 3: '{}, {} and {}'}[len(parts)].format(*parts)
     return answer[0].upper() + answer[1:] + '.'
 
@@ -149,7 +149,7 @@ def test_heldout_pairs_are_balanced():
     assert set(shapes) == set(scenes.SHAPES)
 
 
-@pytest.mark.parametrize('content', tw.EXAMPLES)
+@pytest.mark.parametrize('content', ('scenes', 'text', 'chat'))
 @pytest.mark.parametrize('split', WORDS_SPLITS)
 def test_no_unseen_pair_in_a_seen_scene(content, split):
     pairs = {t.pair for i in range(N_WORDS) for t in tw.scene(split, i, content=content)}
@@ -362,6 +362,30 @@ def test_captions_tell_the_truth_about_every_thing(examples, split):
     assert 0.3 < told['size', 'colour', 'place'] / told.total() < 0.5
 
 
+def test_things_whose_colours_have_no_names():
+    asked = Counter()
+    for i in range(1000):
+        row, things = tw.example('train', i, content='unnamed'), tw.scene('train', i, content='unnamed')
+        assert not any(t.colour for t in things)
+        assert len({t.shape for t in things}) == len({t.place for t in things}) == len(things)
+        assert Counter(re.findall(rf'\b({S})\b', row['caption'])) == Counter(t.shape for t in things)
+        for kind, question, answer in turns(row['conversation']):
+            asked[kind] += 1
+            assert answer == right_answer(kind, question, things), question
+            assert not re.search(rf'\b(?:{C}|colour)\b|  ', f'{row["caption"]} {question} {answer}')
+    assert set(asked) == set(words.KINDS) - {'colour', 'description'}
+
+
+def test_no_shape_is_painted_like_an_unseen_pair():
+    rng, named = np.random.default_rng(0), np.array(list(scenes.RGB.values()))
+    for shape in scenes.SHAPES:
+        painted = np.array([scenes.unnamed_colour([shape], rng) for _ in range(500)])
+        nearest = np.linalg.norm(painted[:, None] - named, axis=-1).argmin(axis=1)
+        assert not {(scenes.COLOURS[i], shape) for i in nearest} & UNSEEN
+        assert len(set(nearest)) == 8 - sum(pair[1] == shape for pair in UNSEEN)
+        assert abs(painted - 120).max(axis=1).min() > 80
+
+
 def test_a_description_is_the_right_answer():
     assert words.describe(tw.scene('train', 0)) == right_answer('description', '', tw.scene('train', 0))
 
@@ -453,7 +477,7 @@ def test_what_processes_draw_is_what_is_drawn_here(monkeypatch):
     monkeypatch.setattr(tw, 'cores', lambda: 2)
     started, plain = [], tw.Workers
     monkeypatch.setattr(tw, 'Workers', lambda *arguments: started.append(arguments[1]) or plain(*arguments))
-    few, many = (list(tw._examples('train', n, seed=5)) for n in (99, 150))
+    few, many = (list(tw._examples('scenes', 'train', n, seed=5)) for n in (99, 150))
     assert started == [2] and many == [tw.example('train', i, seed=5) for i in range(150)] and few == many[:99]
 
 
@@ -473,5 +497,5 @@ def test_text_and_chats_build(tmp_path, monkeypatch):
 
 
 def test_default_configs():
-    assert [config.name for config in tw.TinyWorld.BUILDER_CONFIGS] == ['scenes', 'text', 'chat']
+    assert [config.name for config in tw.TinyWorld.BUILDER_CONFIGS] == ['scenes', 'text', 'chat', 'unnamed']
     assert all(config.content == config.name for config in tw.TinyWorld.BUILDER_CONFIGS)
