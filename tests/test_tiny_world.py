@@ -376,7 +376,7 @@ def test_things_whose_colours_have_no_names():
     assert set(asked) == set(words.KINDS) - {'colour', 'description'}
 
 
-def test_no_shape_is_painted_like_an_unseen_pair():
+def test_no_shape_is_painted_like_an_unseen_pair(monkeypatch):
     rng, named = np.random.default_rng(0), np.array(list(scenes.RGB.values()))
     for shape in scenes.SHAPES:
         painted = np.array([scenes.unnamed_colour([shape], rng) for _ in range(500)])
@@ -384,6 +384,11 @@ def test_no_shape_is_painted_like_an_unseen_pair():
         assert not {(scenes.COLOURS[i], shape) for i in nearest} & UNSEEN
         assert len(set(nearest)) == 8 - sum(pair[1] == shape for pair in UNSEEN)
         assert abs(painted - 120).max(axis=1).min() > 80
+    monkeypatch.setattr(scenes, 'unnamed_colour', lambda shapes, rng: np.array([3.0, 250.0, 3.0]))
+    things = [scenes.Thing('large', '', 'square', 'centre')]
+    seen = {tuple(map(int, scenes.render(things, np.random.default_rng(seed))[30, 30])) for seed in range(20)}
+    plain = {rgb for rgb in seen if rgb[1] > 200}  # the others are muted things before a colour
+    assert plain and len(seen) > len(plain) and all(max(abs(np.subtract(rgb, (3, 250, 3)))) <= 1 for rgb in plain)
 
 
 def test_a_description_is_the_right_answer():

@@ -98,6 +98,9 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     'No.' included), answer or text. Every heldout scene holds at least one thing of such a pair, and every heldout
     question is about one: the thing asked about, one of the two compared, or the pair whose existence is asked. The
     plain count and the description are asked of a scene that holds one.
+
+    Two training pictures of five, `unnamed`, show things of any colour, which no caption, question or answer tells.
+    None is painted in an RGB nearest to that of a colour in which its shape is never seen.
     """
 
     VERSION = tfds.core.Version('2.1.0')

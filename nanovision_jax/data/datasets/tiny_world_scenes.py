@@ -129,9 +129,11 @@ def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
         rows, columns = (slice(i * PIXELS // 3, (i + 1) * PIXELS // 3 + 1) for i in (row, column))
         distance = _distance(thing.shape, axis[columns] - np.float32(x), axis[rows, None] - np.float32(y), half)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        rgb = grey if turned else RGB[thing.colour] if thing.colour else unnamed_colour([thing.shape], rng)
-        colour = np.clip(np.array(rgb) + rng.uniform(-10, 10, 3), 0, 255).astype(np.float32)
-        image[rows, columns] += cover * (colour - image[rows, columns])
+        if thing.colour or turned:
+            rgb = np.clip((grey if turned else RGB[thing.colour]) + rng.uniform(-10, 10, 3), 0, 255)
+        else:
+            rgb = unnamed_colour([thing.shape], rng)
+        image[rows, columns] += cover * (rgb.astype(np.float32) - image[rows, columns])
     # One noise value for all three channels keeps the PNG small.
     image += rng.integers(-1, 2, (PIXELS, PIXELS, 1))
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
