@@ -60,14 +60,14 @@ def example(split: str, index: int, seed: int = 0, content: str = 'scenes') -> d
         turns = words.turns(things, rng, int(rng.integers(1, 4)))
     else:
         turns = words.exam(things, rng, split == 'heldout')
-    content = [{'type': 'image'}, {'type': 'text', 'text': turns[0][1]}]
+    first = [{'type': 'image'}, {'type': 'text', 'text': turns[0][1]}]
     if rng.random() < 0.2:
-        content.reverse()
+        first.reverse()
     return {
         'id': f'{split if content == "scenes" else content}-{index:05d}',
         'image': png.getvalue(),
         'caption': caption,
-        'conversation': words.messages(turns, content),
+        'conversation': words.messages(turns, first),
     }
 
 
