@@ -25,6 +25,7 @@ OPTIONAL = {
     'trackio',
     'readline',
     'transformers',
+    'pynvml',
     'jax.experimental.pallas.ops',
 }
 OPTIONAL |= {'llguidance', 'nanovision_jax.serving.guide'}  # answers in JSON are not everybody's

@@ -227,6 +227,18 @@ def test_cost_is_hours_times_devices_times_price(family):
     assert 'Cost' not in report.write(family).read_text()
 
 
+def test_energy_is_of_all_devices_where_it_was_logged(family):
+    assert 'Energy' not in report.write(family).read_text()
+    file = family / 'pretrain' / 'metrics.jsonl'
+    write_lines(file, [{'step': i, 'loss': 1.0, 'energy': 1.8e6 * i} for i in (1, 2)])
+    lines = runs.open_run(family / 'pretrain')
+    assert training.kilowatt_hours(lines) == pytest.approx(1)
+    lines.lineage['sessions'][0]['devices'] = '8 × H100'
+    assert training.kilowatt_hours(lines) == pytest.approx(8)
+    page = report.write(family).read_text()
+    assert '1 kWh' in page and 'RAPL' in page
+
+
 def test_norms_of_parts_and_memory_have_curves_where_they_are_logged(family):
     file = family / 'pretrain' / 'metrics.jsonl'
     told = {'grad_norm': 2.5, 'grad_norm/decoder': 2.0, 'grad_norm/projector': 1.5, 'update_norm/decoder': 0.25}

@@ -1,6 +1,7 @@
 """The training loop: its step, the runs it leaves behind, and what it refuses."""
 
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from nanovision_jax import train as verb
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
+from nanovision_jax.parallel import energy
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint
 from nanovision_jax.runs import config_file as runconfig
@@ -170,8 +172,10 @@ def road_config(stage, family):
 def road(tmp_path_factory, tiny_family):
     """A family in which every stage was trained, one after the other."""
     family = micro.family(tmp_path_factory.mktemp('road'), tiny_family)
-    for stage in micro.STAGES:
-        assert train.train(road_config(stage, family)) == family / stage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(energy, 'counters', lambda: [energy.Counter(itertools.count(1000, 16).__next__)])
+        for stage in micro.STAGES:
+            assert train.train(road_config(stage, family)) == family / stage
     return family
 
 
@@ -194,12 +198,13 @@ def test_every_line_of_metrics_has_its_fields(road, stage):
     lines = read_metrics(road / stage / 'metrics.jsonl')
     logged = [line for line in lines if 'loss' in line]
     evaluated = [line for line in lines if 'eval_loss' in line]
-    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited learned seconds'
+    names = 'step loss learning_rate grad_norm tokens tokens_per_second mfu waited learned seconds energy'
     parts = step.partition(micro.config(stage), micro.read(road / stage)['params'])[0]
     norms = {f'{name}_norm/{part}' for name in ('grad', 'update') for part in parts}
     assert all(set(line) == set(names.split()) | norms for line in logged)
     assert [line['step'] for line in logged] == [1, 2, 3, 4] and [line['step'] for line in evaluated] == [4]
     assert len(logged) + len(evaluated) == len(lines)
+    assert [line['energy'] for line in logged] == [2, 4, 6, 8]  # joules of one of eight devices
     for name in ('tokens', 'seconds'):
         values = [line[name] for line in logged]
         assert values == sorted(set(values)) and values[0] > 0

@@ -43,6 +43,11 @@ def facts(runs: list[Run], price: float | None = None):
     )
     if price is not None:
         note += f' ⁴ The minutes of training times the devices, at {price:g} dollars a device and hour.'
+    if any(column['Energy⁵'] for column in columns):
+        note += (
+            ' ⁵ Of the devices, from the first step on, with evaluations and saving: GPUs by NVML, a CPU’s packages by '
+            'RAPL, with whatever else ran on them. The machine around them is not counted.'
+        )
     yield 'text', note, 'note'
 
 
@@ -52,10 +57,16 @@ def dollars(run_: Run, price: float) -> float | None:
     return seconds[-1] / 3600 * count * price if seconds and count else None
 
 
+def kilowatt_hours(run_: Run) -> float | None:
+    """What the devices of a run took; None where nothing told it, or on how many devices it was is not known."""
+    joules, count = run_.all('energy'), devices(run_)
+    return joules[-1] * count / 3.6e6 if joules and count else None
+
+
 def _column(run_, price):
     done, planned = max(run_.all('step'), default=0), run_.config.steps if run_.config else 0
     sessions, sizes = run_.lineage.get('sessions'), parameters(run_)
-    cost = dollars(run_, price) if price is not None else None
+    cost, energy = dollars(run_, price) if price is not None else None, kilowatt_hours(run_)
 
     def memory(name):
         return f'{run_.lineage[name] / 2**30:.2f} GiB' if run_.lineage.get(name) else None
@@ -71,6 +82,7 @@ def _column(run_, price):
         'Last held-out loss': logged('eval_loss', '{:.3f}'),
         'Minutes¹': logged('seconds', '{:.1f}', lambda seconds: seconds[-1] / 60),
         'Cost⁴': None if cost is None else f'${cost:,.2f}',
+        'Energy⁵': None if energy is None else f'{energy:,.3g} kWh',
         'Tokens²': logged('tokens', '{:,}'),
         'Tokens/s²': logged('tokens_per_second', '{:,.0f}', statistics.median),
         'MFU³': logged('mfu', '{:.1%}', statistics.median),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nanovision_jax.config import Config, fields, get
 from nanovision_jax.errors import UserError
-from nanovision_jax.parallel import hardware, hosts
+from nanovision_jax.parallel import energy, hardware, hosts
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.runs import trackers
 from nanovision_jax.runs.metrics import Metrics
@@ -50,6 +50,7 @@ class Log:
         self.skipped, self._in_a_row = self.metrics.last.get('skipped', 0), 0
         self._losses = collections.deque(maxlen=RECENT)
         self.clock = meter.Clock(self.metrics.last['seconds'])
+        self.energy = energy.Meter(self.metrics.last.get('energy', 0.0))
 
     def __enter__(self):
         return self
@@ -100,6 +101,7 @@ class Log:
         measured |= {'learned': window['learned'] / window['tokens']} if 'learned' in window else {}
         measured |= {'skipped': self.skipped} if self.skipped else {}
         measured |= {'memory': memory} if (memory := hardware.peak_memory()) else {}  # of one device, in bytes
+        measured |= {} if (joules := self.energy.joules()) is None else {'energy': joules}  # of one device, of the run
         self.metrics.write(step=step, **values, learning_rate=rate, **measured, seconds=elapsed)
         left = datetime.timedelta(seconds=round((self.steps - step) * seconds / window['steps']))
         loss, norm = (values.get(name, math.nan) for name in ('loss', 'grad_norm'))
