@@ -36,6 +36,7 @@ EXAMPLES = {
     'chat': {'train': 10_000, 'validation': 500},
     'unnamed': {'train': 16_000},
 }
+PICTURES = ('scenes', 'unnamed')  # the contents that hold pictures; both are learned from
 BLOCK, WORTH_PROCESSES = 64, 5_000  # examples a process draws at once, and from how many on there are processes
 # The id of a stream is part of the random seed, so the order of the streams must not change.
 _STREAMS = tuple((content, split) for content, splits in EXAMPLES.items() for split in splits)
@@ -133,7 +134,7 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split, n):
         content, seed = self.builder_config.content, self.builder_config.seed
-        if content in ('scenes', 'unnamed'):
+        if content in PICTURES:
             for row in _examples(content, split, n, seed):
                 picture = {'image': io.BytesIO(row['image']), 'conversation': json.dumps(row['conversation'])}
                 yield row['id'], row | picture
@@ -167,7 +168,7 @@ def open_rows(folder, content: str, split: str):
     if not pathlib.Path(builder.data_dir).exists():
         print(f'making tiny_world/{content} in {folder} (once)')
         build(builder)
-    decoders = {'image': tfds.decode.SkipDecoding()} if content in ('scenes', 'unnamed') else None
+    decoders = {'image': tfds.decode.SkipDecoding()} if content in PICTURES else None
     return builder.as_data_source(split, decoders=decoders)
 
 

@@ -17,7 +17,7 @@ class TinyWorldSource(Source):
 
     def __init__(self, folder, split: str, view: str):
         self.folder, self.split, self.view = str(folder), split, view
-        pictures = ('scenes', 'unnamed') if split == 'train' else ('scenes',)
+        pictures = tiny_world.PICTURES if split == 'train' else tiny_world.PICTURES[:1]
         self.contents = ('chat',) if view == 'chat' else pictures
         self._lock, self._opened = threading.Lock(), None
 
