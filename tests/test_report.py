@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,8 +12,10 @@ import pytest
 from conftest import ROOT
 from reported import HOSTILE, make_run, make_vqa, png, write_lines
 
+from nanovision_jax import config as configs
 from nanovision_jax import report as command
 from nanovision_jax import train
+from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
 from nanovision_jax.reporting import family as report
@@ -127,6 +130,28 @@ def test_pictures_are_inlined_and_lost_ones_leave_their_caption(family):
     assert html.count('<img class="small" src="data:image/png;base64,') == 2
     assert html.count('<img class="large" src="data:image/jpeg;base64,') == 2  # made smaller
     assert html.count('class="kind"') == len(rows) == 6
+
+
+def test_the_validation_split_leads_however_much_of_it_was_asked(family):
+    folder = family / 'vision_instruct' / 'eval'
+    for file in (folder / 'vqa.json', folder / 'vqa.jsonl'):
+        shutil.copy(file, folder / f'vqa-heldout-limit20{file.suffix}')
+        file.rename(folder / f'vqa-limit40{file.suffix}')
+    assert [part for part, result in base.read_results(folder.parent) if result.task == 'vqa'] == [
+        'limit40',
+        'heldout-limit20',
+    ]
+    assert 'questions about pictures (validation split' in pages(family)[0].split('lead">')[1][:300]
+
+
+def test_pictures_of_any_split_are_found(tiny_family):
+    config = configs.base_config('vision_instruct', 'tiny')
+    config.data.path = str(tiny_family / 'data')
+    names = {'heldout-00003.png', 'validation-00002.png'}
+    for split in ('heldout', 'validation'):
+        found = pictures.find_images(config, split, names)
+        made = tiny_world.example(split, int(next(iter(found))[-6:-4]))
+        assert found == {f'{made["id"]}.png': pictures.data_uri(made['image'])}
 
 
 def test_chosen_questions_are_spread_and_in_proportion(family):
@@ -247,6 +272,19 @@ def test_norms_of_parts_and_memory_have_curves_where_they_are_logged(family):
     assert [line.name for line in charts_['norm of gradients'].lines] == ['all', 'decoder', 'projector']
     assert charts_['norm of updates'].lines[0].points == [(1, 0.25), (2, 0.25)]
     assert charts_['peak device memory, GiB'].lines[0].points == [(1, 3.0), (2, 3.0)]
+
+
+def test_what_evaluations_tell_of_looking_has_curves(family):
+    assert 'What else was logged: vision_instruct' in pages(family)[0]
+    file = family / 'vision_instruct' / 'metrics.jsonl'
+    told = {'image_attention': 0.25, 'image_entropy': 0.75, 'image_norm': 180.0, 'word_norm': 1.5, 'eval/pope': 0.5}
+    write_lines(file, [{'step': i, 'loss': 1.0} | (told if i == 2 else {}) for i in (1, 2)])
+    charts_ = {chart.title: chart for chart in training.small(runs.open_run(family / 'vision_instruct'))}
+    assert [line.points for line in charts_['norms of a patch and a word'].lines] == [[(2, 180.0)], [(2, 1.5)]]
+    assert charts_['attention on the picture, share'].lines[0].points == [(2, 0.25)]
+    assert [line.name for line in charts_['scores of some questions'].lines] == ['pope']
+    for page in pages(family):
+        assert '120 times' in page and 'norms of a patch and a word' in page
 
 
 def test_places_of_evaluations_between_log_lines_follow_from_these(family):

@@ -320,19 +320,29 @@ def read_results(run_dir: pathlib.Path) -> list[tuple[str, Result]]:
         if task in RESULTS and _PART.fullmatch(part):
             found.append((part or 'validation', _parse(RESULTS[task], read_json(file), file)))
     order = list(RESULTS)
-    return sorted(found, key=lambda one: (order.index(one[1].task), one[0] != 'validation', one[0]))
+    return sorted(found, key=lambda one: (order.index(one[1].task), split_of(one[0]) != 'validation', one[0]))
+
+
+def _pieces(part):
+    return _PART.fullmatch('' if part == 'validation' else part).groups()
+
+
+def split_of(part: str) -> str | None:
+    """The split of the run's data that a part is of, whole or not; None where it is of a file."""
+    split, _, data, *_ = _pieces(part)
+    return None if data else split or 'validation'
 
 
 def told_part(part: str) -> str:
-    """A part as text: 'validation split', 'heldout split, some of it', 'FILE'."""
-    split, _, data, shots, limit = _PART.fullmatch('' if part == 'validation' else part).groups()
-    told = data or f'{split or "validation"} split'
+    """A part as text: 'validation split', 'heldout split, at most 100 of it', 'FILE'."""
+    _, _, data, shots, limit = _pieces(part)
+    told = data or f'{split_of(part)} split'
     return told + (f', {shots} examples before each' if shots else '') + (f', at most {limit} of it' if limit else '')
 
 
 def part_options(part: str) -> list[str]:
     """The options of the command line that evaluate a part; of a file's name the command has the rest."""
-    split, _, data, shots, limit = _PART.fullmatch('' if part == 'validation' else part).groups()
+    split, _, data, shots, limit = _pieces(part)
     given = {'split': split, 'data': data, 'shots': shots, 'limit': limit}
     return [f'--{name}={value}' for name, value in given.items() if value]
 

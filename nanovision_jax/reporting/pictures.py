@@ -11,6 +11,7 @@ import pathlib
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
+from nanovision_jax.evals.base import split_of
 from nanovision_jax.reporting.runs import Run, results, rows_of
 from nanovision_jax.runs import folder as runfolder
 
@@ -23,7 +24,8 @@ def chapter(folder: pathlib.Path, runs: list[Run]):
         if not (rows := rows_of(run_, part, result)):
             break
         chosen = choose(rows)
-        found = find_images(run_.config, {row['image'] for row in chosen}) if run_.config else {}
+        split, names = split_of(part), {row['image'] for row in chosen}
+        found = find_images(run_.config, split, names) if run_.config and split else {}
         right, share = (sum(row['correct'] == 1 for row in some) for some in (chosen, rows))
         yield 'heading', f'{len(chosen)} questions and answers'
         yield 'text', (
@@ -65,18 +67,18 @@ def choose(rows: list[dict], n: int = 12) -> list[dict]:
     return sorted(chosen, key=lambda row: row['kind'])
 
 
-def find_images(config, names: set[str]) -> dict[str, str]:
-    """{name: data: URI} of the held-out images that still are where the run read them."""
+def find_images(config, split: str, names: set[str]) -> dict[str, str]:
+    """{name: data: URI} of the images of a split of the run's data that still are where the run read them."""
     found, data = {}, config.data
     if data.source == 'tiny_world':
         scenes = pathlib.Path(data.local_path) / 'tiny_world' / 'scenes'
         if scenes.exists():  # opening what is not there would make it
-            source = sources.TinyWorldSource(data.local_path, 'validation', 'conversation')
+            source = sources.TinyWorldSource(data.local_path, split, 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}
     elif data.prepared:
         with contextlib.suppress(UserError):  # the prepared sets are somewhere else by now
-            source = sources.open_source(config, 'validation')
+            source = sources.open_source(config, split)
             examples = (source[i] for i in range(len(source)))
             shown = (pair for e in examples for pair in zip(e.names, e.images, strict=True))
             found = {name: data_uri(image) for name, image in shown if name in names}

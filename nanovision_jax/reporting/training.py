@@ -9,12 +9,14 @@ SMALL = (  # (what a line of the log calls it, its title, scale, whether its axi
     ('tokens_per_second', 'tokens a second', 1, True),
     ('learning_rate', 'learning rate', 1, True),
     ('memory', 'peak device memory, GiB', 2**-30, True),
+    ('image_attention', 'attention on the picture, share', 1, True),
+    ('image_entropy', 'its evenness over patches, 0 to 1', 1, True),
 )
 NORMS = (('grad_norm', 'norm of gradients'), ('update_norm', 'norm of updates'))
 
 
 def chapter(runs: list[Run], price: float | None):
-    """Blocks: the facts, loss curves, and curves of speed, rates, norms and memory."""
+    """Blocks: the facts, loss curves, and curves of all else that was logged."""
     yield 'heading', 'Training'
     yield from facts(runs, price)
     if found := [chart for run_ in runs if (chart := loss(run_))]:
@@ -26,7 +28,7 @@ def chapter(runs: list[Run], price: float | None):
         yield 'charts', found
     for run_ in runs:
         if found := list(small(run_)):
-            yield 'subheading', f'Speed, rates and norms: {run_.name}'
+            yield 'subheading', f'What else was logged: {run_.name}'
             yield 'charts', found
 
 
@@ -66,6 +68,7 @@ def kilowatt_hours(run_: Run) -> float | None:
 def _column(run_, price):
     done, planned = max(run_.all('step'), default=0), run_.config.steps if run_.config else 0
     sessions, sizes = run_.lineage.get('sessions'), parameters(run_)
+    louder = [patch / word for patch, word in zip(run_.all('image_norm'), run_.all('word_norm'), strict=True)]
     cost, energy = dollars(run_, price) if price is not None else None, kilowatt_hours(run_)
 
     def memory(name):
@@ -87,6 +90,7 @@ def _column(run_, price):
         'Tokens/s²': logged('tokens_per_second', '{:,.0f}', statistics.median),
         'MFU³': logged('mfu', '{:.1%}', statistics.median),
         'Time waiting for data': logged('waited', '{:.0%}', statistics.mean),
+        'Norm of a patch beside a word’s': louder and f'{louder[-1]:,.3g} times',
         'Peak device memory': memory('peak_device_bytes'),
         'Peak memory of the process': memory('peak_host_bytes'),
         'Devices': sessions[-1]['devices'] if sessions else None,
@@ -106,8 +110,21 @@ def small(run_: Run):
         if points := run_.series(name, scale=scale):
             yield Chart(title, '', [Line('', points)], small=True, from_zero=from_zero)
     for name, title in NORMS:
-        parts = sorted({key for line in run_.metrics for key in line if key.startswith(f'{name}/')})
-        whole = [Line('all', run_.series(name), 5)] * (len(parts) != 1)
-        lines = [*whole, *(Line(part.partition('/')[2], run_.series(part), i) for i, part in enumerate(parts))]
-        if lines := [line for line in lines if line.points]:
-            yield Chart(title, '', lines, small=True)
+        whole = [Line('all', run_.series(name), 5)] * (len(_parts(run_, name)) != 1)
+        yield from _small(title, [*whole, *_lines(run_, _parts(run_, name))])
+    norms = [('patch', 'image_norm'), ('word', 'word_norm')]
+    yield from _small('norms of a patch and a word', [Line(of, run_.series(x), i) for i, (of, x) in enumerate(norms)])
+    yield from _small('scores of some questions', _lines(run_, _parts(run_, 'eval')), from_zero=True)
+
+
+def _parts(run_, name):
+    return sorted({key for line in run_.metrics for key in line if key.startswith(f'{name}/')})
+
+
+def _lines(run_, names):
+    return [Line(name.partition('/')[2], run_.series(name), i) for i, name in enumerate(names)]
+
+
+def _small(title, lines, from_zero=False):
+    if lines := [line for line in lines if line.points]:
+        yield Chart(title, '', lines, small=True, from_zero=from_zero)
