@@ -281,6 +281,15 @@ def test_seeds_of_some_stages_take_the_others_from_a_family(seeds, tmp_path, cap
     assert '| heldout | all | 50.0 |  | 50.0 to 50.0 | 50.0 |' in capsys.readouterr().out
 
 
+def test_each_seed_may_have_parents_of_its_own(seeds, tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f'family-seed{seed}/clip').mkdir(parents=True)
+    parents = f'--parents={tmp_path}/family-seed{{}}'
+    seeds[0](['--seeds=2', '--name=new', '--stages=vision_instruct', parents])
+    for seed in (0, 1):
+        assert (tmp_path / f'runs/new-seed{seed}/clip').resolve() == tmp_path / f'family-seed{seed}/clip'
+
+
 @pytest.mark.parametrize(
     ('argv', 'why'),
     [

@@ -1,11 +1,13 @@
 """How much chance is in a recipe: trains it with several seeds, evaluates each, and tells mean and spread.
 
     python scripts/benchmarks/seeds.py --seeds=3 [--name=tiny] [--config.optim.learning_rate=2e-3 …]
-    python scripts/benchmarks/seeds.py --seeds=3 --stages=vision_instruct --parents=runs/tiny
+    python scripts/benchmarks/seeds.py --seeds=3 --stages=vision_instruct --parents=runs/tiny --name=other
+    python scripts/benchmarks/seeds.py --seeds=3 --stages=vision_instruct --parents=runs/tiny-seed{} --name=other
 
 Seed K trains in runs/NAME-seedK, all five stages of the quickstart, or --stages of them; the others are then those of
---parents, whose data are read too. Overrides go to every stage that is trained. What is finished is skipped, and what
-was interrupted goes on: the same command ends what a kill cut off.
+--parents, whose data are read too; {} in it stands for K, so that two recipes differ in nothing else. Overrides go to
+every stage that is trained. What is finished is skipped, and what was interrupted goes on: the same command ends what a
+kill cut off.
 
 Prints a table in Markdown, in percent: the mean over seeds, the standard deviation of one seed (n - 1), the lowest and
 the highest, and each; of all questions and of each kind, of `validation` and of `heldout`.
@@ -78,7 +80,7 @@ def main(argv):
     parser.add_argument('--seeds', type=int, default=3, help='so many, from 0 on (default: 3)')
     parser.add_argument('--name', default='tiny', help='runs are runs/NAME-seedK (default: tiny)')
     parser.add_argument('--stages', default=','.join(STAGES), help='with commas between (default: all five)')
-    parser.add_argument('--parents', help='the family whose other stages, data and tokenizer are taken')
+    parser.add_argument('--parents', help='whose other stages, data and tokenizer are taken; {} is the seed')
     args = parser.parse([arg for arg in argv if arg not in overrides])
     stages = [stage for stage in STAGES if stage in args.stages.split(',')]
     if args.seeds < 1:
@@ -93,7 +95,7 @@ def main(argv):
     for seed in range(args.seeds):
         family = ROOT / 'runs' / f'{args.name}-seed{seed}'
         if args.parents:
-            borrow(family, pathlib.Path(args.parents), stages)
+            borrow(family, pathlib.Path(args.parents.replace('{}', str(seed))), stages)
         for stage in stages:
             options = [f'--config=configs/{stage}.py:tiny', f'--config.name={family.name}', f'--config.seed={seed}']
             command('train', *options, *overrides)
