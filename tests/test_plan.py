@@ -1,5 +1,9 @@
 """What a run will need: plans against figures by hand, against compiled steps, and the command."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -112,17 +116,32 @@ def test_machines_that_are_not_there_are_described_to_the_compiler(monkeypatch):
 
     def topology(name='', platform=None, **options):
         asked.append((name, platform, options))
+        assert os.environ.get(topologies.SHARED) == ('1' if platform == 'tpu' else None)
         return types.SimpleNamespace(devices=('one', 'two'))
 
     monkeypatch.setattr(jax.experimental.topologies, 'get_topology_desc', topology)
+    monkeypatch.delenv(topologies.SHARED, raising=False)
     assert topologies.devices_of('v5e:2x4') == topologies.devices_of('h100:2') == ['one', 'two']
     topologies.devices_of('v5e:1x1')
     chips, (_, platform, options), chip = asked
+    assert topologies.SHARED not in os.environ
     assert chips == ('v5e:2x4', 'tpu', {}) and chip == ('v5e:1x1', 'tpu', {'chips_per_host_bounds': (1, 1, 1)})
     assert platform == 'cuda' and options['topology'] == '1x1x2'
     text = options['target_config']
     assert 'NVIDIA H100 80GB HBM3' in text and 'cuda_compute_capability: { major: 9 }' in text
     assert 'shared_memory_per_block_optin: 232448' in text and text.count('{') == text.count('}') == 2
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='takes libtpu: pip install -e .[tpu]')
+def test_for_a_real_chip_it_is_compiled_while_another_process_has_libtpu():
+    program = 'from nanovision_jax.planning.topologies import devices_of; print(len(devices_of("v5e:2x4")), flush=True)'
+    command = [sys.executable, '-c', f'{program}; input()']
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with subprocess.Popen(command, **options) as first, subprocess.Popen(command, **options) as second:
+        said = [process.stdout.readline() for process in (first, second)]  # neither has ended
+        for process in (first, second):
+            process.communicate('\n')
+    assert said == ['8\n', '8\n']
 
 
 @pytest.mark.parametrize(('name', 'takes'), [('a100:8', 'it takes jax-cuda12-plugin'), ('v9:2x4', 'it takes libtpu')])

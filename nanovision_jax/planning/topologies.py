@@ -5,11 +5,15 @@ TPUs take libtpu (pip install -e .[tpu]); GPUs take no driver, only pip install 
 nvidia-cuda-nvcc-cu12, of jax's own version.
 """
 
+import contextlib
+import os
 from typing import NamedTuple
 
 from jax.experimental import topologies
 
 from nanovision_jax.errors import UserError
+
+SHARED = 'ALLOW_MULTIPLE_LIBTPU_LOAD'
 
 
 class GPU(NamedTuple):
@@ -69,9 +73,24 @@ def devices_of(topology: str) -> list:
                 platform='cuda', target_config=described(GPUS[kind]), topology=f'1x1x{size}'
             )
         else:
-            found = topologies.get_topology_desc(topology, 'tpu', **alone)
+            with _beside_others():
+                found = topologies.get_topology_desc(topology, 'tpu', **alone)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         takes = 'jax-cuda12-plugin' if kind in GPUS else 'libtpu (pip install -e .[tpu])'
         reason = str(error).splitlines()[0]
         raise UserError(f'no topology {topology!r} ({reason}): it takes {takes}.') from error
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def _beside_others():
+    """Lets libtpu be loaded while another process has it: that is for chips, of which none is taken here."""
+    before = os.environ.get(SHARED)
+    os.environ[SHARED] = '1'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SHARED]
+        else:
+            os.environ[SHARED] = before
