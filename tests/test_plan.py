@@ -116,15 +116,19 @@ def test_machines_that_are_not_there_are_described_to_the_compiler(monkeypatch):
 
     def topology(name='', platform=None, **options):
         asked.append((name, platform, options))
-        assert os.environ.get(topologies.SHARED) == ('1' if platform == 'tpu' else None)
+        told = {name: os.environ.get(name) for name in topologies.NO_CHIPS}
+        assert told == (topologies.NO_CHIPS if platform == 'tpu' else dict.fromkeys(told) | own)
         return types.SimpleNamespace(devices=('one', 'two'))
 
     monkeypatch.setattr(jax.experimental.topologies, 'get_topology_desc', topology)
-    monkeypatch.delenv(topologies.SHARED, raising=False)
+    own = {'TPU_WORKER_HOSTNAMES': 'a,b'}
+    for name in topologies.NO_CHIPS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
     assert topologies.devices_of('v5e:2x4') == topologies.devices_of('h100:2') == ['one', 'two']
     topologies.devices_of('v5e:1x1')
     chips, (_, platform, options), chip = asked
-    assert topologies.SHARED not in os.environ
+    assert {name: os.environ[name] for name in topologies.NO_CHIPS if name in os.environ} == own
     assert chips == ('v5e:2x4', 'tpu', {}) and chip == ('v5e:1x1', 'tpu', {'chips_per_host_bounds': (1, 1, 1)})
     assert platform == 'cuda' and options['topology'] == '1x1x2'
     text = options['target_config']
@@ -136,12 +140,11 @@ def test_machines_that_are_not_there_are_described_to_the_compiler(monkeypatch):
 def test_for_a_real_chip_it_is_compiled_while_another_process_has_libtpu():
     program = 'from nanovision_jax.planning.topologies import devices_of; print(len(devices_of("v5e:2x4")), flush=True)'
     command = [sys.executable, '-c', f'{program}; input()']
-    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    options = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE) | dict(text=True, cwd=ROOT)
     with subprocess.Popen(command, **options) as first, subprocess.Popen(command, **options) as second:
         said = [process.stdout.readline() for process in (first, second)]  # neither has ended
-        for process in (first, second):
-            process.communicate('\n')
-    assert said == ['8\n', '8\n']
+        rest = [process.communicate('\n') for process in (first, second)]
+    assert said == ['8\n', '8\n'] and rest == [('', '')] * 2  # nor has anything else to say
 
 
 @pytest.mark.parametrize(('name', 'takes'), [('a100:8', 'it takes jax-cuda12-plugin'), ('v9:2x4', 'it takes libtpu')])

@@ -13,7 +13,14 @@ from jax.experimental import topologies
 
 from nanovision_jax.errors import UserError
 
-SHARED = 'ALLOW_MULTIPLE_LIBTPU_LOAD'
+# To compile takes no chip, so another process may have loaded libtpu, which lets but one. A host's name and its kind of
+# chips, for which libtpu would ask the network, are any: the topology says what is compiled for.
+NO_CHIPS = {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+}
 
 
 class GPU(NamedTuple):
@@ -73,7 +80,7 @@ def devices_of(topology: str) -> list:
                 platform='cuda', target_config=described(GPUS[kind]), topology=f'1x1x{size}'
             )
         else:
-            with _beside_others():
+            with _no_chips():
                 found = topologies.get_topology_desc(topology, 'tpu', **alone)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         takes = 'jax-cuda12-plugin' if kind in GPUS else 'libtpu (pip install -e .[tpu])'
@@ -83,14 +90,12 @@ def devices_of(topology: str) -> list:
 
 
 @contextlib.contextmanager
-def _beside_others():
-    """Lets libtpu be loaded while another process has it: that is for chips, of which none is taken here."""
-    before = os.environ.get(SHARED)
-    os.environ[SHARED] = '1'
+def _no_chips():
+    """Tells libtpu, which is loaded within, what it would look for in vain, and loudly. The environment is put back."""
+    before = {name: os.environ.get(name) for name in NO_CHIPS}
+    os.environ |= NO_CHIPS
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[SHARED]
-        else:
-            os.environ[SHARED] = before
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
