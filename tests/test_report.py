@@ -112,6 +112,16 @@ def test_too_few_questions_to_tell_whether_it_looks():
     assert 'too few' in result.verdict()
 
 
+def test_who_knows_no_more_than_without_a_model_shows_nothing_of_looking():
+    controls, nothing = {'blank': 0.0, 'shuffled': 0.0}, [0.0, 0.0]
+    kinds = {'a': {'n': 3, 'chance': 0.5}, 'b': {'n': 1, 'chance': 0.1}}
+    said = base.Accuracy('vqa', 4, 0.0, nothing, kinds, controls).verdict()
+    assert said == 'No better than without a model (40.0%): whether it looks at its pictures does not show.'
+    under = {name: {'accuracy': value} for name, value in controls.items()}
+    of = [base.Scores('pope', 4, 'accuracy', {'accuracy': 0.0}, nothing, {}, under, {'yes': x}) for x in (0.5, -0.1)]
+    assert [x.verdict()[:14] for x in of] == ['No better than', 'The model does']
+
+
 def test_page_is_whole_and_harmless(family):
     html, markdown = pages(family)
     assert '<script' not in html
@@ -313,6 +323,8 @@ def make_scores(folder, task='pope', headline='accuracy', scale=1.0, **fields):
             'answer': wanted.title() + '.' if right else 'No',
         }
         rows.append({'id': str(i), 'image': f'{i}.png', 'group': 'hard', 'wanted': [wanted], 'words': said})
+        rows[-1] |= {'question': said['prompt']} if i % 8 else {}  # which results had not from the beginning
+        said['prompt'] = f'<|user|>{said["prompt"]}' if i % 8 else said['prompt']
         rows[-1]['scores'] = {headline: float(right)}
     base.write_result(result, rows, folder / 'eval', 'validation')
 
@@ -321,6 +333,7 @@ def test_benchmarks_have_intervals_controls_baselines_and_groups(family):
     make_scores(family / 'vision_instruct', asked=41, left_out={'unreadable': 1}, drawn_of=9000)
     for text in pages(family):
         told = text.split('Benchmarks')[1]
+        assert 'Is there a cat?' in told and '<|user|>' not in told.replace('&lt;', '<').replace('&gt;', '>')
         for number in ('75.0%', '70.0 to 80.0', '40 of 9,000', '45.0% (chance)', '50.0%', '52.5%', '90.0%'):
             assert number in told, number
         assert 'asked 41, answered 40, left out 1 (1 × unreadable)' in told

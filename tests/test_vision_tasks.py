@@ -323,6 +323,7 @@ def test_a_published_folder_is_read_asked_and_scored(task, make, model_run, tmp_
     rows = [json.loads(line) for line in (tmp_path / f'run/eval/{task}.jsonl').read_text().splitlines()]
     best = found.metrics[found.headline]
     assert found.left_out == {} and found.n == found.asked == len(rows) == len({row['id'] for row in rows})
+    assert all(row['question'] and '<|' not in row['question'] for row in rows)
     assert found.n % 4 == 0 and len({row['image'] for row in rows}) in (4, 12)
     assert best == (1.0 if task != 'coco_caption' else pytest.approx(np.mean([row['scores']['CIDEr'] for row in rows])))
     assert found.controls.keys() == {

@@ -121,7 +121,9 @@ class Accuracy(Result):
 
     def verdict(self) -> str:
         """Whether the model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
-        return _verdict(self.accuracy, self.interval, self.controls, self.n)
+        kinds = self.by_kind.values()
+        floor = sum(row['n'] * row['chance'] for row in kinds) / max(1, sum(row['n'] for row in kinds))
+        return _verdict(self.accuracy, self.interval, self.controls, floor, self.n)
 
 
 @dataclasses.dataclass
@@ -205,7 +207,8 @@ class Scores(Result):
         if self.headline in OWN_POINTS:
             return ''
         images = {name: self.controls[name][self.headline] for name in ('blank', 'shuffled') if name in self.controls}
-        return _verdict(self.metrics[self.headline], self.interval, images, self.n, self._own) if images else ''
+        floor, score = max(self.baselines.values(), default=0.0), self.metrics[self.headline]
+        return _verdict(score, self.interval, images, floor, self.n, self._own) if images else ''
 
 
 OWN_POINTS = ('perception', 'cognition')  # metrics in points of their own, which are no hundredths
@@ -222,10 +225,15 @@ def told_difference(value, name=''):
     return f'{value:+.2f}' if name in NO_SHARES else f'{100 * value:+.1f} points'
 
 
-def _verdict(score, interval, controls, n, told=told_score):
-    """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others."""
+def _verdict(score, interval, controls, floor, n, told=told_score):
+    """Whether a model looks at its images: it must lose 5 points, and surely, when they are blank or others.
+
+    floor: what is scored without a model; who scores no more has nothing to lose.
+    """
     name, best = max(controls.items(), key=lambda item: item[1])
     lost = round(100 * (score - best), 1)
+    if lost <= 5 and score <= floor:
+        return f'No better than without a model ({told(floor)}): whether it looks at its pictures does not show.'
     if lost <= 5:
         as_good = f'with {name} ones its answers are about as good ({told(best)})'
         return f'The model does not look at its pictures: {as_good}.'

@@ -141,7 +141,8 @@ def run(task: Benchmark, asker, folder: pathlib.Path, limit=None, controls='auto
     )
     rows = []
     for number, question in enumerate(questions):
-        row = {'id': question.id, 'image': question.image, 'group': question.group, 'wanted': question.answer}
+        row = {'id': question.id, 'image': question.image, 'group': question.group, 'question': question.text}
+        row['wanted'] = question.answer
         for way in task.ways:
             prompt, answer = answers[way.name][number]
             row[way.name] = {'prompt': prompt, 'answer': _as_json(answer)}

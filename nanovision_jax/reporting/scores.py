@@ -169,7 +169,8 @@ def answered(result: Scores, rows: list[dict]) -> list[Answered]:
         if not (wanted and isinstance(wanted[0], str) and ways and score is not None and _is_share(score)):
             return []
         said, image = ways[0], row['image'] or row['id']
-        found.append(Answered(row['group'] or '', image, said['prompt'], wanted[0], said['answer'], score))
+        question = row.get('question') or said['prompt']  # which results of before have alone
+        found.append(Answered(row['group'] or '', image, question, wanted[0], said['answer'], score))
     return found
 
 
