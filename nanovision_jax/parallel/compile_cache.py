@@ -1,6 +1,9 @@
 """Compiled programs are kept from run to run, in a folder of the user's own.
 
 NANOVISION_CACHE=0 turns this off; JAX_COMPILATION_CACHE_DIR, jax's own variable, names another folder.
+
+Several hosts of CPUs keep none, wherever: what jaxlib 0.10 reads back has lost the order of its collectives, which it
+then sends at once, and Gloo takes one host's for another's ("Received data size doesn't match expected size") or waits.
 """
 
 import hashlib
@@ -10,8 +13,10 @@ import pathlib
 import platform
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from nanovision_jax import caches
+from nanovision_jax.parallel import hosts
 
 SIZE = 4 << 30  # bytes; what was used longest ago goes first
 SECONDS = 0.3  # what compiles faster is not worth its file
@@ -22,6 +27,10 @@ def use() -> pathlib.Path | None:
 
     The folder can be read by its user alone: what lies in it is run. A folder that cannot be made turns the cache off.
     """
+    if hosts.several() and jax.default_backend() == 'cpu':
+        jax.config.update('jax_enable_compilation_cache', False)
+        compilation_cache.reset_cache()  # it may have been looked at
+        return None
     if os.environ.get('NANOVISION_CACHE') == '0' or jax.config.jax_compilation_cache_dir:
         return None
     folder = _folder()
