@@ -11,8 +11,8 @@ from conftest import ROOT
 PROGRAM = """
 import os
 import jax, jax.numpy as jnp
-from nanovision_jax.parallel import compile_cache, hosts
-hosts.several = lambda: 'SEVERAL' in os.environ
+from nanovision_jax.parallel import compile_cache
+jax.config.update('jax_num_cpu_devices', int(os.environ.get('DEVICES', 1)))
 jax.jit(lambda x: x + 1)(jnp.ones(3))
 compile_cache.SECONDS = 0.0
 folder = compile_cache.use()
@@ -47,12 +47,12 @@ def test_it_is_off_when_told_and_where_jax_was_told_of_another(tmp_path, monkeyp
     assert said(tmp_path, **env)[0] == 'None' and not (tmp_path / 'nanovision_jax').exists()
 
 
-def test_several_hosts_of_cpus_read_none_whoever_named_it(tmp_path):
+def test_several_devices_that_are_cpus_read_none_whoever_named_it(tmp_path):
     kept = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     alone = said(tmp_path, **kept), said(tmp_path, **kept)
     assert alone[0][2] == 0 < alone[1][2]
-    assert said(tmp_path, SEVERAL='1', **kept) == ('None', alone[0][1], 0)
-    assert said(tmp_path / 'own', SEVERAL='1')[::2] == ('None', 0) and not (tmp_path / 'own').exists()
+    assert said(tmp_path, DEVICES='2', **kept) == ('None', alone[0][1], 0)
+    assert said(tmp_path / 'own', DEVICES='2')[::2] == ('None', 0) and not (tmp_path / 'own').exists()
 
 
 def test_a_home_that_cannot_be_written_turns_it_off(tmp_path):

@@ -2,8 +2,9 @@
 
 NANOVISION_CACHE=0 turns this off; JAX_COMPILATION_CACHE_DIR, jax's own variable, names another folder.
 
-Several hosts of CPUs keep none, wherever: what jaxlib 0.10 reads back has lost the order of its collectives, which it
-then sends at once, and Gloo takes one host's for another's ("Received data size doesn't match expected size") or waits.
+Several devices that are CPUs, of one process or more, keep none: of a program that it reads back jaxlib 0.10 starts all
+collectives at once, as their order is lost. Within a process they then wait for threads that wait for them, until it
+aborts after a minute; between hosts Gloo takes one for another ("Received data size doesn't match expected size").
 """
 
 import hashlib
@@ -16,7 +17,6 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from nanovision_jax import caches
-from nanovision_jax.parallel import hosts
 
 SIZE = 4 << 30  # bytes; what was used longest ago goes first
 SECONDS = 0.3  # what compiles faster is not worth its file
@@ -27,7 +27,7 @@ def use() -> pathlib.Path | None:
 
     The folder can be read by its user alone: what lies in it is run. A folder that cannot be made turns the cache off.
     """
-    if hosts.several() and jax.default_backend() == 'cpu':
+    if jax.default_backend() == 'cpu' and jax.device_count() > 1:
         jax.config.update('jax_enable_compilation_cache', False)
         compilation_cache.reset_cache()  # it may have been looked at
         return None
