@@ -19,8 +19,6 @@ os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):  # a newer one ends on this flag
     os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 
-# What a compiled program's collectives wait for, if it was read back, are threads: see parallel/compile_cache.py.
-os.environ['PJRT_NPROC'] = '64'
 os.environ['NANOVISION_CACHE'] = '0'  # tests leave nothing in the home of whoever runs them
 
 import jax

@@ -20,7 +20,7 @@ from nanovision_jax import models, stages
 from nanovision_jax.data import batch as batches
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
-from nanovision_jax.parallel import compile_cache, hardware, hosts
+from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.runs import checkpoint, lineage
 from nanovision_jax.runs import config_file as runconfig
@@ -190,13 +190,10 @@ def traced_at_most(n):
 
 
 def quicken(patch, folder):
-    """For tests that train: what one run compiled serves the next, from `folder`; nothing is optimized or measured.
-
-    Within one process that is sound where threads are many: see conftest.py. Several hosts keep nothing.
-    """
-    use = compile_cache.use
-    patch.setattr(compile_cache, 'use', lambda: use() if hosts.several() else None)
+    """For tests that train: nothing is optimized or measured, and where there is one device, what one run compiled
+    serves the next, from `folder`; several keep nothing, see parallel/compile_cache.py."""
     jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_enable_compilation_cache', jax.config.jax_num_cpu_devices == 1)
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -3,8 +3,8 @@
 NANOVISION_CACHE=0 turns this off; JAX_COMPILATION_CACHE_DIR, jax's own variable, names another folder.
 
 Several devices that are CPUs, of one process or more, keep none: of a program that it reads back jaxlib 0.10 starts all
-collectives at once, as their order is lost. Within a process they then wait for threads that wait for them, until it
-aborts after a minute; between hosts Gloo takes one for another ("Received data size doesn't match expected size").
+collectives at once, as their order is lost. Within a process they then wait for each other, until it aborts after a
+minute; between hosts Gloo takes one for another ("Received data size doesn't match expected size").
 """
 
 import hashlib
