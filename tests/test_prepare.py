@@ -180,11 +180,11 @@ def test_lineage_report_and_questions_know_prepared_data(captions, tmp_path):
     assert told['mixture'] == 'llava_pretrain:1' and told['prepared'] == {'llava_pretrain': [made]}
     held_out = examples(tmp_path / 'data', split='validation')
     names = {held_out[0].names[0], held_out[3].names[0], 'unknown'}
-    assert set(find_images(config, names)) == names - {'unknown'}
+    assert set(find_images(config, 'validation', names)) == names - {'unknown'}
     questions = vqa.load_questions(config, 'validation').found
     assert [question.image for question in questions] == [example.names[0] for example in held_out]
     config.data.path = str(tmp_path / 'moved')
-    assert find_images(config, names) == {}
+    assert find_images(config, 'validation', names) == {}
 
 
 # The hub -------------------------------------------------------------------------------------------------------------
