@@ -143,7 +143,7 @@ def tiny_config(tiny_family):
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
-    """A folder in which runs find what others compiled; see micro.quicken()."""
+    """A folder in which runs of one device find what others compiled; see micro.quicken()."""
     import micro
 
     folder = tmp_path_factory.getbasetemp() / 'compiled'
