@@ -193,3 +193,14 @@ def test_on_the_cpu_at_hand_the_step_is_compiled_and_measured(capsys):
     assert isinstance(plan.config, types.SimpleNamespace) or plan.config is not cfg  # what was asked for is left alone
     with pytest.raises(UserError, match=r'say --config\.steps'):
         estimate.steps_of(micro.config('sft'))
+
+
+def test_pictures_that_training_keeps_are_memory_of_its_process():
+    cfg = micro.config('clip')
+    cfg.data.source, cfg.model.vision.image_size = 'tiny_world', 60
+    picture = 60 * 60 * 3
+    for cfg.steps, pictures in ((10, 80), (100_000, 40_000)):  # of 8 a step; there are 40,000
+        kept = estimate.process_of(cfg, 0, 8) - estimate.process_of(cfg, 0, 0)
+        assert pictures * picture < kept < 1.1 * pictures * picture
+    cfg.model.vision.image_size = 224  # too many to be kept
+    assert estimate.process_of(cfg, 0, 8) == estimate.process_of(cfg, 0, 0)

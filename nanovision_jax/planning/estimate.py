@@ -2,12 +2,9 @@
 
 import contextlib
 import copy
-import ctypes
 import importlib.util
 import io
 import math
-import os
-import pathlib
 import statistics
 import tempfile
 import time
@@ -21,7 +18,7 @@ from nanovision_jax import models
 from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.data.download import tokenizer_folder
-from nanovision_jax.data.packing import MEMORY
+from nanovision_jax.data.packing import MEMORY, OVERHEAD
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware
@@ -35,10 +32,9 @@ from nanovision_jax.training.step import init_state, partition
 
 MFU = 0.4  # of the peak that training is taken to reach; the reference's eight A100 reached 0.52
 STEPS = 10  # that are measured
-# As measured of tiny's stages on two machines: bytes of Python and what it loads; and how much more than the step's
-# peak evaluation, saving and what malloc does not give back make of it.
-LIBRARIES, MORE = 256 << 20, 1.25
-COMPILED = 300 << 20  # bytes that compiling a step leaves behind, where nothing says
+# As measured of tiny's stages on three machines: bytes of Python, what it loads and what compiling leaves behind; and
+# how much more than the step's peak evaluation, saving and what malloc does not give back make of it.
+LIBRARIES, MORE = 614 << 20, 1.25
 # Examples of the published sets, and about how many a row holds, for recipes that tell epochs instead of steps.
 EXAMPLES = {'llava_pretrain': 595_375, 'llava_instruct': 157_712, 'magpie': 300_000}
 A_ROW = {'clip': 1.0, 'vision_pretrain': 6.8, 'vision_instruct': 3.2}
@@ -108,9 +104,7 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
     counted, kernel = copy.deepcopy(config), _kernel(config, machine)
     counted.model.attention = 'xla'  # a kernel that this machine lacks builds no model here
     memory = int(machine.chip.memory * 2**30) if machine.chip else hardware.memory(jax.devices()[0])
-    before = _resident(trimmed=True)
     program, compiled = _program(config, vocabulary, machine)
-    left = _resident() - before if before else COMPILED
     if program:
         bytes_ = program.peak
     else:
@@ -123,7 +117,7 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
     else:
         peak = machine.chip.flops * machine.count if machine.chip else hardware.peak_flops()[0]
         seconds, source = flops / (mfu * peak), f'{mfu:.0%} MFU assumed'
-    process = _process(config, program, images, left) if machine.chip is None else None
+    process = process_of(config, program.peak, images) if machine.chip is None else None
     return Plan(
         config, machine, learned + frozen, learned, tokens, images, flops, steps, memory, parts,
         program.peak if program else sum(parts.values()), compiled, process, at_once,
@@ -186,22 +180,13 @@ def steps_of(config) -> int:
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def _resident(trimmed=False):
-    """Bytes of this process in memory, once what it freed is given back if `trimmed`; 0 where nothing says."""
-    try:
-        if trimmed:
-            ctypes.CDLL(None).malloc_trim(0)
-        return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, OSError):  # not Linux, or another C library
-        return 0
-
-
-def _process(config, program, images, left):
-    """Bytes of the process that trains: the libraries, what compiling leaves behind, the step, and the
+def process_of(config, peak: int, images: int) -> int:
+    """Bytes of the process that trains on a CPU: the libraries, a step of `peak` bytes and `images` pictures, and the
     pictures that stay in memory."""
-    read = min(config.steps * images, tiny_world.EXAMPLES['scenes']['train'])  # of its own drawings; others may not fit
-    kept = read * config.model.vision.image_size**2 * 3 if config.data.source == 'tiny_world' else 0
-    return LIBRARIES + left + round(MORE * program.peak) + kept * (kept <= MEMORY)
+    drawn = sum(tiny_world.EXAMPLES[content]['train'] for content in tiny_world.PICTURES)
+    read = min(config.steps * images, drawn) if config.data.source == 'tiny_world' else 0  # others may not fit
+    kept = read * (config.model.vision.image_size**2 * 3 + OVERHEAD)
+    return LIBRARIES + round(MORE * peak) + kept * (kept <= MEMORY)
 
 
 def _parts(config, learned, frozen, mesh, tokens, vocabulary, peak) -> dict[str, int]:
