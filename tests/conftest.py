@@ -142,14 +142,13 @@ def tiny_config(tiny_family):
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    """A folder in which runs of one device find what others compiled; see micro.quicken()."""
+def quick():
+    """Nothing is optimized or measured; see micro.quicken()."""
     import micro
 
-    folder = tmp_path_factory.getbasetemp() / 'compiled'
     with pytest.MonkeyPatch.context() as patch:
-        micro.quicken(patch, folder)
-        yield folder
+        micro.quicken(patch)
+        yield
 
 
 @pytest.fixture
@@ -176,7 +175,7 @@ def unsampled():
 
 
 @pytest.fixture(scope='module')
-def family(tmp_path_factory, tiny_family, cache):
+def family(tmp_path_factory, tiny_family, quick):
     """A family whose first stages never learned; read only."""
     import micro
 

@@ -1,4 +1,4 @@
-"""One host of several: python hosts_driver.py FAMILY CACHE INDEX PORT STAGE
+"""One host of several: python hosts_driver.py FAMILY INDEX PORT STAGE
 
 The environment says the rest: COUNT is how many hosts there are, of 8 / COUNT devices each; FIELDS is JSON of config
 fields, as run_config() takes them; SLOW makes steps take a tenth of a second; MISTAKE is a host that makes one at its
@@ -23,10 +23,10 @@ from nanovision_jax.training import loop as train
 from nanovision_jax.training import prefetch
 from nanovision_jax.training.stopping import StopOnSignal
 
-family, cache, index, port, stage = sys.argv[1:]
+family, index, port, stage = sys.argv[1:]
 count, fields = int(os.environ.get('COUNT', 2)), json.loads(os.environ.get('FIELDS', '{}'))
 jax.config.update('jax_num_cpu_devices', 8 // count)
-micro.quicken(pytest.MonkeyPatch(), cache)
+micro.quicken(pytest.MonkeyPatch())
 read_batch, prefetched = pipeline._read_batch, prefetch.prefetch
 
 

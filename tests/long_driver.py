@@ -1,4 +1,4 @@
-"""Trains 3,000 steps, and writes every 250 what the process holds to FAMILY/seen: python long_driver.py FAMILY CACHE"""
+"""Trains 3,000 steps, and writes every 250 what the process holds to FAMILY/seen: python long_driver.py FAMILY"""
 
 import ctypes
 import json
@@ -15,8 +15,8 @@ from nanovision_jax import cli
 from nanovision_jax.training import loop as train
 
 jax.config.update('jax_num_cpu_devices', 1)  # of more, XLA's threads may wait for each other for ever
-family, cache = pathlib.Path(sys.argv[1]), sys.argv[2]
-micro.quicken(pytest.MonkeyPatch(), cache)
+family = pathlib.Path(sys.argv[1])
+micro.quicken(pytest.MonkeyPatch())
 validate = train.validate
 
 

@@ -189,12 +189,7 @@ def traced_at_most(n):
         yield
 
 
-def quicken(patch, folder):
-    """For tests that train: nothing is optimized or measured, and where there is one device, what one run compiled
-    serves the next, from `folder`; several keep nothing, see parallel/compile_cache.py."""
+def quicken(patch):
+    """For tests that train: nothing is optimized or measured."""
     jax.config.update('jax_disable_most_optimizations', True)
-    jax.config.update('jax_enable_compilation_cache', jax.config.jax_num_cpu_devices == 1)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     patch.setattr(hardware, 'peak_flops', lambda: (1e12, 'a figure for tests'))

@@ -14,9 +14,9 @@ from nanovision_jax.runs.metrics import read_metrics
 
 
 @contextlib.contextmanager
-def process(family, cache, *stages, fault='', log=None, tries=None, resume=False, devices=8, **fields):
+def process(family, *stages, fault='', log=None, tries=None, resume=False, devices=8, **fields):
     """A process of resume_driver.py, in a group of its own. What it says is in `log`, or log_of() has it."""
-    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(family), str(cache), *stages]
+    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(family), *stages]
     env = os.environ | {'PYTHONPATH': str(ROOT), 'FAULT': fault, 'FIELDS': json.dumps(fields), 'DEVICES': str(devices)}
     env |= ({'TRIES': str(tries)} if tries else {}) | ({'RESUME': '1'} if resume else {})
     with open(log or family / 'log', 'w') as log:

@@ -1,4 +1,4 @@
-"""Trains stages one after the other, slowly enough to be disturbed: python resume_driver.py FAMILY CACHE STAGE …
+"""Trains stages one after the other, slowly enough to be disturbed: python resume_driver.py FAMILY STAGE …
 
 The environment says what is otherwise: FAULT makes one thing take long (start, compiling, evaluation, sampling or
 saving), the third batch's weights nan or inf, or reading a picture hang ("hang 7.jpg"); FIELDS is JSON of config
@@ -71,8 +71,8 @@ elif fault:
     long(*faults[fault])
 checkpoint.TRIES = int(os.environ.get('TRIES', checkpoint.TRIES))
 fields = dict(steps=9, checkpoint__every=3, optim__name='muon') | json.loads(os.environ.get('FIELDS', '{}'))
-family, cache, *stages = sys.argv[1:]
-micro.quicken(pytest.MonkeyPatch(), cache)
+family, *stages = sys.argv[1:]
+micro.quicken(pytest.MonkeyPatch())
 
 
 def main(_):

@@ -38,8 +38,8 @@ pytestmark = pytest.mark.usefixtures('unsampled', 'heard')
     'number, code',
     [(signal.SIGINT, 130), (signal.SIGHUP, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)],
 )
-def test_a_signal_lets_the_loop_save(number, code, runs, cache):
-    with process(runs, cache, 'sft') as started:
+def test_a_signal_lets_the_loop_save(number, code, runs):
+    with process(runs, 'sft') as started:
         until(lambda: logged(runs / 'sft', 2))
         os.killpg(started.pid, number)
         assert started.wait(20) == code, log_of(runs)
@@ -49,8 +49,8 @@ def test_a_signal_lets_the_loop_save(number, code, runs, cache):
     assert not list(runs.glob('.*lock'))
 
 
-def test_a_signal_before_the_first_step_leaves_at_once(runs, cache):
-    with process(runs, cache, 'sft', fault='start') as started:
+def test_a_signal_before_the_first_step_leaves_at_once(runs):
+    with process(runs, 'sft', fault='start') as started:
         until(lambda: 'it takes long' in log_of(runs))
         started.send_signal(signal.SIGTERM)
         assert started.wait(10) == 75
@@ -58,21 +58,21 @@ def test_a_signal_before_the_first_step_leaves_at_once(runs, cache):
     assert not (runs / 'sft').exists()
 
 
-def test_a_signal_ends_an_evaluation_and_the_state_is_saved(runs, cache):
-    with process(runs, cache, 'sft', fault='evaluation') as started:
+def test_a_signal_ends_an_evaluation_and_the_state_is_saved(runs):
+    with process(runs, 'sft', fault='evaluation') as started:
         until(lambda: 'it takes long' in log_of(runs))
         started.send_signal(signal.SIGTERM)
         assert started.wait(10) == 75, log_of(runs)
     assert 'Traceback' not in log_of(runs)
     at = runfolder.newest(runs / 'sft')
     assert at == 4 and not any('eval_loss' in line for line in read_metrics(runs / 'sft/metrics.jsonl'))
-    with process(runs, cache, 'sft') as started:  # what was missed is made good, and the end is the same
+    with process(runs, 'sft') as started:  # what was missed is made good, and the end is the same
         assert started.wait(60) == 0, log_of(runs)
     lines = read_metrics(runs / 'sft/metrics.jsonl')
     assert [line['step'] for line in lines if 'eval_loss' in line] == [4, 8, 9]
 
 
-def test_a_signal_with_which_the_first_batch_is_lost_takes_no_step(runs, monkeypatch, cache):
+def test_a_signal_with_which_the_first_batch_is_lost_takes_no_step(runs, monkeypatch):
     """As when the whole group of processes is told to stop, and data workers end before their parent."""
     batches = pipeline.batches
 
@@ -89,8 +89,8 @@ def test_a_signal_with_which_the_first_batch_is_lost_takes_no_step(runs, monkeyp
     assert left.value.code == 75 and runfolder.newest(cfg.run_dir) is None
 
 
-def test_a_second_signal_leaves_at_once(runs, cache):
-    with process(runs, cache, 'sft', fault='evaluation') as started:
+def test_a_second_signal_leaves_at_once(runs):
+    with process(runs, 'sft', fault='evaluation') as started:
         until(lambda: logged(runs / 'sft', 1))
         started.send_signal(signal.SIGSTOP)  # so that both have come before it hears the first
         started.send_signal(signal.SIGHUP)
@@ -138,8 +138,8 @@ def test_a_signal_that_another_thread_takes_wakes_the_one_that_waits():
 # One writer ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_has_one_writer_and_what_is_shared_one_maker(runs, cache):
-    with process(runs, cache, 'sft', fault='evaluation') as started:
+def test_a_run_has_one_writer_and_what_is_shared_one_maker(runs):
+    with process(runs, 'sft', fault='evaluation') as started:
         until(lambda: logged(runs / 'sft', 1))
         with pytest.raises(UserError, match=rf'the run \S+sft is in use by process {started.pid} on \S+ since'):
             train.train(micro.run_config('sft', runs, steps=9, checkpoint__every=3, optim__name='muon'))
@@ -215,7 +215,7 @@ def poisoned(monkeypatch, steps):
     monkeypatch.setattr(pipeline, 'batches', spoiled)
 
 
-def test_a_batch_that_is_not_a_number_is_skipped_and_listed(runs, monkeypatch, cache):
+def test_a_batch_that_is_not_a_number_is_skipped_and_listed(runs, monkeypatch):
     poisoned(monkeypatch, (3, 6))
     cfg = micro.run_config('sft', runs, steps=8, optim__max_skipped=2)
     train.train(cfg)
@@ -232,7 +232,7 @@ def test_a_batch_that_is_not_a_number_is_skipped_and_listed(runs, monkeypatch, c
     assert all(np.isfinite(leaf).all() for leaf in micro.jax.tree.leaves(params))
 
 
-def test_too_many_in_a_row_end_a_run_which_keeps_its_last_good_checkpoint(runs, monkeypatch, cache):
+def test_too_many_in_a_row_end_a_run_which_keeps_its_last_good_checkpoint(runs, monkeypatch):
     poisoned(monkeypatch, range(5, 99))
     cfg = micro.run_config('sft', runs, steps=20, optim__max_skipped=3)
     with pytest.raises(UserError, match=r'has diverged, 3 steps in a row were skipped .* last checkpoint is step [46]'):
@@ -274,7 +274,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     runfolder.remove_partial(tmp_path / 'none')
 
 
-def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
+def test_data_that_fails_loses_no_step(runs, monkeypatch):
     batches = pipeline.batches
 
     def ending(rows, *args, **options):
@@ -292,7 +292,7 @@ def test_data_that_fails_loses_no_step(runs, monkeypatch, cache):
     assert 1 <= at < 8 and read_metrics(runs / 'sft/metrics.jsonl')[-1]['step'] == at
 
 
-def test_an_evaluation_that_fails_loses_no_step(runs, monkeypatch, cache):
+def test_an_evaluation_that_fails_loses_no_step(runs, monkeypatch):
     def failing(*_):
         raise UserError('the disk with the pictures is gone.')
 
@@ -315,7 +315,7 @@ def started(monkeypatch):
     return begun
 
 
-def test_data_workers_that_die_are_started_again(runs, capsys, cache, started):
+def test_data_workers_that_die_are_started_again(runs, capsys, started):
     cfg = micro.run_config('sft', runs)
     rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
     wanted = pipeline.batches(rows, 8)
@@ -344,7 +344,7 @@ def taken(rows, n, **options):
         return [next(stream) for _ in range(n)]
 
 
-def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, own, cache):
+def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, own):
     cfg, images = micro.run_config('vision_instruct', runs, **own.fields), own.images
     rows = opened(cfg)
     whole = taken(rows, 2)
@@ -369,7 +369,7 @@ def test_pictures_that_vanish_or_break_leave_empty_places_in_their_rows(runs, ow
     assert (whole[0]['weights'].sum(axis=1) >= found[0]['weights'].sum(axis=1)).all()
 
 
-def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, own, cache):
+def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, own):
     cfg, images = micro.run_config('clip', runs, **own.fields), own.images
     rows = opened(cfg)
     whole, third = taken(copy.copy(rows), 2), drawn_first(rows, 8)[2]
@@ -385,7 +385,7 @@ def test_a_pair_that_cannot_be_read_has_another_in_its_place(runs, own, cache):
 
 
 @pytest.mark.parametrize('back', [True, False])
-def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(back, runs, own, monkeypatch, cache):
+def test_a_run_goes_on_without_pictures_that_vanish_and_repeats_that(back, runs, own, monkeypatch):
     whole, images = micro.run_config('vision_instruct', runs, steps=6, **own.fields), own.images
     batches = pipeline.batches
 
@@ -424,7 +424,7 @@ def test_more_than_one_in_a_hundred_end_a_run(tmp_path, capsys):
     assert Skips(tmp_path, 200).known == {(1, 5), (3, 5), (4, 6), (5, 7)}
 
 
-def test_a_file_that_hangs_is_named(runs, own, monkeypatch, cache):
+def test_a_file_that_hangs_is_named(runs, own, monkeypatch):
     cfg = micro.run_config('vision_instruct', runs, **own.fields)
     rows = opened(cfg)
     which = drawn_first(rows, 4)[1]
@@ -434,7 +434,7 @@ def test_a_file_that_hangs_is_named(runs, own, monkeypatch, cache):
         taken(rows, 1, timeout=0.5)
 
 
-def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache, started):
+def test_data_workers_that_stand_still_are_started_again(runs, capsys, started):
     cfg = micro.run_config('sft', runs)
     rows, _ = pipeline.open_rows(cfg, pipeline.family_tokenizer(cfg))
     wanted = pipeline.batches(rows, 8)
@@ -449,7 +449,7 @@ def test_data_workers_that_stand_still_are_started_again(runs, capsys, cache, st
     assert len(started) == 4 and all(child.returncode is not None for child in started)
 
 
-def test_an_end_that_was_cut_is_completed(runs, monkeypatch, cache):
+def test_an_end_that_was_cut_is_completed(runs, monkeypatch):
     cfg = micro.run_config('sft', runs, steps=4)
 
     def killed(*_):
@@ -465,7 +465,7 @@ def test_an_end_that_was_cut_is_completed(runs, monkeypatch, cache):
     assert [line['step'] for line in read_metrics(runs / 'sft/metrics.jsonl') if 'eval_loss' in line] == [4]
 
 
-def test_what_is_being_saved_is_saved_whatever_ends_the_run(runs, monkeypatch, cache):
+def test_what_is_being_saved_is_saved_whatever_ends_the_run(runs, monkeypatch):
     finish = checkpoint.Checkpoints._finish
     monkeypatch.setattr(checkpoint.Checkpoints, '_finish', lambda self, *args: time.sleep(0.5) or finish(self, *args))
     poisoned(monkeypatch, range(3, 99))

@@ -25,11 +25,11 @@ from nanovision_jax.training import loop as train
 from nanovision_jax.training import prefetch
 
 KEPT = ('bf16', 'int8')
-pytestmark = pytest.mark.usefixtures('cache', 'unsampled')
+pytestmark = pytest.mark.usefixtures('quick', 'unsampled')
 
 
 @pytest.fixture(scope='module')
-def parents(tmp_path_factory, tiny_family, cache):
+def parents(tmp_path_factory, tiny_family):
     """A family whose sft and clip never learned."""
     family = micro.family(tmp_path_factory.mktemp('parents'), tiny_family)
     for stage in ('sft', 'clip'):

@@ -36,14 +36,14 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(family, cache, stage, count=2, slow=False, mistake=None, **fields):
+def started(family, stage, count=2, slow=False, mistake=None, **fields):
     """`count` hosts that train a stage, each a process; what they say is in FAMILY/log-INDEX."""
     port, found = free_port(), []
     env = os.environ | {'PYTHONPATH': str(ROOT), 'FIELDS': json.dumps(RUN | fields), 'COUNT': str(count)}
     env |= ({'SLOW': '1'} if slow else {}) | ({} if mistake is None else {'MISTAKE': str(mistake)})
     with contextlib.ExitStack() as logs:
         for index in range(count):
-            command = [sys.executable, f'{ROOT}/tests/hosts_driver.py', family, cache, index, port, stage]
+            command = [sys.executable, f'{ROOT}/tests/hosts_driver.py', family, index, port, stage]
             log = logs.enter_context(open(family / f'log-{index}', 'a'))
             found.append(subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env))
         try:
@@ -58,9 +58,9 @@ def logs(family):
     return '\n'.join(file.read_text()[-4000:] for file in sorted(family.glob('log-*')))
 
 
-def train(family, cache, stage, **options):
+def train(family, stage, **options):
     """Trains a stage on several hosts to their end."""
-    with started(family, cache, stage, **options) as found:
+    with started(family, stage, **options) as found:
         assert [process.wait(180) for process in found] == [0] * len(found), logs(family)
 
 
@@ -74,11 +74,11 @@ def told(run, *names):
 
 
 @pytest.fixture(scope='module')
-def families(family, cache, tmp_path_factory):
+def families(family, tmp_path_factory):
     """(trained by two hosts of four devices, by one of eight): sft, as the others' fixture made what is before it."""
     made = [shutil.copytree(family, tmp_path_factory.mktemp('hosts') / 'x', symlinks=True) for _ in range(2)]
     for folder, count in zip(made, (2, 1), strict=True):
-        train(folder, cache, 'sft', count=count)
+        train(folder, 'sft', count=count)
     return made
 
 
@@ -107,7 +107,7 @@ def test_two_hosts_learn_what_one_learns(families):
 @pytest.mark.parametrize(
     'mesh', [{}, {'mesh__data': 1, 'mesh__fsdp': 8}, {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 2}], ids=str
 )
-def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, flavour, tiny_family, cache, tmp_path):
+def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, flavour, tiny_family, tmp_path):
     """With GPT's blocks the losses alone: their ReLU has a corner, at which a gradient jumps.
 
     Hosts sum in another order than one process, so parameters differ by 1e-7. On one machine, in one step of 90, one
@@ -118,7 +118,7 @@ def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, flavour, ti
     both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
     for folder, count in ((both, 2), (one, 1)):
         for stage in micro.STAGES:
-            train(folder, cache, stage, count=count, **mesh)
+            train(folder, stage, count=count, **mesh)
     for stage in micro.STAGES:
         read, alone = rows(both, stage), rows(one, stage)[0]
         assert sorted(set(read[0] + read[1]) & set(range(48))) == sorted(set(alone) & set(range(48))) == list(range(48))
@@ -131,7 +131,7 @@ def test_every_stage_learns_on_two_hosts_what_it_learns_on_one(mesh, flavour, ti
 
 
 @pytest.mark.slow
-def test_two_hosts_have_the_gradients_of_one(tiny_family, cache, tmp_path):
+def test_two_hosts_have_the_gradients_of_one(tiny_family, tmp_path):
     """After a step of plain descent at an enormous rate the parameters that learn are their gradients, but for 1e-6."""
     still = dict(steps=1, optim__name='sgd', optim__learning_rate=1e6, optim__warmup=0.0, optim__weight_decay=0.0)
     both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
@@ -140,7 +140,7 @@ def test_two_hosts_have_the_gradients_of_one(tiny_family, cache, tmp_path):
             for parent in {'vision_pretrain': ('sft', 'clip'), 'clip': ()}.get(stage, STAGES[stage].parents[:1]):
                 shutil.rmtree(folder / parent, ignore_errors=True)  # what was learned there at that rate
                 micro.parent_run(folder, parent)
-            train(folder, cache, stage, count=count, optim__clip_norm=1e9, **still)
+            train(folder, stage, count=count, optim__clip_norm=1e9, **still)
         found, wanted = (jax.tree.leaves_with_path(micro.read(run / stage)['params']) for run in (both, one))
         for (path, leaf), (_, other) in zip(found, wanted, strict=True):
             scale = np.abs(other).max()
@@ -150,12 +150,12 @@ def test_two_hosts_have_the_gradients_of_one(tiny_family, cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kept', ['bf16', 'int8'])
-def test_two_hosts_keep_the_features_that_one_keeps(kept, tiny_family, cache, tmp_path):
+def test_two_hosts_keep_the_features_that_one_keeps(kept, tiny_family, tmp_path):
     both, one = (micro.family(tmp_path / name, tiny_family) for name in ('both', 'one'))
     for folder, count in ((both, 2), (one, 1)):
         for parent in ('sft', 'clip'):
             micro.parent_run(folder, parent)
-        train(folder, cache, 'vision_pretrain', count=count, data__cache_features=kept)
+        train(folder, 'vision_pretrain', count=count, data__cache_features=kept)
     made = [sorted((folder / 'features').glob('*/*.npy')) for folder in (both, one)]
     assert len(made[0]) == {'bf16': 1, 'int8': 2}[kept]
     for here, there in zip(*made, strict=True):
@@ -164,38 +164,38 @@ def test_two_hosts_keep_the_features_that_one_keeps(kept, tiny_family, cache, tm
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, cache, tmp_path):
+def test_a_host_that_is_killed_ends_the_other_and_both_go_on(families, family, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
-    with started(folder, cache, 'sft', slow=True) as found:
+    with started(folder, 'sft', slow=True) as found:
         until(lambda: runfolder.whole_steps(folder / 'sft'))
         found[1].kill()
         assert found[0].wait(60) == 75, logs(folder)
     said = logs(folder)
     assert 'error: host 1: it is gone, one of 2' in said or 'error: the runtime has aborted' in said, said
     assert 'Traceback' not in said, said
-    train(folder, cache, 'sft')
+    train(folder, 'sft')
     micro.assert_same(micro.read(folder / 'sft'), micro.read(families[0] / 'sft'))
     assert told(folder / 'sft', 'step', 'loss') == told(families[0] / 'sft', 'step', 'loss')
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_host_stops_all_at_one_step(families, family, cache, tmp_path):
+def test_a_signal_to_one_host_stops_all_at_one_step(families, family, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
-    with started(folder, cache, 'sft', slow=True, checkpoint__every=50) as found:
+    with started(folder, 'sft', slow=True, checkpoint__every=50) as found:
         until(lambda: logged(folder / 'sft', 1))
         found[1].send_signal(signal.SIGTERM)
         assert [process.wait(60) for process in found] == [75, 75], logs(folder)
     stopped = runfolder.newest(folder / 'sft')
     assert 1 <= stopped < 6 and f'stopped by signal 15 at step {stopped}' in logs(folder)
     assert 'Traceback' not in logs(folder) and 'it is gone' not in logs(folder), logs(folder)
-    train(folder, cache, 'sft', count=1, checkpoint__every=50)  # one process goes on with what two have saved
+    train(folder, 'sft', count=1, checkpoint__every=50)  # one process goes on with what two have saved
     losses = [np.concatenate(told(run / 'sft', 'loss')) for run in (folder, families[0])]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, cache):
-    with started(runs, cache, 'vision_instruct', slow=True, steps=30, checkpoint__every=50, **own.fields) as found:
+def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own):
+    with started(runs, 'vision_instruct', slow=True, steps=30, checkpoint__every=50, **own.fields) as found:
         until(lambda: logged(runs / 'vision_instruct', 2))
         own.images.rename(own.images.parent / 'aside')
         assert [process.wait(60) for process in found] == [2, 2], logs(runs)
@@ -204,17 +204,17 @@ def test_data_that_one_host_cannot_read_ends_all_and_loses_no_step(runs, own, ca
 
 
 @pytest.mark.slow
-def test_a_mistake_that_one_host_makes_alone_ends_all_with_its_code(family, cache, tmp_path):
+def test_a_mistake_that_one_host_makes_alone_ends_all_with_its_code(family, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
-    with started(folder, cache, 'sft', slow=True, steps=200, mistake=1) as found:
+    with started(folder, 'sft', slow=True, steps=200, mistake=1) as found:
         assert [process.wait(60) for process in found] == [2, 2], logs(folder)
     assert logs(folder).count('error: host 1: its own disk is wrong.') == 2 and 'Traceback' not in logs(folder)
 
 
 @pytest.mark.slow
-def test_a_mistake_on_one_host_ends_all_with_its_code(family, cache, tmp_path):
+def test_a_mistake_on_one_host_ends_all_with_its_code(family, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
-    with started(folder, cache, 'sft', optim__learning_rate=1e30, optim__max_skipped=1, optim__name='sgd') as found:
+    with started(folder, 'sft', optim__learning_rate=1e30, optim__max_skipped=1, optim__name='sgd') as found:
         assert [process.wait(60) for process in found] == [2, 2], logs(folder)
     assert 'training has diverged' in logs(folder) and 'Traceback' not in logs(folder)
 

@@ -32,10 +32,10 @@ STEPS = 9
 
 
 @pytest.fixture(scope='module')
-def whole(family, cache, tmp_path_factory):
+def whole(family, tmp_path_factory):
     """An sft run that nothing disturbed; read only."""
     folder = shutil.copytree(family, tmp_path_factory.mktemp('whole') / 'runs', symlinks=True)
-    with process(folder, cache, 'sft') as started:
+    with process(folder, 'sft') as started:
         assert started.wait(120) == 0
     return folder / 'sft'
 
@@ -69,24 +69,24 @@ def ends(started, code, log, says=''):
 # Killed and told to stop ---------------------------------------------------------------------------------------------
 
 
-def test_twenty_kills(runs, cache, whole, log):
+def test_twenty_kills(runs, whole, log):
     rng, at = random.Random(0), []
     for _ in range(20):
-        with process(runs, cache, 'sft', log=log) as started:
+        with process(runs, 'sft', log=log) as started:
             before = len(log.read_text())
             until(lambda: len(log.read_text()) > before or started.poll() is not None)  # jax is loaded by then
             with contextlib.suppress(subprocess.TimeoutExpired):
                 started.wait(rng.uniform(0, 5))
             at.append(runfolder.whole_steps(runs / 'sft')[:1])
-    with process(runs, cache, 'sft', log=log) as started:
+    with process(runs, 'sft', log=log) as started:
         ends(started, 0, log)
     is_whole(runs / 'sft', whole)
 
 
 @pytest.mark.parametrize('moment', ['start', 'compiling', 'loop', 'evaluation', 'sampling', 'saving'])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_every_signal_at_every_moment(number, moment, runs, cache, whole, log):
-    with process(runs, cache, 'sft', fault=moment.replace('loop', ''), log=log) as started:
+def test_every_signal_at_every_moment(number, moment, runs, whole, log):
+    with process(runs, 'sft', fault=moment.replace('loop', ''), log=log) as started:
         if moment == 'loop':
             until(lambda: logged(runs / 'sft', 2))
         else:
@@ -95,19 +95,19 @@ def test_every_signal_at_every_moment(number, moment, runs, cache, whole, log):
         began = time.monotonic()
         ends(started, 130 if number == signal.SIGINT else 75, log, f'stopped by signal {int(number)}')
         assert time.monotonic() - began < 10
-    with process(runs, cache, 'sft', log=log) as started:
+    with process(runs, 'sft', log=log) as started:
         ends(started, 0, log)
     is_whole(runs / 'sft', whole)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_signal_to_a_group_with_data_workers(workers, runs, cache, log):
-    with process(runs, cache, 'vision_instruct', log=log, data__workers=workers) as started:
+def test_a_signal_to_a_group_with_data_workers(workers, runs, log):
+    with process(runs, 'vision_instruct', log=log, data__workers=workers) as started:
         until(lambda: logged(runs / 'vision_instruct', 2))
         os.killpg(started.pid, signal.SIGTERM)
         ends(started, 75, log)
     assert runfolder.newest(runs / 'vision_instruct') >= 2
-    with process(runs, cache, 'vision_instruct', log=log) as started:
+    with process(runs, 'vision_instruct', log=log) as started:
         ends(started, 0, log)
 
 
@@ -132,8 +132,8 @@ def fill(place):
 
 
 @pytest.mark.parametrize('step', [1, 5])
-def test_a_full_disk_with_room_again(step, small, cache, whole, log):
-    with process(small, cache, 'sft', log=log) as started:
+def test_a_full_disk_with_room_again(step, small, whole, log):
+    with process(small, 'sft', log=log) as started:
         until(lambda: logged(small / 'sft', step))
         fill(small)
         until(lambda: 'the next try is in' in log.read_text())
@@ -146,32 +146,32 @@ def test_a_full_disk_with_room_again(step, small, cache, whole, log):
     assert told(small / 'sft') == told(whole)
 
 
-def test_a_full_disk_for_good(small, cache, whole, log):
-    with process(small, cache, 'sft', log=log, tries=3) as started:
+def test_a_full_disk_for_good(small, whole, log):
+    with process(small, 'sft', log=log, tries=3) as started:
         until(lambda: runfolder.whole_steps(small / 'sft'))
         fill(small)
         ends(started, 1, log, 'That was try 3 of 3; the last one is step')
-    with process(small, cache, 'sft', log=log, tries=3) as started:  # nor does a start on it
+    with process(small, 'sft', log=log, tries=3) as started:  # nor does a start on it
         assert started.wait(90) == 1 and 'Traceback' not in log.read_text(), log.read_text()
     (small / 'filling').unlink()
-    with process(small, cache, 'sft', log=log) as started:
+    with process(small, 'sft', log=log) as started:
         ends(started, 0, log)
     is_whole(small / 'sft', whole)
 
 
-def test_no_file_may_grow(runs, cache, whole, log):
-    with process(runs, cache, 'sft', log=log, tries=2) as started:
+def test_no_file_may_grow(runs, whole, log):
+    with process(runs, 'sft', log=log, tries=2) as started:
         until(lambda: 'starts from' in log.read_text())
         limits = ['prlimit', f'--pid={started.pid}', f'--fsize={100 << 10}']  # 100 KiB: the parameters take more
         subprocess.run(limits, check=True)
         ends(started, 1, log, 'That was try 2 of 2')
-    with process(runs, cache, 'sft', log=log) as started:
+    with process(runs, 'sft', log=log) as started:
         ends(started, 0, log)
     micro.assert_same(micro.read(runs / 'sft'), micro.read(whole))
 
 
-def test_a_run_folder_that_cannot_be_written_for_a_while(small, cache, whole, log):
-    with process(small, cache, 'sft', log=log) as started:
+def test_a_run_folder_that_cannot_be_written_for_a_while(small, whole, log):
+    with process(small, 'sft', log=log) as started:
         until(lambda: logged(small / 'sft', 1))
         subprocess.run(['mount', '--bind', small / 'sft', small / 'sft'], check=True)
         subprocess.run(['mount', '-o', 'remount,ro,bind', small / 'sft'], check=True)
@@ -183,8 +183,8 @@ def test_a_run_folder_that_cannot_be_written_for_a_while(small, cache, whole, lo
 
 
 @pytest.mark.parametrize('back', [True, False])
-def test_a_run_folder_that_is_gone_is_not_made_anew(back, runs, cache, whole, log):
-    with process(runs, cache, 'sft', log=log, tries=None if back else 3) as started:
+def test_a_run_folder_that_is_gone_is_not_made_anew(back, runs, whole, log):
+    with process(runs, 'sft', log=log, tries=None if back else 3) as started:
         until(lambda: runfolder.whole_steps(runs / 'sft'))
         (runs / 'sft').rename(runs / 'aside')
         until(lambda: 'the next try is in' in log.read_text() or started.poll() is not None)
@@ -236,7 +236,7 @@ def test_every_file_of_a_run_is_right_or_refused(how, whole, tmp_path):
 
 
 @pytest.mark.parametrize('how', ['flipped', 'cut', 'emptied', 'gone', 'list'])
-def test_what_lies_beside_checkpoints_stops_going_on_in_a_sentence(how, whole, tmp_path, cache):
+def test_what_lies_beside_checkpoints_stops_going_on_in_a_sentence(how, whole, tmp_path):
     files = ['config.json', 'lineage.json', 'metrics.jsonl', 'tokenizer/tokenizer.json', 'tokenizer/source.json']
     files += ['checkpoints/9/manifest.json', '../tokenizer/tokenizer.json', '../tokenizer/source.json']
     for name in files:
@@ -254,7 +254,7 @@ def test_what_lies_beside_checkpoints_stops_going_on_in_a_sentence(how, whole, t
 
 @pytest.mark.parametrize('how', ['flipped', 'cut', 'emptied'])
 @pytest.mark.parametrize('stage, pattern', [('sft', 'index-sft-*.npz'), ('pretrain', 'text-train-*.npy')])
-def test_index_and_tokens_are_made_again_or_refused(stage, pattern, how, runs, cache):
+def test_index_and_tokens_are_made_again_or_refused(stage, pattern, how, runs):
     data = (runs / 'data').resolve()
     (runs / 'data').unlink()
     shutil.copytree(data, runs / 'data')
@@ -275,22 +275,22 @@ def test_index_and_tokens_are_made_again_or_refused(stage, pattern, how, runs, c
 
 
 @pytest.mark.parametrize('again', range(5))
-def test_two_at_once(again, runs, cache, whole, tmp_path):
+def test_two_at_once(again, runs, whole, tmp_path):
     logs = [tmp_path / 'one', tmp_path / 'two']
-    with process(runs, cache, 'sft', log=logs[0]) as one, process(runs, cache, 'sft', log=logs[1]) as two:
+    with process(runs, 'sft', log=logs[0]) as one, process(runs, 'sft', log=logs[1]) as two:
         codes = sorted([one.wait(90), two.wait(90)])
     said = ''.join(log.read_text() for log in logs)
     assert codes == [0, 2] and 'is in use by process' in said and 'Traceback' not in said, said
     is_whole(runs / 'sft', whole)
 
 
-def test_two_stages_side_by_side_make_one_tokenizer(runs, cache, tmp_path):
+def test_two_stages_side_by_side_make_one_tokenizer(runs, tmp_path):
     shutil.rmtree(runs / 'tokenizer')
     shutil.rmtree(runs / 'pretrain')
     logs = [tmp_path / 'one', tmp_path / 'two']
     fields = dict(data__vocab_size=384)
-    first = process(runs, cache, 'pretrain', log=logs[0], **fields)
-    with first as one, process(runs, cache, 'clip', log=logs[1], **fields) as two:
+    first = process(runs, 'pretrain', log=logs[0], **fields)
+    with first as one, process(runs, 'clip', log=logs[1], **fields) as two:
         ends(one, 0, logs[0])
         ends(two, 0, logs[1])
     digests = {
@@ -303,9 +303,9 @@ def test_two_stages_side_by_side_make_one_tokenizer(runs, cache, tmp_path):
 
 
 @pytest.mark.parametrize('rate', ['1e6', '1e30'])
-def test_a_rate_that_diverges_keeps_nothing_that_is_not_finite(rate, runs, cache, log):
+def test_a_rate_that_diverges_keeps_nothing_that_is_not_finite(rate, runs, log):
     fields = dict(optim__learning_rate=float(rate), optim__max_skipped=2, optim__warmup=0, optim__name='sgd')
-    with process(runs, cache, 'sft', log=log, **fields) as started:
+    with process(runs, 'sft', log=log, **fields) as started:
         # With clipped gradients 1e6 is nonsense, and said to leap, but finite.
         ends(started, 2 if rate == '1e30' else 0, log, 'diverged' if rate == '1e30' else 'finished')
     for step in runfolder.whole_steps(runs / 'sft'):
@@ -314,8 +314,8 @@ def test_a_rate_that_diverges_keeps_nothing_that_is_not_finite(rate, runs, cache
 
 
 @pytest.mark.parametrize('fault', ['nan', 'inf'])
-def test_a_batch_that_is_not_finite_changes_nothing(fault, runs, cache, log):
-    with process(runs, cache, 'sft', fault=fault, log=log) as started:
+def test_a_batch_that_is_not_finite_changes_nothing(fault, runs, log):
+    with process(runs, 'sft', fault=fault, log=log) as started:
         ends(started, 0, log)
     assert [line['step'] for line in runfolder.read_lines(runs / 'sft/bad_steps.jsonl')] == [3]
     assert all(np.isfinite(leaf).all() for leaf in micro.jax.tree.leaves(micro.read(runs / 'sft')['params']))
@@ -330,7 +330,7 @@ def test_a_rate_that_is_not_finite_is_refused(runs):
 
 
 @pytest.mark.parametrize('change', ['order', 'words', 'pictures'])
-def test_data_that_changes_while_a_run_is_stopped_is_refused(change, runs, own, cache):
+def test_data_that_changes_while_a_run_is_stopped_is_refused(change, runs, own):
     train.train(micro.run_config('vision_instruct', runs, steps=2, **own.fields))
     if change == 'pictures':
         (own.images / '7.jpg').write_bytes((own.images / '8.jpg').read_bytes())
@@ -350,11 +350,11 @@ def seen_last(runs, own, n):
 
 @pytest.mark.parametrize('back', [False, True])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_pictures_that_vanish_as_a_run_goes(workers, back, runs, own, cache, log):
+def test_pictures_that_vanish_as_a_run_goes(workers, back, runs, own, log):
     last, fields = seen_last(runs, own, 119), dict(steps=15, checkpoint__every=5, data__workers=workers) | own.fields
     run, aside = runs / 'vision_instruct', own.images.parent / 'aside'
     aside.mkdir()
-    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', log=log, **fields) as started:
         until(lambda: logged(run, 2))
         last[0].rename(aside / last[0].name)
         last[-1].write_bytes(last[-1].read_bytes()[:99])
@@ -365,45 +365,45 @@ def test_pictures_that_vanish_as_a_run_goes(workers, back, runs, own, cache, log
     shutil.rmtree(run / 'checkpoints/15')
     if back:
         (aside / last[0].name).rename(last[0])
-    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', log=log, **fields) as started:
         ends(started, 0, log)
     micro.assert_same(micro.read(run), wanted)
     assert list(runfolder.read_lines(run / 'skipped.jsonl')) == told
 
 
-def test_all_pictures_vanish(runs, own, cache, log):
+def test_all_pictures_vanish(runs, own, log):
     run, fields = runs / 'vision_instruct', dict(steps=40, checkpoint__every=30) | own.fields
-    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', log=log, **fields) as started:
         until(lambda: logged(run, 2))
         own.images.rename(own.images.parent / 'aside')
         ends(started, 2, log, 'images is gone')
     at = runfolder.newest(run)
     assert at >= 2 and read_metrics(run / 'metrics.jsonl')[-1]['step'] == at
     (own.images.parent / 'aside').rename(own.images)
-    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', log=log, **fields) as started:
         ends(started, 0, log)
 
 
-def test_a_picture_becomes_a_pipe_that_nobody_writes_to(runs, own, cache, log):
+def test_a_picture_becomes_a_pipe_that_nobody_writes_to(runs, own, log):
     last, fields = seen_last(runs, own, 119)[0], dict(steps=15, data__timeout=3) | own.fields
-    with process(runs, cache, 'vision_instruct', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', log=log, **fields) as started:
         until(lambda: logged(runs / 'vision_instruct', 2))
         last.unlink()
         os.mkfifo(last)
         ends(started, 0, log, f'goes without example {last.stem}')
 
 
-def test_a_picture_that_hangs(runs, own, cache, log):
+def test_a_picture_that_hangs(runs, own, log):
     last = seen_last(runs, own, 119)[0]
     fields = dict(steps=40, checkpoint__every=30, data__timeout=3) | own.fields
-    with process(runs, cache, 'vision_instruct', fault=f'hang {last.name}', log=log, **fields) as started:
+    with process(runs, 'vision_instruct', fault=f'hang {last.name}', log=log, **fields) as started:
         ends(started, 1, log, f'reading hangs for more than 3 s (data.timeout) at example {last.stem}, {last.name}')
     assert runfolder.newest(runs / 'vision_instruct') >= 2
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_data_workers_that_end_or_stand_still(number, runs, cache, whole, log):
-    with process(runs, cache, 'sft', log=log, data__workers=2, data__timeout=4) as started:
+def test_data_workers_that_end_or_stand_still(number, runs, whole, log):
+    with process(runs, 'sft', log=log, data__workers=2, data__timeout=4) as started:
         until(lambda: logged(runs / 'sft', 1))
         for worker in children(started):
             os.kill(worker, number)
@@ -426,11 +426,11 @@ def test_data_workers_that_end_or_stand_still(number, runs, cache, whole, log):
     ],
     ids=str,
 )
-def test_killed_it_goes_on_with_other_devices_and_workers(otherwise, runs, cache, whole, log):
+def test_killed_it_goes_on_with_other_devices_and_workers(otherwise, runs, whole, log):
     run = runs / 'sft'
-    with process(runs, cache, 'sft', log=log) as started:
+    with process(runs, 'sft', log=log) as started:
         until(lambda: runfolder.whole_steps(run))
-    with process(runs, cache, 'sft', log=log, resume=True, **otherwise) as started:
+    with process(runs, 'sft', log=log, resume=True, **otherwise) as started:
         ends(started, 0, log)
     assert [line['tokens'] for line in told(run) if 'tokens' in line] == [
         line['tokens'] for line in told(whole) if 'tokens' in line
@@ -439,12 +439,12 @@ def test_killed_it_goes_on_with_other_devices_and_workers(otherwise, runs, cache
     np.testing.assert_allclose(*losses, rtol=1e-4)  # bf16, summed in another order
 
 
-def test_killed_it_goes_on_with_larger_batches_at_its_row(runs, cache, log):
+def test_killed_it_goes_on_with_larger_batches_at_its_row(runs, log):
     run = runs / 'sft'
-    with process(runs, cache, 'sft', log=log) as started:
+    with process(runs, 'sft', log=log) as started:
         until(lambda: runfolder.whole_steps(run))
     at = runfolder.newest(run)
-    with process(runs, cache, 'sft', log=log, resume=True, data__batch_size=16) as started:
+    with process(runs, 'sft', log=log, resume=True, data__batch_size=16) as started:
         ends(started, 0, log)
     assert runfolder.manifest(run, STEPS)['position'] == at * 8 + (STEPS - at) * 16
 
@@ -452,11 +452,11 @@ def test_killed_it_goes_on_with_larger_batches_at_its_row(runs, cache, log):
 # Long ----------------------------------------------------------------------------------------------------------------
 
 
-def test_three_thousand_steps_leave_nothing_behind(runs, cache, tmp_path):
+def test_three_thousand_steps_leave_nothing_behind(runs, tmp_path):
     """Resident memory, threads, files and temporary folders, from step 1,000 on."""
     temporary = tmp_path / 'temporary'
     temporary.mkdir()
-    command = [sys.executable, f'{ROOT}/tests/long_driver.py', str(runs), str(cache)]
+    command = [sys.executable, f'{ROOT}/tests/long_driver.py', str(runs)]
     # One arena of glibc for all threads: each other one keeps the last buffer of a step that its thread freed (20 MB
     # here), which `malloc_trim` does not give back, and which thread runs a step is chance.
     env = os.environ | {'TMPDIR': str(temporary), 'PYTHONPATH': str(ROOT), 'MALLOC_ARENA_MAX': '1'}

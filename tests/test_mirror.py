@@ -57,7 +57,7 @@ def trains_until(step, cfg, monkeypatch):
 
 
 @pytest.mark.parametrize('store', ['memory', pytest.param('s3', marks=pytest.mark.slow)])
-def test_a_run_goes_on_elsewhere_bit_for_bit(store, family, cache, tmp_path, monkeypatch, request):
+def test_a_run_goes_on_elsewhere_bit_for_bit(store, family, tmp_path, monkeypatch, request):
     place = request.getfixturevalue('bucket') if store == 's3' else 'memory://runs/mine'
     here, there, alone = (tmp_path / name / 'x' for name in ('here', 'there', 'alone'))
     for folder in (here, alone):
@@ -79,7 +79,7 @@ def test_a_run_goes_on_elsewhere_bit_for_bit(store, family, cache, tmp_path, mon
     assert mirror._steps(files, root) == runfolder.whole_steps(there / 'sft') == [6, 4]
 
 
-def test_what_a_stage_starts_from_is_fetched_without_its_optimizer(family, cache, tmp_path):
+def test_what_a_stage_starts_from_is_fetched_without_its_optimizer(family, tmp_path):
     here, there = tmp_path / 'here' / 'x', tmp_path / 'there' / 'x'
     shutil.copytree(family, here, symlinks=True)
     train.train(config(here, 'memory://m'))
@@ -94,7 +94,7 @@ def test_what_a_stage_starts_from_is_fetched_without_its_optimizer(family, cache
     )
 
 
-def test_a_store_that_fails_is_tried_again_and_no_failure_of_the_run(family, cache, tmp_path, monkeypatch, capsys):
+def test_a_store_that_fails_is_tried_again_and_no_failure_of_the_run(family, tmp_path, monkeypatch, capsys):
     folder, failing = shutil.copytree(family, tmp_path / 'x', symlinks=True), threading.Event()
     memory = type(fsspec.filesystem('memory'))
     put, tries = memory.put_file, []
@@ -116,7 +116,7 @@ def test_a_store_that_fails_is_tried_again_and_no_failure_of_the_run(family, cac
     assert 'memory://other/x/sft is behind' in capsys.readouterr().err
 
 
-def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, cache, tmp_path, monkeypatch):
+def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, tmp_path, monkeypatch):
     """Also where a checkpoint is removed here while it is copied; and parts of copies that were cut off go."""
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     cfg = config(folder, 'memory://m', checkpoint__keep=3)
@@ -151,7 +151,7 @@ def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, cach
     assert mirror._steps(files, root) == [8, 2] and not files.find(f'{root}/checkpoints/7')
 
 
-def test_what_a_mirror_holds_is_not_mixed_with_another_run(family, cache, tmp_path):
+def test_what_a_mirror_holds_is_not_mixed_with_another_run(family, tmp_path):
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
     train.train(config(folder, 'memory://m'))
     other = shutil.copytree(family, tmp_path / 'other' / 'x', symlinks=True)

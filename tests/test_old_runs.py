@@ -43,7 +43,7 @@ def test_it_opens_and_exports(run, tmp_path):
 
 
 def test_it_goes_on_with_the_same_rows(run, tmp_path, monkeypatch):
-    micro.quicken(monkeypatch, tmp_path / 'compiled')
+    micro.quicken(monkeypatch)
     config = runconfig.read(run)
     assert pathlib.Path(config.data.path) == run.parent.parent / 'data.json'
     config.mesh.data = 1
@@ -66,7 +66,7 @@ def test_it_does_not_go_on_over_another_tower(run, tmp_path, monkeypatch):
     record = json.loads((run / 'lineage.json').read_text())
     record['frozen_before']['vision'] = record['frozen_before']['vision'][::-1]
     (run / 'lineage.json').write_text(json.dumps(record))
-    micro.quicken(monkeypatch, tmp_path / 'compiled')
+    micro.quicken(monkeypatch)
     config = runconfig.read(run)
     with monkeypatch.context() as patch, pytest.raises(UserError, match='another frozen_before'):
         one = train.parallel.make_mesh(config.mesh, train.jax.devices()[:1])

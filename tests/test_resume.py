@@ -19,6 +19,7 @@ from nanovision_jax.runs.metrics import read_metrics
 from nanovision_jax.training import loop as train
 from nanovision_jax.training import verify, watching
 
+pytestmark = pytest.mark.usefixtures('quick')
 STEPS = 9
 RUN = dict(steps=STEPS, checkpoint__every=3, optim__name='muon')  # Muon's state, and AdamW's for what Muon leaves
 
@@ -36,7 +37,7 @@ class Crash(Exception):
 
 
 @pytest.fixture(scope='module')
-def go(parents, cache, tmp_path_factory):
+def go(parents, tmp_path_factory):
     """A function that trains vision_instruct and returns (its folder, digests of the batches it was given).
 
     `crash_at` is a step whose checkpoint is never written, as the power fails just then.
@@ -172,9 +173,9 @@ def test_with_features_from_disk_it_ends_the_same_too(go, whole, capsys):
 # Real signals to a real process --------------------------------------------------------------------------------------
 
 
-def drive(family, cache, *stages, until=None, send=None):
+def drive(family, *stages, until=None, send=None):
     """Trains stages in a process of its own, which is sent a signal once until() is true. Returns its exit code."""
-    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(family), str(cache), *stages]
+    command = [sys.executable, f'{ROOT}/tests/resume_driver.py', str(family), *stages]
     env = os.environ | {'PYTHONPATH': str(ROOT)}
     with open(family / 'log', 'a') as log, subprocess.Popen(command, stdout=log, stderr=log, env=env) as process:
         while process.poll() is None:
@@ -195,33 +196,33 @@ def saving(folder, step):
     return any(folder.glob(f'checkpoints/{step}*')) and not (folder / f'checkpoints/{step}/manifest.json').exists()
 
 
-def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, cache, tmp_path):
+def test_terminated_it_saves_and_killed_it_goes_on(whole, parents, tmp_path):
     family = shutil.copytree(parents, tmp_path / 'family', symlinks=True)
     run = family / 'vision_instruct'
-    code = drive(family, cache, 'vision_instruct', until=lambda: logged(run, 4), send=signal.SIGTERM)
+    code = drive(family, 'vision_instruct', until=lambda: logged(run, 4), send=signal.SIGTERM)
     assert code == 75, (family / 'log').read_text()
     stopped = runfolder.newest(run)
     assert 4 <= stopped < 9 and read_metrics(run / 'metrics.jsonl')[-1]['step'] == stopped
     assert (
         f'stopped by signal 15 at step {stopped}; the same command goes on from there' in (family / 'log').read_text()
     )
-    code = drive(family, cache, 'vision_instruct', until=lambda: saving(run, 9), send=signal.SIGKILL)
+    code = drive(family, 'vision_instruct', until=lambda: saving(run, 9), send=signal.SIGKILL)
     assert code == -signal.SIGKILL and runfolder.newest(run) in (6, stopped)
-    assert drive(family, cache, 'vision_instruct') == 0, (family / 'log').read_text()
+    assert drive(family, 'vision_instruct') == 0, (family / 'log').read_text()
     assert_as(run, whole[0])
 
 
 @pytest.mark.slow
-def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, cache, tmp_path, monkeypatch):
+def test_every_stage_killed_twice_ends_as_if_never_killed(tiny_family, tmp_path, monkeypatch):
     """Once before its first checkpoint, once in the middle of writing one."""
     monkeypatch.setattr(watching, 'watch', lambda *_: {})
     killed, alone = (micro.family(tmp_path / name, tiny_family) for name in ('killed', 'alone'))
     for stage in micro.STAGES:
         run = killed / stage
         for until in (lambda: logged(run, 1), lambda: saving(run, 6)):
-            assert drive(killed, cache, *micro.STAGES, until=until, send=signal.SIGKILL) == -signal.SIGKILL
+            assert drive(killed, *micro.STAGES, until=until, send=signal.SIGKILL) == -signal.SIGKILL
             assert runfolder.newest(run) in (None, 3)
-    assert drive(killed, cache, *micro.STAGES) == 0, (killed / 'log').read_text()
+    assert drive(killed, *micro.STAGES) == 0, (killed / 'log').read_text()
     for stage in micro.STAGES:
         train.train(micro.run_config(stage, alone, **RUN))
         assert_as(killed / stage, alone / stage)

@@ -29,12 +29,7 @@ from nanovision_jax.training import loop as train
 from nanovision_jax.training import meter, optim, resume, step, watching
 from nanovision_jax.training import start as starts
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        micro.quicken(patch, tmp_path_factory.getbasetemp() / 'compiled')
-        yield
+pytestmark = pytest.mark.usefixtures('quick')
 
 
 # The step ------------------------------------------------------------------------------------------------------------
