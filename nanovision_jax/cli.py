@@ -19,8 +19,9 @@ import time
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from nanovision_jax.config import Config, base_config, check, check_values, fields, fill, get, parse_field, parse_value
+from nanovision_jax.config import Config, base_config, fields, fill, get, parse_field, parse_value
 from nanovision_jax.config import options as config_options
+from nanovision_jax.config_checks import check, check_values
 from nanovision_jax.errors import FAILURE, INTERRUPTED, MISTAKE, UNREAD, Stuck, UserError, leave, nearest
 from nanovision_jax.runs import mirror
 from nanovision_jax.training import start

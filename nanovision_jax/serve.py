@@ -46,8 +46,9 @@ def main(argv):
     try:
         import uvicorn
 
-        from nanovision_jax.serving.api import Served, build_app
+        from nanovision_jax.serving.api import build_app
         from nanovision_jax.serving.connection import Connection
+        from nanovision_jax.serving.jobs import Served
 
         if args.page:
             _settle_page()

@@ -15,7 +15,7 @@ import tempfile
 import micro
 import numpy as np
 
-from nanovision_jax import config as configs
+from nanovision_jax import config_checks
 from nanovision_jax.hf import configs as hf_configs
 from nanovision_jax.hf import decoders, llava
 from nanovision_jax.hf.weights import write_weights
@@ -55,7 +55,7 @@ def config_of(kind, run_dir='runs/none'):
         setattr(cfg.model, name, value)
     for name, value in vision.items():
         setattr(cfg.model.vision, name, value)
-    configs.check(cfg)
+    config_checks.check(cfg)
     return cfg
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nanovision_jax import config as configs
-from nanovision_jax import models, stages
+from nanovision_jax import config_checks, models, stages
 from nanovision_jax.data import batch as batches
 from nanovision_jax.data import pipeline
 from nanovision_jax.data.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ def run_config(stage, family, **fields):
         configs.put(cfg, name.replace('__', '.'), value)
     configs.fill(cfg)
     start.inherit(cfg, {name.replace('__', '.') for name in fields})
-    configs.check(cfg)
+    config_checks.check(cfg)
     return cfg
 
 

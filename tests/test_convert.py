@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import nanovision_jax
 from nanovision_jax import config as configs
-from nanovision_jax import convert
+from nanovision_jax import config_checks, convert
 from nanovision_jax.data import conversation
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
@@ -180,7 +180,7 @@ def test_another_s_model_comes_in_without_our_file(runs, tmp_path, capsys):
     page = report.write(back.parent).with_suffix('.md').read_text()
     assert f'python -m nanovision_jax.convert --from=hf --input={folder} --output={back}' in page
     with pytest.raises(UserError, match=r'data.source is unknown: say what to learn from'):
-        configs.check(after.config)
+        config_checks.check(after.config)
 
 
 def test_nothing_local_is_exported(runs, tmp_path, capsys):

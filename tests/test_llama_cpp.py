@@ -19,8 +19,7 @@ import tokenizers
 from conftest import ROOT, sentence
 
 import nanovision_jax
-from nanovision_jax import config as configs
-from nanovision_jax import convert
+from nanovision_jax import config_checks, convert
 from nanovision_jax.data import templates
 from nanovision_jax.data.tokenizer import Tokenizer, escape, import_tokenizer
 from nanovision_jax.errors import UserError
@@ -44,7 +43,7 @@ def write_run(folder, tokenizer, fields, stage='sft'):
     cfg = micro.config(stage, folder)
     cfg.name, cfg.dtype, cfg.data.length = 'mine', 'float32', 64
     cfg.model = dataclasses.replace(cfg.model, positions=256, **fields)
-    configs.check(cfg)
+    config_checks.check(cfg)
     return micro.run_folder(cfg, tokenizer, golden.params_of(cfg, tokenizer)[1])
 
 

@@ -23,9 +23,10 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference.prompt import text_prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.inference.scheduler import Scheduler
-from nanovision_jax.serving.api import Served, build_app
+from nanovision_jax.serving.api import build_app
 from nanovision_jax.serving.connection import Connection
 from nanovision_jax.serving.guard import Guard, Settings
+from nanovision_jax.serving.jobs import Served
 from nanovision_jax.serving.protocol import Limits
 from nanovision_jax.serving.text import TextStream
 

@@ -15,8 +15,9 @@ from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import slots
 from nanovision_jax.inference.engine import Engine, Prompt
+from nanovision_jax.inference.requests import Full, Request
 from nanovision_jax.inference.sampling import Sampling
-from nanovision_jax.inference.scheduler import Full, Request, Scheduler
+from nanovision_jax.inference.scheduler import Scheduler
 from nanovision_jax.parallel import mesh as parallel
 
 CONTEXT, P = 250, 9  # positions of the tiny models, tokens of a picture

@@ -9,7 +9,7 @@ import shutil
 import huggingface_hub
 import jax
 
-from nanovision_jax import config as configs
+from nanovision_jax import config_checks
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.errors import UserError
@@ -102,8 +102,8 @@ def _new(output):
 
 def _write(config, step, params, tokenizer, source):
     """Writes config, lineage and checkpoint into config.run_dir, where the tokenizer is already."""
-    configs.check_values(config)
-    configs.check_model(config)
+    config_checks.check_values(config)
+    config_checks.check_model(config)
     folder = pathlib.Path(config.run_dir)
     runconfig.save(config)
     made_from = {'data.tokenizer': config.data.tokenizer}

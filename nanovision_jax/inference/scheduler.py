@@ -11,8 +11,6 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nanovision_jax import models
 from nanovision_jax.errors import UserError
 from nanovision_jax.inference import slots as on_device
-from nanovision_jax.inference.engine import Engine, Prompt, bucket
+from nanovision_jax.inference.engine import Engine, bucket
 from nanovision_jax.inference.feature_store import FeatureStore, digest
+from nanovision_jax.inference.requests import Full, Heard, Request
 from nanovision_jax.inference.sampling import COLD, Sampling, make_sampler
 from nanovision_jax.inference.weights import readable
 from nanovision_jax.parallel import hardware, hosts
@@ -35,49 +34,6 @@ CHUNK, SHARED, SECONDS, FEWEST = 16, 8, 0.05, 4
 UNITS = 4  # images and pieces of prompts that are read in a turn while others wait to speak
 LONGEST_PIECE, SHORTEST = 512, 32  # tokens of a piece; a context has four of them at least
 ALL = np.uint32(0xFFFFFFFF)  # every token may come next
-
-
-class Heard(NamedTuple):
-    """What a request is told: further tokens, and in the end why there are no more.
-
-    scores: of each token (log-probability, [(alternative, its log-probability) …]) where they were asked for.
-    finish: '' while it goes on; 'stop', 'length', 'deadline', 'cancelled', or 'error: …'.
-    """
-
-    tokens: list[int]
-    scores: list[tuple] | None = None
-    finish: str = ''
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt that is to be continued. hear: called with what Heard is, in the scheduler's thread.
-
-    scored: whether tokens come with their log-probabilities; echo: the prompt's too, first. deadline: by
-    time.monotonic(). guide: what allows tokens (see guide.py), if not all are.
-    """
-
-    prompt: Prompt
-    hear: Callable[[Heard], None]
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    most: int = 256
-    scored: bool = False
-    echo: bool = False
-    deadline: float = float('inf')
-    guide: object = None
-    cancelled: bool = False
-    asked: float = dataclasses.field(default_factory=time.monotonic)
-    heard: int = 0
-    digests: list[bytes] = dataclasses.field(default_factory=list)  # of its images
-    keys: np.ndarray | None = None  # what tells the tokens of its prompt apart
-
-    def cancel(self):
-        """Ends it within a turn."""
-        self.cancelled = True
-
-
-class Full(Exception):
-    """The queue has no room for a request."""
 
 
 @dataclasses.dataclass(eq=False)

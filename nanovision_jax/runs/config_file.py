@@ -9,7 +9,8 @@ import os
 import pathlib
 import typing
 
-from nanovision_jax.config import Config, check_model, check_values, fields, get, put
+from nanovision_jax.config import Config, fields, get, put
+from nanovision_jax.config_checks import check_model, check_values
 from nanovision_jax.errors import UserError
 from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import STAGES

@@ -17,10 +17,10 @@ from PIL import Image
 
 from nanovision_jax.inference import looking
 from nanovision_jax.serving import protocol
-from nanovision_jax.serving.api import Job, Served
 from nanovision_jax.serving.entrance import PAGE
 from nanovision_jax.serving.errors import Refusal
 from nanovision_jax.serving.guard import Settings
+from nanovision_jax.serving.jobs import Job, Served
 from nanovision_jax.serving.protocol import Fields, Limits
 
 SIDE = 480  # pixels of a picture with what is looked at

@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, __version__
 
 from nanovision_jax import config as configs
+from nanovision_jax.config_checks import check
 from nanovision_jax.data import conversation, images, index, packing, pipeline, sources, tokenizer
 from nanovision_jax.errors import UserError
 
@@ -232,7 +233,7 @@ def measure_pipeline(named, batches=20):
         raise UserError(f'no config file {file!r}: say --config=FILE, as in --config=configs/sft.py:tiny.')
     config = runpy.run_path(file)['get_config'](*([size] if size else []))
     configs.fill(config)
-    configs.check(config)
+    check(config)
     rows, _ = pipeline.open_rows(config, pipeline.family_tokenizer(config))
     stream = pipeline.batches(rows, config.data.batch_size, 0, config.data.workers)
     first = next(stream)

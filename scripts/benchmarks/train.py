@@ -24,6 +24,7 @@ import jax
 import optax
 
 from nanovision_jax import config as configs
+from nanovision_jax.config_checks import check
 from nanovision_jax.data.batch import fake_batch
 from nanovision_jax.errors import UserError
 from nanovision_jax.parallel import hardware, huge_pages
@@ -52,7 +53,7 @@ def read(argv):
         name = name.removeprefix('config.')
         configs.put(config, name, configs.parse_field(name, value))
     configs.fill(config)
-    configs.check(config)
+    check(config)
     steps = configs.parse_value('--steps', int, steps)
     if steps < 1:
         raise UserError(f'--steps takes a number above 0, not {steps}.')
