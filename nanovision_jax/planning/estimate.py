@@ -111,7 +111,7 @@ def plan(config, machine: Machine, mfu: float = MFU, measured: bool = False) -> 
         chosen = fit.choose(counted, vocabulary, mesh, memory, kernel)
         config.model.remat, config.optim.accumulate, bytes_ = chosen.remat, chosen.parts, chosen.bytes
     at_once = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp']) // config.optim.parts
-    parts = _parts(config, learned, frozen, mesh, at_once * config.data.length, size, bytes_)
+    parts = _parts(config, vocabulary, mesh, at_once * config.data.length, bytes_)
     if measured:
         seconds, source = _measured(config, vocabulary, program), f'{STEPS} steps measured'
     else:
@@ -189,18 +189,12 @@ def process_of(config, peak: int, images: int) -> int:
     return LIBRARIES + round(MORE * peak) + kept * (kept <= MEMORY)
 
 
-def _parts(config, learned, frozen, mesh, tokens, vocabulary, peak) -> dict[str, int]:
+def _parts(config, vocabulary, mesh, tokens, peak) -> dict[str, int]:
     """Bytes of a device by what they hold: the state is counted, what is left of the peak are activations."""
-    shards = mesh.shape['fsdp'] * mesh.shape['tensor']
-    size = models.compute_dtype(config.dtype).itemsize
-    moments = {'sgd': 0, 'muon': 1}.get(config.optim.name, 2)
-    held = {
-        'parameters': (4 + size) * (learned + frozen) // shards,  # and a copy in the dtype of compute
-        'optimizer': 4 * moments * learned // shards,
-        'gradients': 4 * learned // shards,
-    }
+    held = fit.state_bytes(config, vocabulary, mesh)
     if stage_of(config).decodes:  # with what their softmax and its gradient hold
-        held['logits'] = 4 * 4 * objectives.chunk_of(tokens, vocabulary) * vocabulary // mesh.shape['tensor']
+        size = vocabulary.size
+        held['logits'] = 4 * 4 * objectives.chunk_of(tokens, size) * size // mesh.shape['tensor']
     return held | {'activations': max(0, round(peak - sum(held.values())))}
 
 

@@ -22,7 +22,7 @@ from nanovision_jax.models import kernels
 from nanovision_jax.parallel import hardware, hosts
 from nanovision_jax.parallel import mesh as parallel
 from nanovision_jax.stages import stage_of
-from nanovision_jax.training import meter, objectives
+from nanovision_jax.training import meter, objectives, optim
 from nanovision_jax.training.step import abstract_state, make_train_step, partition, shardings_of
 
 PACKED = ('tokens', 'segments', 'positions')  # what a batch has of captions
@@ -175,19 +175,27 @@ def _compiled(config, vocabulary, optimizer, mesh, caption_rows):
         return None
 
 
+def state_bytes(config, vocabulary, mesh) -> dict[str, int]:
+    """Bytes of one device, by what they hold, that a step takes whatever its rows. mesh: its shape is enough."""
+    params = models.abstract(config, vocabulary.size, vocabulary.image)[1]
+    learned = partition(config, params)[0]
+    moments = jax.eval_shape(optim.make_optimizer(config.optim, 1).init, learned)
+    count, count_learned = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, learned))
+    held = {
+        'parameters': (4 + models.compute_dtype(config.dtype).itemsize) * count,  # and a copy in the dtype of compute
+        'optimizer': sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments)),
+        'gradients': 4 * count_learned,
+    }
+    return {name: size // (mesh.shape['fsdp'] * mesh.shape['tensor']) for name, size in held.items()}
+
+
 def estimate(config, vocabulary, mesh, kernel: str = ''):
     """(bytes of a device whatever the part, {model.remat: bytes of a whole step's rows}), within a quarter or so.
 
     kernel: of attention, if it is not model.attention's.
     """
     size = models.compute_dtype(config.dtype).itemsize
-    shards = mesh.shape['fsdp'] * mesh.shape['tensor']
-    learned, frozen = (
-        sum(leaf.size for leaf in jax.tree.leaves(part))
-        for part in partition(config, models.abstract(config, vocabulary.size, vocabulary.image)[1])
-    )
-    moments = 2 if config.optim.name != 'sgd' else 0
-    fixed = (4 * (2 + moments) + size) * learned / shards + (4 + size) * frozen / shards + 4 * objectives.LOGITS
+    fixed = sum(state_bytes(config, vocabulary, mesh).values()) + 4 * objectives.LOGITS
     rows = config.data.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
     model, stage = config.model, stage_of(config)
     by_part = dict.fromkeys(REMAT, 0.0)
