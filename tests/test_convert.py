@@ -463,6 +463,14 @@ def test_a_space_is_uploaded_as_one(monkeypatch, tmp_path):
     space = {'repo_type': 'space', 'exist_ok': True, 'space_sdk': 'gradio'}
     assert calls == [('me/page', space), ('me/page', 'space', tmp_path)]
 
+    def refused(*_, **__):
+        raise OSError('no key')
+
+    monkeypatch.setattr(Hub, 'create_repo', refused)
+    for kept, said in {True: rf'^{tmp_path} was not uploaded .*the folder is complete', False: '^nothing was'}.items():
+        with pytest.raises(UserError, match=said):
+            conversions.upload(tmp_path, 'me/page', 'space', kept=kept)
+
 
 def test_the_card_tells_scores_with_intervals_and_controls(runs, tmp_path, capsys):
     run = tmp_path / 'runs' / 'vision_instruct'

@@ -386,8 +386,8 @@ def test_what_cannot_be_evaluated_is_said(model_run, squares, monkeypatch):
         ({'output': data}, r'squares\.json cannot be a folder: .*squares\.json is none'),
         ({'output': '/proc/out'}, '/proc/out cannot be written: nothing can be made in /proc'),
         ({'limit': 2}, 'all questions are about one picture'),
-        ({'data': squares / 'nothing.json'}, 'no conversations at'),
-        ({'task': 'bpb', 'data': squares / 'nothing.txt'}, 'no text at'),
+        ({'data': squares / 'nothing.json'}, r'there is no .*nothing\.json: --data is what vqa asks about'),
+        ({'task': 'bpb', 'data': squares / 'nothing.txt'}, r'there is no .*nothing\.txt'),
         ({'task': 'bpb', 'split': 'heldout', 'data': None}, 'text has no heldout split'),
     ):
         with pytest.raises(UserError, match=message):

@@ -52,6 +52,8 @@ def asked(
     """
     data = caches.local(data) if data else None
     if task not in base.BENCHMARKS:
+        if data and not pathlib.Path(data).exists():
+            raise UserError(f"there is no {data}: --data is what {task} asks about, where it is not the run's own.")
         given = {name: value for name, value in options.items() if value is not None}
         given |= {'controls': False} if task == 'vqa' and controls == 'none' else {}
         return TASKS[task].run(run, split=split, data=data, limit=limit, **given)

@@ -47,10 +47,11 @@ def to_gguf(run, output, dtype: str = 'float32'):
     print(f'written: {output}{", its text alone" if stage_of(run.config).sees else ""}')
 
 
-def upload(folder, name: str, kind: str = 'model') -> str:
+def upload(folder, name: str, kind: str = 'model', kept: bool = True) -> str:
     """Uploads a folder to the Hugging Face hub as `name`, a model or a space, and returns its address.
 
-    Takes the login that huggingface_hub finds. Raises UserError where the hub does not take it.
+    Takes the login that huggingface_hub finds. kept: whether the folder is there afterwards. Raises UserError where
+    the hub does not take it.
     """
     try:
         api, made = huggingface_hub.HfApi(), {'space_sdk': 'gradio'} if kind == 'space' else {}
@@ -59,9 +60,11 @@ def upload(folder, name: str, kind: str = 'model') -> str:
             api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message='From nanovision_jax')
         )
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        what = f'{folder} was not uploaded' if kept else 'nothing was uploaded'
+        then = 'upload it with `hf upload`; the folder is complete' if kept else 'try again'
         raise UserError(
-            f'{folder} was not uploaded as {name!r} ({type(error).__name__}: {str(error).splitlines()[0]}). '
-            'Log in with `hf auth login` and upload it with `hf upload`; the folder is complete.'
+            f'{what} as {name!r} ({type(error).__name__}: {str(error).splitlines()[0]}). '
+            f'Log in with `hf auth login` and {then}.'
         ) from error
 
 

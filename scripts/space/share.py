@@ -7,6 +7,7 @@ In the folder are the run, without its optimizer and without any path of this ma
 `python app.py` in it starts the page as the hub does. --push takes the key that `hf auth login` keeps.
 """
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
@@ -34,7 +35,8 @@ def make(run_dir, folder):
     if folder.exists():
         raise UserError(f'{folder} exists: name a folder that does not.')
     opened = load(run_dir)
-    with tempfile.TemporaryDirectory() as temporary:  # through an export, in which there is no path of this machine
+    # Through an export, in which there is no path of this machine; what is said of that is not about the Space.
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(None):
         convert.to_folder(opened, pathlib.Path(temporary) / 'hf')
         convert.from_folder(f'{temporary}/hf', folder / 'runs' / opened.config.name / opened.config.stage)
     for name in ('app.py', 'README.md'):
@@ -56,7 +58,7 @@ def main(argv):
         folder = pathlib.Path(args.output or pathlib.Path(temporary) / 'space')
         make(args.run, folder)
         if args.push:
-            convert.upload(folder, args.push, 'space')
+            convert.upload(folder, args.push, 'space', kept=bool(args.output))
             print(f'https://huggingface.co/spaces/{args.push}')
         else:
             print(f'written: {folder}')
