@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures('unsampled')
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def impatient(monkeypatch):
     monkeypatch.setattr(mirror, 'PAUSE', 0.01)
     yield
     fsspec.filesystem('memory').store.clear()

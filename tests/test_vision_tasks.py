@@ -342,6 +342,18 @@ def test_a_published_folder_is_read_asked_and_scored(task, make, model_run, tmp_
     assert not (tmp_path / f'run/eval/{task}.answers').exists()
 
 
+def test_several_benchmarks_lie_in_a_folder_each(model_run, tmp_path):
+    """Tables of the Hub are all called test or validation."""
+    mme_table(tmp_path / 'mme')
+    gqa_table(tmp_path / 'gqa')
+    (tmp_path / 'textvqa').mkdir()
+    model_run()
+    for task in ('mme', 'gqa'):
+        assert evaluating.evaluate(tmp_path / 'run', task, data=tmp_path).score() == 1
+    assert evaluating.folder_of('textvqa_ocr', tmp_path) == tmp_path / 'textvqa'
+    assert evaluating.folder_of('pope', tmp_path) == tmp_path
+
+
 @pytest.mark.parametrize('task', ['mmstar', 'scienceqa', 'ai2d'])
 def test_letters_and_likelihoods_are_both_told(task, model_run, tmp_path):
     dict(LAYOUTS)[task](tmp_path / 'data')

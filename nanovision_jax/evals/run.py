@@ -60,8 +60,18 @@ def asked(
     if not pathlib.Path(data).is_dir():
         raise UserError(f'no folder {data}: --data is where the published files of {task} are.')
     folder.mkdir(parents=True, exist_ok=True)
-    asker = asking.Asker(run, Pictures(data), folder / f'{task}.answers')
-    return benchmark.run(benchmark_of(task), asker, pathlib.Path(data), limit, controls or 'auto', options)
+    place = folder_of(task, data)
+    asker = asking.Asker(run, Pictures(place), folder / f'{task}.answers')
+    return benchmark.run(benchmark_of(task), asker, place, limit, controls or 'auto', options)
+
+
+def folder_of(task: str, data) -> pathlib.Path:
+    """Where the files of a benchmark are: in a folder of `data` that is named as it is, else in `data`.
+
+    Tables of the Hub have the same names in all sets: those of several lie in a folder each.
+    """
+    names = (task, MODULES.get(task, task).partition('.')[0])
+    return next((place for name in names if (place := pathlib.Path(data) / name).is_dir()), pathlib.Path(data))
 
 
 def benchmark_of(name: str) -> benchmark.Benchmark:
