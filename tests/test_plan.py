@@ -173,6 +173,7 @@ def test_the_command_plans_the_road(capsys, monkeypatch):
         ('--hardware=h100x8', '--measure'): 'say --hardware=cpu',
         ('--hardware=h100x8', '--mfu=2'): 'share of the peak',
         ('--hardware=h100x8', '--price=x'): 'takes a number',
+        ('--hardware=h100x8', '--flops=9'): 'of h100 are known',
         ('--hardware=h100x8', '--price=-2'): 'takes a number above 0',
         ('--hardware=ownx8', '--flops=inf'): 'takes a number above 0',
         ('--hardware=ownx8', '--flops=9', '--memory=nan'): '--memory takes a number',

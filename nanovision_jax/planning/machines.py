@@ -72,6 +72,8 @@ def parse(text: str, price: float | None = None, flops: float = 0, memory: float
     if kind == 'own' and flops > 0 and memory > 0:
         chip = Chip(flops * 1e12, memory, 25, 12, 8, price or 0.0, 'given')
     elif kind in CHIPS:
+        if flops or memory:
+            raise UserError(f'--flops and --memory are for --hardware=ownxN: those of {kind} are known.')
         chip = CHIPS[kind]
     else:
         names = [f'{name}{"-8" if chip.is_tpu else "x8"}' for name, chip in CHIPS.items()]
