@@ -23,6 +23,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.inference.prompt import text_prompt
 from nanovision_jax.inference.run import Run
 from nanovision_jax.inference.scheduler import Scheduler
+from nanovision_jax.serving import entrance
 from nanovision_jax.serving.api import build_app
 from nanovision_jax.serving.connection import Connection
 from nanovision_jax.serving.guard import Guard, Settings
@@ -536,14 +537,44 @@ def test_pictures_are_small_and_so_is_their_sum():
         await send({'type': 'http.response.start', 'status': 200, 'headers': []})
         await send({'type': 'http.response.body', 'body': (await receive())['body']})
 
-    async def sent(client, size):
-        reply = await client.post('/gradio_api/upload', content=b'x' * size, headers={'content-type': 'multipart/x'})
+    async def sent(client, size, kind='multipart/x'):
+        reply = await client.post('/gradio_api/upload', content=b'x' * size, headers={'content-type': kind})
         return reply.status_code
 
     async def statuses():
         transport = httpx.ASGITransport(Guard(app, Settings(page=True, uploads=1000)))
         async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
-            found = [await sent(client, size) for size in (600, 500, 400, 1)]
+            found = [await sent(client, 600), await sent(client, 500, 'Multipart/Form-Data'), await sent(client, 400)]
+            found.append(await sent(client, 1, ' MULTIPART/X'))
             return found, (await client.post('/gradio_api/queue/join', json={})).status_code
 
     assert asyncio.run(statuses()) == ([200, 429, 200, 429], 200)
+
+
+def test_the_guard_sees_what_comes_after_it():
+    """One of two headers of a name is looked at here, and another one there; and routes that no page needs are closed."""
+
+    async def app(scope, receive, send):
+        await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+        await send({'type': 'http.response.body', 'body': b''})
+
+    async def replies():
+        transport = httpx.ASGITransport(Guard(app, Settings(page=True)))
+        async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
+            twice = [('Content-Type', 'application/json'), ('content-type', 'multipart/x')]
+            address = b'{"path": "http://127.0.0.1:1/x", "meta": {"_type": "gradio.FileData"}}'
+            posted = [('queue/join', twice), ('queue/join', twice[:1]), ('process_recording', twice[1:])]
+            found = [
+                await client.post(f'/gradio_api/{path}', content=address, headers=headers) for path, headers in posted
+            ]
+            found += [await client.get(f'/gradio_api/{path}') for path in ('deep_link', 'info')]
+            return [reply.status_code for reply in found]
+
+    assert asyncio.run(replies()) == [400, 400, 404, 404, 200]
+
+
+def test_the_key_is_seen_among_the_cookies_of_other_programs():
+    given = entrance.cookie('k', secure=False).partition(';')[0].encode()
+    for others in (b'', b'g={"theme":"dark"}; ', b'x; path=/; ', b'name=\xe4; ', b'nanovision_jax=old; '):
+        assert entrance.is_known(others + given, 'k') and entrance.is_known(given + b'; ' + others, 'k')
+        assert not entrance.is_known(others + given, 'other') and not entrance.is_known(others, 'k')

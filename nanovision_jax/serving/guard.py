@@ -17,6 +17,20 @@ HTML = [(b'content-type', b'text/html; charset=utf-8'), (b'cache-control', b'no-
 FORM, WRONG = 1 << 12, 1.0  # bytes that a key is sent in, and seconds that a wrong one takes
 STAY = 7200  # seconds that an uploaded picture may lie on the disk: page.py removes it after half of that, every hour
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+ONCE = (b'host', b'origin', b'authorization', b'content-type', b'content-length')  # headers that one looks at
+# The routes of the page's library that the page uses; others run programs on what visitors send, or write files.
+USED = (
+    'app_id',
+    'cancel',
+    'heartbeat',
+    'info',
+    'queue',
+    'reset',
+    'startup-events',
+    'theme.css',
+    'upload',
+    'upload_progress',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +60,7 @@ class Guard:
                 await self.app(scope, receive, send)
             return  # no websockets
         try:
-            headers = {name.lower(): value for name, value in scope['headers']}
+            headers = _headers(scope)
             self._check_host(headers)
             path, page = scope['path'], self.settings.page and entrance.is_inside(scope['path'])
             if (
@@ -137,11 +151,26 @@ def _given(body, receive):
     return given
 
 
+def _headers(scope):
+    """{name: value} of a request. Of two values the guard would look at one, and who comes after it at the other."""
+    found = {}
+    for name, value in scope['headers']:
+        name = name.lower()
+        if name in found and name in ONCE:
+            raise Refusal(400, f'the header {name.decode("ascii")} is there twice.')
+        found[name] = value
+    return found
+
+
 def _check_page(path, headers, body):
-    """Refuses what would make the page's library open an address: a file is one that was uploaded."""
+    """Refuses routes that the page does not use, and what would make its library open an address: a file is one that
+    was uploaded."""
     refusal = Refusal(400, 'an image is uploaded: no address is opened.')
     if '://' in path:
         raise refusal
+    _, first, *rest = path.split('/')
+    if first == 'gradio_api' and not (rest and (rest[0] in USED or rest[0].startswith('file='))):
+        raise Refusal(404, 'the page has no such route.')
     if _is_upload(headers):
         return
     try:
@@ -158,7 +187,7 @@ def _check_page(path, headers, body):
 
 
 def _is_upload(headers):
-    return headers.get(b'content-type', b'').startswith(b'multipart/')
+    return headers.get(b'content-type', b'').strip().lower().startswith(b'multipart/')
 
 
 def _guarded(send):
