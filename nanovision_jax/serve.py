@@ -43,6 +43,8 @@ def main(argv):
     for name in ('slots', 'images', 'queue', 'context', 'devices'):
         if (value := getattr(args, name)) < 1 and (name, value) != ('context', 0):
             raise UserError(f'--{name} takes a number above 0, not {value}.')
+    if not 0 < args.port < 1 << 16:
+        raise UserError(f'--port takes a number from 1 to 65535, not {args.port}.')
     try:
         import uvicorn
 
@@ -74,7 +76,8 @@ def main(argv):
         name = f'{opened.config.name}/{opened.config.stage}'
         if name in {one.name for one in served}:
             raise UserError(f'two runs are called {name}: serve them apart.')
-        scheduler = Scheduler(opened, args.slots, args.images, args.queue, args.context)
+        held = sum(one.scheduler.bytes for one in served)
+        scheduler = Scheduler(opened, args.slots, args.images, args.queue, args.context, held)
         print(f'{name}: {scheduler.plan()}')
         for what in scheduler.warm_up():
             print(f'{name}: compiling {what}', flush=True)

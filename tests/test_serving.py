@@ -506,6 +506,7 @@ def test_the_command_is_closed_unless_told(monkeypatch):
         (['--host=0.0.0.0'], 'is open to others'),
         (['--slots=0'], '--slots takes a number above 0'),
         (['--port=x'], 'port'),
+        (['--port=70000'], 'from 1 to 65535'),
         (['--queues=3'], "Did you mean '--queue'"),
         ([], 'no run folder'),
         (['--host=0.0.0.0', '--api-key=k'], 'no run folder'),  # it would be opened then
@@ -552,7 +553,7 @@ def test_pictures_are_small_and_so_is_their_sum():
 
 
 def test_the_guard_sees_what_comes_after_it():
-    """One of two headers of a name is looked at here, and another one there; and routes that no page needs are closed."""
+    """Of two headers of a name one is looked at here, and the other there. Routes that no page needs are closed."""
 
     async def app(scope, receive, send):
         await send({'type': 'http.response.start', 'status': 200, 'headers': []})

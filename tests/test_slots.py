@@ -18,6 +18,7 @@ from nanovision_jax.inference.engine import Engine, Prompt
 from nanovision_jax.inference.requests import Full, Request
 from nanovision_jax.inference.sampling import Sampling
 from nanovision_jax.inference.scheduler import Scheduler
+from nanovision_jax.parallel import hardware
 from nanovision_jax.parallel import mesh as parallel
 
 CONTEXT, P = 250, 9  # positions of the tiny models, tokens of a picture
@@ -225,6 +226,7 @@ def test_cancelled_and_late_requests_free_their_slots_within_a_turn(run):
     asked[2].request.cancel()  # it waits
     scheduler.turn()
     assert asked[0].finish == asked[2].finish == 'cancelled' and scheduler.busy() == 1
+    assert scheduler.counts['finished cancelled'] == 2
     asked[1].request.deadline = time.monotonic() - 1
     scheduler.turn()
     assert asked[1].finish == 'deadline' and not scheduler.busy()
@@ -240,6 +242,13 @@ def test_a_request_that_fails_fails_alone(run, scheduler):
     fine, broken = Asked(good), Asked(bad)
     answered(scheduler, fine, broken)
     assert broken.finish.startswith('error: ') and fine.finish == 'length' and len(fine.tokens) == 20
+    for k in range(5):  # more than there are places for images
+        again = Asked(Prompt(bad.ids, [np.random.default_rng(k).integers(0, 9, (3, 3, 3), np.uint8)]))
+        answered(scheduler, again)
+        assert again.finish.startswith('error: ')
+    fine = Asked(good)
+    answered(scheduler, fine)
+    assert fine.finish == 'length'
 
 
 @contextlib.contextmanager
@@ -316,6 +325,63 @@ def test_a_slot_may_be_shorter_than_the_model_reads(run):
 def test_slots_that_memory_does_not_hold_are_refused_before_they_are_made(run):
     with pytest.raises(UserError, match=r'300000 slots of 250 tokens, .* lower --slots, --context or --images'):
         Scheduler(run, slots=300_000)
+
+
+def test_several_models_are_to_fit_together(run, monkeypatch):
+    alone = Scheduler(run, slots=2)
+    monkeypatch.setattr(hardware, 'memory', lambda device: int(1.5 * alone.bytes))
+    assert Scheduler(run, slots=2).bytes == alone.bytes
+    with pytest.raises(UserError, match='GiB of other runs, and there are'):
+        Scheduler(run, slots=2, held=alone.bytes)
+
+
+def test_a_long_context_is_compiled_for_in_all_its_widths(run):
+    scheduler = Scheduler(run, slots=1)
+    scheduler.piece, scheduler.columns = 32, 250
+    assert scheduler._widths() == [32, 64, 128, 250]
+    for length in range(1, 240):
+        slot = types.SimpleNamespace(keys=np.zeros(length))
+        assert scheduler._columns([slot], 8) in scheduler._widths()
+
+
+def test_what_cannot_begin_anew_tells_all_who_wait(run, caplog):
+    scheduler = Scheduler(run, slots=1)
+    asked = [Asked(prompt) for prompt in prompts_of(run, (20, 30), np.random.default_rng(15))]
+    for one in asked:
+        scheduler.submit(one.request)
+    scheduler._begin = scheduler._admit = unwell
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and [one.finish for one in asked] == ['error: no memory'] * 2
+    with pytest.raises(Full):
+        scheduler.submit(asked[0].request)
+
+
+def unwell():
+    raise MemoryError('no memory')
+
+
+class Whole:
+    """A guide that has all it wants after so many tokens."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def allowed(self):
+        return np.full(4, 0xFFFFFFFF, np.uint32)
+
+    def ended(self, tokens):
+        self.left -= len(tokens)
+        return self.left <= 0
+
+
+def test_a_guided_answer_that_is_cut_is_not_told_to_be_whole(run, scheduler):
+    prompts = prompts_of(run, (30, 40, 20), np.random.default_rng(16))
+    asked = [Asked(prompt, guide=Whole(count)) for prompt, count in zip(prompts, (5, 20, 21), strict=True)]
+    answered(scheduler, *asked)  # 20 tokens at most
+    assert [one.finish for one in asked] == ['stop', 'stop', 'length']
+    assert [len(one.tokens) for one in asked] == [5, 20, 20]
 
 
 class Failing:

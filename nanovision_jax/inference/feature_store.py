@@ -56,7 +56,11 @@ class FeatureStore:
                 self._free.append(self._places.pop(unused))
             place = self._free.pop()
             at = np.array([place * self.patches], np.int32)
-            self.rows = on_device.see(definition, params, self.rows, np.asarray(image)[None], at)
+            try:
+                self.rows = on_device.see(definition, params, self.rows, np.asarray(image)[None], at)
+            except Exception:
+                self._free.append(place)
+                raise
             self._places[known] = place
             return True
         return False

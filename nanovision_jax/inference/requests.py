@@ -39,15 +39,15 @@ class Request:
     echo: bool = False
     deadline: float = float('inf')
     guide: object = None
-    cancelled: bool = False
+    cancelled: str = ''  # what its `finish` is to be
     asked: float = dataclasses.field(default_factory=time.monotonic)
     heard: int = 0
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of its images
     keys: np.ndarray | None = None  # what tells the tokens of its prompt apart
 
-    def cancel(self):
+    def cancel(self, why: str = 'cancelled'):
         """Ends it within a turn."""
-        self.cancelled = True
+        self.cancelled = why
 
 
 class Full(Exception):

@@ -54,11 +54,12 @@ class Scheduler:
     """Answers requests with a run's model. Nothing is compiled after warm_up().
 
     slots: requests that are answered at once; images: those whose features are kept; waiting: requests that may wait;
-    context: tokens of a slot, prompt and answer, if fewer than the model's positions.
+    context: tokens of a slot, prompt and answer, if fewer than the model's positions; held: bytes of the device that
+    other schedulers take.
     Raises UserError where the memory of the device does not hold all that.
     """
 
-    def __init__(self, run, slots: int = 16, images: int = 64, waiting: int = 256, context: int = 0):
+    def __init__(self, run, slots: int = 16, images: int = 64, waiting: int = 256, context: int = 0, held: int = 0):
         self.config, engine = run.config, Engine(run.config, run.graphdef, run.params, run.tokenizer.stops)
         self.definition, self.stops = engine.definition, np.array(engine.stops, np.int32)
         self.params, self.image = readable(run.config, engine.params), run.tokenizer.image
@@ -69,7 +70,8 @@ class Scheduler:
         self.waiting, self.room = collections.deque(), waiting
         self._wake, self._stopping = threading.Condition(), False
         self.count, self._kept = slots, images if self.sees else 0
-        self._check_memory()
+        self.bytes = self._counted()
+        self._check_memory(held)
         self._slots = [_Slot(np.int32(number)) for number in range(slots)]
         self._begin()
         self._pace = SECONDS / CHUNK  # seconds a token
@@ -86,19 +88,22 @@ class Scheduler:
         place = NamedSharding(mesh, PartitionSpec()) if mesh else jax.tree.leaves(self.params)[0].sharding
         self.store = FeatureStore(self._kept, self.patches, self.config.model.width, dtype, place)
 
-    def _check_memory(self):
+    def _counted(self):
+        """Bytes of a device that it takes."""
         sampler, split = make_sampler([Sampling()] * self.count), self.definition.mesh
         planned = jax.eval_shape(on_device.empty, self.definition, self.params, sampler, self.columns)
         store = self._kept * self.patches * self.config.model.width * 4
-        device = hosts.first_device()
         shares = split.shape['tensor'] if split else 1
         # Saying tokens takes the columns that are read a second time.
-        needed = _size(self.params) / shares + 2 * _size(planned.cache) / shares + 2 * _size(planned.logits) + store
-        if (there := hardware.memory(device)) and needed > there:
+        return (_size(self.params) + 2 * _size(planned.cache)) // shares + 2 * _size(planned.logits) + store
+
+    def _check_memory(self, held):
+        if (there := hardware.memory(hosts.first_device())) and held + self.bytes > there:
+            others = f', beside {held / 2**30:,.1f} GiB of other runs,' if held else ''
             raise UserError(
                 f'{self.count} slots of {self.context:,} tokens, {self._kept} images and the model take '
-                f'{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB: lower --slots, --context or '
-                '--images.'
+                f'{self.bytes / 2**30:,.1f} GiB{others} and there are {there / 2**30:,.1f} GiB: lower --slots, '
+                '--context or --images.'
             )
 
     # From other threads -----------------------------------------------------------------------------------------------
@@ -173,11 +178,11 @@ class Scheduler:
             for request in gone:
                 self.waiting.remove(request)
         for request in gone:
-            self._tell(request, Heard([], finish='cancelled' if request.cancelled else 'deadline'))
+            self._tell(request, Heard([], finish=request.cancelled or 'deadline'))
         for slot in self._slots:
             if (request := slot.request) and (request.cancelled or request.deadline < now):
                 self._silence(slot)
-                self._finish(slot, 'cancelled' if request.cancelled else 'deadline')
+                self._finish(slot, request.cancelled or 'deadline')
 
     def _silence(self, slot):
         self.state = on_device.silence(self.definition.mesh, self.state, slot.number)
@@ -212,7 +217,16 @@ class Scheduler:
             if slot.request:
                 self._finish(slot, f'error: {error}')
             slot.keys, slot.read = np.zeros(0, np.int64), 0
-        self._begin()
+        self.state = self.store = None  # whose memory the new ones take
+        try:
+            self._begin()
+        except Exception as again:
+            log.error('it cannot begin anew, and answers no more', exc_info=again)
+            with self._wake:
+                self._stopping, lost = True, list(self.waiting)
+                self.waiting.clear()
+            for request in lost:
+                self._tell(request, Heard([], finish=f'error: {again}'))
 
     def _admit(self):
         """Gives slots to requests that wait."""
@@ -352,9 +366,16 @@ class Scheduler:
                 self._heard(slot, said, int(left[slot.number]))
 
     def _columns(self, speaking, turns):
-        """How many columns of the cache are to be read: the next of a few numbers, for each of which it is compiled."""
+        """How many columns of the cache are to be read: the next of _widths()."""
         needed = max(len(slot.keys) for slot in speaking) + turns
         return min(self.columns, bucket(needed, self.piece))
+
+    def _widths(self):
+        """The numbers of columns for which saying tokens is compiled: all of them, and halves down to a piece."""
+        widths = [self.piece]
+        while widths[-1] < self.columns:
+            widths.append(min(2 * widths[-1], self.columns))
+        return widths
 
     def _heard(self, slot, said, left):
         number, request = slot.number, slot.request
@@ -365,9 +386,8 @@ class Scheduler:
         if request.scored:
             scores = _scores(said.probabilities[number], said.alternatives[number], said.theirs[number], count)
         stopped = bool(tokens) and tokens[-1] in self.stops
-        if request.guide and not stopped:
-            left = 0 if request.guide.ended(tokens) else left
-            stopped = not left
+        if request.guide and not stopped and request.guide.ended(tokens):
+            left, stopped = 0, True
         if left:
             self._tell(request, Heard(tokens, scores))
             return
@@ -390,7 +410,7 @@ class Scheduler:
                 )
             length *= 2
         every = np.full((len(self._slots), self.words), ALL)
-        for columns in sorted({min(self.columns, self.piece << doubled) for doubled in range(3)}):
+        for columns in self._widths():
             yield f'saying tokens behind up to {columns}'
             for kind in range(4):
                 _, self.state = on_device.say(

@@ -70,7 +70,7 @@ class Job:
             self.finish = heard.finish if heard.finish != 'deadline' else 'length'
             if self.text.stopped is not None:
                 self.finish = 'stop'
-                self.request.cancel()
+                self.request.cancel('stop')
                 scores = scores and scores[: len(scores) - len(heard.tokens) + count]
             self.tokens += tokens
             self.scores += scores or []
