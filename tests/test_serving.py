@@ -190,6 +190,8 @@ def test_completions_echo_with_probabilities_as_harnesses_read_them(client, runs
         assert all(p <= 0 for p in logprobs.token_logprobs[1:])
         assert ''.join(logprobs.tokens[:-1]) == tokenizer.decode(prompt, special=True)
         assert choice.text.startswith(tokenizer.decode(prompt))
+        for text, at in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+            assert text in tokenizer.controls or choice.text[at : at + len(text)] == text
         logits = np.asarray(runs['text'].logits([prompt])[0], np.float64)
         logs = (
             logits
@@ -218,6 +220,10 @@ def test_completions_echo_with_probabilities_as_harnesses_read_them(client, runs
 def test_tokens_there_and_back(address, tokenizer):
     with httpx.Client(base_url=address, headers={'authorization': f'Bearer {KEY}'}) as web:
         told = web.post('/tokenize', json={'model': 'text', 'prompt': 'the cat'}).json()
+        for leading in (True, False):
+            broken = {'model': 'text', 'prompt': 'a\ud800', 'add_special_tokens': leading}
+            said = web.post('/tokenize', content=json.dumps(broken))
+            assert said.status_code == 400 and 'not Unicode' in said.json()['error']['message']
         assert told['tokens'] == text_prompt(tokenizer, 'the cat').ids.tolist() and told['count'] == len(told['tokens'])
         back = web.post('/detokenize', json={'model': 'text', 'tokens': told['tokens']}).json()
         assert back['prompt'] == '<|endoftext|>the cat'

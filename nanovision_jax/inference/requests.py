@@ -46,8 +46,8 @@ class Request:
     keys: np.ndarray | None = None  # what tells the tokens of its prompt apart
 
     def cancel(self, why: str = 'cancelled'):
-        """Ends it within a turn."""
-        self.cancelled = why
+        """Ends it within a turn; the first reason counts."""
+        self.cancelled = self.cancelled or why
 
 
 class Full(Exception):

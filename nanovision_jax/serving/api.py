@@ -122,7 +122,7 @@ def build_app(served: list[Served], settings: Settings) -> fastapi.FastAPI:
             ids = (await asyncio.to_thread(protocol.chat, fields, one, limits)).ids.tolist()
         else:
             text, leading = fields.take('prompt', str, ''), fields.take('add_special_tokens', bool, True)
-            ids = protocol.tokens(text, leading, one.tokenizer)
+            ids = await asyncio.to_thread(protocol.tokens, text, leading, one.tokenizer)
         return {'tokens': ids, 'count': len(ids), 'max_model_len': one.scheduler.context}
 
     @app.post('/detokenize')

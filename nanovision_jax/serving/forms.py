@@ -1,6 +1,7 @@
 """What answers look like: the objects of OpenAI's chats and completions, whole and in a stream's chunks."""
 
 import collections
+import itertools
 import secrets
 import time
 
@@ -92,16 +93,18 @@ class Completion(Form):
     def chunk(self, number, text, tokens, scores, finish):
         """A piece of a stream."""
         logprobs = self._logprobs(tokens, scores, self.characters[number]) if scores else None
-        self.characters[number] += sum(len(self.one.token(token)) for token in tokens) if scores else 0
+        self.characters[number] += sum(map(self._length, tokens)) if scores else 0
         return self.frame() | {
             'choices': [{'index': number, 'text': text, 'finish_reason': finish, 'logprobs': logprobs}]
         }
 
+    def _length(self, token):
+        """How many characters of the text are a token's: none of a special one's."""
+        return 0 if token in self.one.tokenizer.special else len(self.one.token(token))
+
     def _logprobs(self, tokens, scores, at=0):
-        texts, offsets = [self.one.token(token) for token in tokens], []
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
+        texts = [self.one.token(token) for token in tokens]
+        offsets = list(itertools.accumulate(map(self._length, tokens), initial=at))[:-1]
         tops = []
         for text, (p, others) in zip(texts, scores, strict=True):
             top = {}

@@ -245,9 +245,14 @@ def tokens(text: str, leading: bool, tokenizer) -> list[int]:
     """The ids of a text: of a document, with what leads it, or of a piece as it stands.
 
     A piece that is a control token and no more is that token: harnesses ask in this way which one leads documents.
+    Raises Refusal for what is no text.
     """
+    try:
+        document = text_prompt(tokenizer, text)
+    except UserError as error:
+        raise Refusal(400, str(error), 'prompt') from None
     if leading:
-        return [tokenizer.end_of_text, *tokenizer.encode(text)]
+        return document.ids.tolist()
     if text in tokenizer.controls:
         return [tokenizer.special[tokenizer.controls.index(text)]]
     return list(tokenizer.encode(text, trim=False))
