@@ -507,9 +507,10 @@ def test_what_is_not_the_whole_split_says_so_in_its_name(given, part, told):
     assert base.part_of(**given) == part and base.told_part(part) == told
 
 
-def results(run, scores, part='validation', task='vqa'):
+def results(run, scores, part='validation', task='vqa', question='What is it?'):
     """A run's evaluation with these {id: score}, two questions an image."""
     rows = [{'id': name, 'image': f'{int(name) // 2}.png', 'correct': score} for name, score in scores.items()]
+    rows = [{'question': question} | row for row in rows]
     rows.append({'id': 'lost', 'image': None, 'left_out': 'missing image'})
     mean = float(np.mean(list(scores.values())))
     base.write_result(base.Accuracy(task, len(scores), mean, [mean, mean], {}, {}), rows, run / 'eval', part)
@@ -531,6 +532,15 @@ def test_runs_are_compared_on_what_all_were_asked(tmp_path, capsys):
     low, high = map(float, re.search(r'95%: \+(.*) to \+(.*)\)', lines[1]).groups())
     assert 0 < low < gained < high < 2 * gained  # unpaired, it would be 8 points wide
     assert '+0.0 points (95%: +0.0 to +0.0), which may be chance' in lines[2]
+
+
+def test_questions_that_share_a_number_alone_are_no_pair(tmp_path, capsys):
+    results(tmp_path / 'a', {'1': 1.0, '2': 0.0})
+    results(tmp_path / 'b', {'1': 0.0, '2': 0.0}, question='What is it not?')
+    evaluate.main(['--compare', f'{tmp_path}/a', f'{tmp_path}/b'])
+    assert capsys.readouterr().out.splitlines() == [
+        'vqa, validation split: accuracy on 0 questions that all were asked, of up to 2'
+    ]
 
 
 def test_what_is_no_share_is_compared_as_it_is(tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_lm_eval_finds_the_same_likelihoods(lm_eval, address, run_dir, tokenizer
         tasks='choices', include_path=ROOT / 'tests/harnesses', batch_size=8,
     )  # fmt: skip
     found = evaluate(run_dir, 'choices', data=tmp_path / 'data', output=tmp_path / 'ours')
-    rows = [json.loads(line) for line in (tmp_path / 'ours/choices.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / 'ours/choices-of-data.jsonl').read_text().splitlines()]
     assert len(rows) == len(samples) == found.n == 40
     theirs, ours = [], []
     for row, sample in zip(rows, samples, strict=True):
@@ -174,7 +174,7 @@ def test_lm_eval_finds_the_same_answers(lm_eval, address, run_dir, tmp_path):
         tasks='answers', include_path=ROOT / 'tests/harnesses',
     )  # fmt: skip
     found = evaluate(run_dir, 'answers', data=tmp_path / 'data', output=tmp_path / 'ours')
-    rows = [json.loads(line) for line in (tmp_path / 'ours/answers.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / 'ours/answers-of-data.jsonl').read_text().splitlines()]
     assert [row['generate']['answer'] for row in rows] == [sample['resps'][0][0] for sample in samples]
     assert told['exact_match,none'] == found.metrics['exact match'] == 0.5
     print('lm-eval', told['exact_match,none'], 'evaluate', found.metrics['exact match'])
@@ -191,7 +191,7 @@ def test_lmms_eval_finds_the_same_answers_about_images(lmms_eval, address, run_d
         tasks='mine', include_path=tmp_path / 'tasks',
     )  # fmt: skip
     found = evaluate(run_dir, 'answers', data=tmp_path / 'data', output=tmp_path / 'ours')
-    rows = [json.loads(line) for line in (tmp_path / 'ours/answers.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / 'ours/answers-of-data.jsonl').read_text().splitlines()]
     assert 'LMMS_EVAL_REQUEST_FAILED' not in json.dumps(samples)
     assert [row['generate']['answer'] for row in rows] == [sample['filtered_resps'] for sample in samples]
     assert told['exact_match,none'] == found.metrics['exact match'] == 0.5

@@ -116,6 +116,27 @@ def test_a_store_that_fails_is_tried_again_and_no_failure_of_the_run(family, tmp
     assert 'memory://other/x/sft is behind' in capsys.readouterr().err
 
 
+def test_a_manifest_is_the_last_that_comes_both_ways(family, tmp_path, monkeypatch):
+    """A machine that is lost amid a copy leaves no checkpoint that cannot be gone on from."""
+    folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)
+    memory, seen = type(fsspec.filesystem('memory')), {'put_file': [], 'get_file': []}
+    for name, found in seen.items():
+        done = getattr(memory, name)
+
+        def noted(self, source, target, done=done, found=found, **options):
+            found.append(str(target if found is seen['put_file'] else source))
+            done(self, source, target, **options)
+
+        monkeypatch.setattr(memory, name, noted)
+    train.train(config(folder, 'memory://m', steps=2))
+    other = shutil.copytree(family, tmp_path / 'other' / 'x', symlinks=True)
+    mirror.fetch(config(other, 'memory://m', steps=2))
+    for found in seen.values():
+        first = next(i for i, name in enumerate(found) if name.endswith('/manifest.json'))
+        before = {name.rpartition('/')[2] for name in found[:first]}
+        assert {'config.json', 'lineage.json', 'metrics.jsonl', 'tokenizer.json'} <= before
+
+
 def test_a_mirror_keeps_a_whole_checkpoint_until_it_has_a_newer_one(family, tmp_path, monkeypatch):
     """Also where a checkpoint is removed here while it is copied; and parts of copies that were cut off go."""
     folder = shutil.copytree(family, tmp_path / 'x', symlinks=True)

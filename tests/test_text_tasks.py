@@ -344,10 +344,11 @@ def test_a_text_beyond_the_context_loses_its_beginning_and_is_counted(opened, tm
     lines(tmp_path / 'mine/mine.jsonl', rows)
     found = evaluating.evaluate(opened.config.run_dir, 'choices', data=tmp_path / 'mine', output=tmp_path / 'out')
     assert (found.asked, found.n, found.left_out) == (3, 2, {asking.TOO_LONG: 1}) and found.other == {asking.CUT: 1}
-    assert 'the cat' in (tmp_path / 'out/choices.jsonl').read_text() and not list(tmp_path.glob('out/*.answers'))
+    assert 'the cat' in (tmp_path / 'out/choices-of-mine.jsonl').read_text()
+    assert not list(tmp_path.glob('out/*.answers'))
     ids = opened.tokenizer.encode('the cat ' * 60 + 'eats a red house')[-61:]
     option = len(opened.tokenizer.encode(' eats a red house', trim=False))
-    row = json.loads((tmp_path / 'out/choices.jsonl').read_text().splitlines()[0])
+    row = json.loads((tmp_path / 'out/choices-of-mine.jsonl').read_text().splitlines()[0])
     assert row['likelihood']['answer']['sums'][1] == pytest.approx(logs(opened, ids)[0][-option:].sum(), abs=1e-4)
 
 
@@ -380,9 +381,10 @@ def test_a_chat_is_not_asked_of_a_run_that_has_not_learned_to_answer(opened, tmp
         evaluating.evaluate(opened.config.run_dir, 'choices', data=tmp_path, output=tmp_path / 'out')
 
 
-def test_scores_of_options_without_tokens_are_no_numbers_apart():
+def test_an_option_without_tokens_is_never_the_likeliest():
     found = scoring.choice(
         Question('1', 'a', 1, options=('', 'b')),
         Likelihoods(np.array([0.0, -2.0]), np.array([0, 1]), np.array([0, 1]), np.array([True, False])),
     )
-    assert found['accuracy (sum)'] == 0
+    assert found.keys() == {f'accuracy ({name})' for name in ('sum', 'per token', 'per character')}
+    assert set(found.values()) == {1.0}

@@ -54,7 +54,9 @@ class Asker:
         self.run, self.pictures, self.kept = run, pictures, kept
         self.config, self.vision = run.config, run.config.model.vision
         self.notes = collections.Counter()
-        self.checkpoint = [runfolder.beside(run.config.run_dir), run.step]
+        manifest = runfolder.Paths(run.config.run_dir).manifest(run.step)  # which a run in training need not have
+        weights = runfolder.file_digest(manifest) if manifest.is_file() else ''
+        self.checkpoint = [runfolder.beside(run.config.run_dir), run.step, weights]
         self.image = functools.lru_cache(2 * BATCH['words'])(self._image)
 
     def askable(self, task, questions) -> tuple[list, dict[str, int]]:

@@ -92,8 +92,10 @@ def paired(runs: list[str], tasks: list[str] | None = None) -> Iterator[Paired]:
 
 
 def _scores(run, task, part, headline):
-    """{id: (score, image)} of the questions that a run was asked."""
+    """{(id, question, image): (score, image)} of what a run was asked: an id may be but a number in a file."""
     rows = read_lines(result_file(Paths(run).results, task, part).with_suffix('.jsonl'))
     if RESULTS[task] is Scores:
-        return {row['id']: (row['scores'][headline], row['image'] or row['id']) for row in rows}
-    return {row['id']: (row['correct'], row['image']) for row in rows if 'correct' in row}
+        scores = [(row, row['scores'][headline], row['image'] or row['id']) for row in rows]
+    else:
+        scores = [(row, row['correct'], row['image']) for row in rows if 'correct' in row]
+    return {(row['id'], row.get('question'), row['image']): (score, image) for row, score, image in scores}

@@ -42,12 +42,14 @@ def read(folder, _):
         random.Random(1337).shuffle(rows)  # examples are drawn by the place in this order
         for number, row in enumerate(rows):
             others = [other for other in range(len(rows)) if other != number]
-            drawn = random.Random(1234 + number).sample(others, shots) if shots else []
             try:
+                drawn = random.Random(1234 + number).sample(others, shots) if shots else []
                 before = ''.join(f'{_with_answer(rows[other], kind, between)}\n\n' for other in drawn)
                 found.append(_question(f'{name}-{number}', row, kind, name, given | {'before': before}))
-            except (KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(f'{file}: no question of the kind {kind}: {row!r:.80}.') from error
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f'{file}: no question of the kind {kind}, with {shots} others as examples: {row!r:.80}.'
+                ) from error
     return found
 
 

@@ -14,7 +14,7 @@ import functools
 import numpy as np
 
 from nanovision_jax.evals.benchmark import Benchmark, Question, Request, Way
-from nanovision_jax.evals.published import SUFFIXES, find, image_of, made, read_rows
+from nanovision_jax.evals.published import SUFFIXES, find, image_of, made, read_rows, read_text
 from nanovision_jax.evals.scoring import SHORT
 
 PERCEPTION = ['existence', 'count', 'position', 'color', 'posters', 'celebrity', 'scene', 'landmark', 'artwork', 'OCR']
@@ -28,7 +28,7 @@ def read(folder, _):
     found, images = [], {}
     for file in sorted(files) or find(folder, 'test*.parquet', '*mme*.parquet'):
         if file.suffix == '.txt':
-            lines = [line for line in file.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+            lines = [line for line in read_text(file).splitlines() if line.strip()]
             make, told = functools.partial(_of_line, folder, file), 'a line of MME is question, tab, answer'
         else:
             lines, make = read_rows(file), functools.partial(_of_table, folder, file, images)

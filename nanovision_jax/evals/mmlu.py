@@ -12,7 +12,7 @@ import io
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import scoring
 from nanovision_jax.evals.benchmark import Benchmark, Question, Request, Way
-from nanovision_jax.evals.published import find, read_rows
+from nanovision_jax.evals.published import find, read_rows, read_text
 
 LETTERS = ('A', 'B', 'C', 'D')
 SHOTS = 5
@@ -58,7 +58,7 @@ def _of_subjects(folder, part):
 
 def _read_csv(file, part):
     """The rows of an author's file, which has no header, as the Hub has them."""
-    for row in csv.reader(io.StringIO(file.read_text(encoding='utf-8-sig'), newline='')):
+    for row in csv.reader(io.StringIO(read_text(file), newline='')):
         if row:
             subject, answer = file.name.removesuffix(f'_{part}.csv'), row[-1].strip()
             answer = LETTERS.index(answer) if answer in LETTERS else None

@@ -7,7 +7,7 @@ asks it.
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import scoring
 from nanovision_jax.evals.benchmark import Benchmark, Question, Request, Way
-from nanovision_jax.evals.published import find, read_rows
+from nanovision_jax.evals.published import find, read_rows, read_text
 
 
 def read(folder, _):
@@ -16,7 +16,7 @@ def read(folder, _):
     for file in find(folder, 'valid.jsonl', 'validation*.parquet', '*valid*.jsonl'):
         rows, labels = read_rows(file), file.with_name(f'{file.stem}-labels.lst')
         if labels.is_file():
-            wanted = labels.read_text().split()
+            wanted = read_text(labels).split()
             if len(wanted) != len(rows):
                 raise UserError(f'{labels} has {len(wanted):,} labels for {len(rows):,} questions.')
             rows = [row | {'label': label} for row, label in zip(rows, wanted, strict=True)]

@@ -12,6 +12,7 @@ from nanovision_jax.inference.run import load
 from nanovision_jax.runs.folder import Paths
 
 TASKS = {'bpb': bpb, 'vqa': vqa}  # of the data that runs learn from
+OWN = ('choices', 'answers')  # of whatever files --data has
 MODULES = {  # where it is not <name>.TASK
     'arc_easy': 'arc.EASY',
     'arc_challenge': 'arc.CHALLENGE',
@@ -37,7 +38,7 @@ def evaluate(
     elif task not in base.BENCHMARKS:
         stores.fetch(run.config)
     result, rows = asked(run, task, data, folder, limit, split=split, **options)
-    of = None if task in base.BENCHMARKS else data
+    of = data if task in (*TASKS, *OWN) else None  # else the task says what was asked
     base.write_result(result, rows, folder, base.part_of(split, of, limit, options.get('shots')))
     (folder / f'{task}.answers').unlink(missing_ok=True)
     return result

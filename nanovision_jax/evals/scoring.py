@@ -16,16 +16,16 @@ def plain(text: str) -> str:
 
 
 def choice(question: Question, likely: Likelihoods) -> dict[str, float]:
-    """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm."""
-    with np.errstate(divide='ignore', invalid='ignore'):  # an option without characters is never the likeliest
-        per_character = likely.sums / likely.characters
-    found = {
-        'sum': likely.sums,
-        'per token': likely.sums / np.maximum(1, likely.tokens),
-        'per character': per_character,
-    }
+    """Whether the likeliest option is the one wanted: by sums, a token, a character, as lm-eval's acc and acc_norm.
+
+    An option without tokens says nothing, and is never the likeliest.
+    """
+    sums = np.where(likely.tokens == 0, -np.inf, likely.sums)
+    with np.errstate(divide='ignore'):
+        per_character = sums / likely.characters
+    found = {'sum': sums, 'per token': sums / np.maximum(1, likely.tokens), 'per character': per_character}
     if likely.unconditional is not None:
-        found['against the option alone'] = likely.sums - likely.unconditional
+        found['against the option alone'] = sums - likely.unconditional
     return {f'accuracy ({name})': float(np.argmax(values) == question.answer) for name, values in found.items()}
 
 

@@ -1,6 +1,6 @@
 """A copy of a family's runs in an object store, for machines that come and go: checkpoint.mirror=gs://… or s3://….
 
-    <mirror>/<name>/<stage>/    what the run folder holds, the manifest of a checkpoint last
+    <mirror>/<name>/<stage>/    what the run folder holds, the manifest of a checkpoint last of all
 
 A run is written locally; whole checkpoints and the small files beside them are copied in the background. Who starts
 elsewhere gets what is missing there. Any store that fsspec knows will do. No jax is imported here.
@@ -88,8 +88,13 @@ class Mirror:
                 self._new.set()
 
     def _copy(self):
-        """Copies the newest checkpoint and the small files, and then removes checkpoints that are gone here."""
+        """Copies the small files and the newest checkpoint, and then removes checkpoints that are gone here.
+
+        In this order: a checkpoint counts by its manifest, and without config.json and lineage.json it is of no use.
+        """
         here = whole_steps(self.run)
+        for file in _small(self.run):
+            self._put(file, str(file.relative_to(self.run)))
         try:
             for step in here[:1]:
                 self._copy_checkpoint(step)
@@ -98,8 +103,6 @@ class Mirror:
                 raise  # of the store's, which has no such bucket
             self._new.set()  # it was removed while it was copied: there is a newer one
             return
-        for file in _small(self.run):
-            self._put(file, str(file.relative_to(self.run)))
         if here:
             self._remove_all_but(here)
 
@@ -176,7 +179,7 @@ def _fetch(files, place, run, own, anew):
     wanted = sorted((name for name in wanted if own or '/optimizer/' not in name), key=_is_manifest)
     small = [name for name in files.find(place) if '/checkpoints/' not in name] if here[:1] != steps[:1] else []
     told = False
-    for name in [*wanted, *small]:
+    for name in [*small, *wanted]:  # the manifest last, as it was copied
         target = run / name[name.index(place) + len(place) :].lstrip('/')
         there = '/checkpoints/' in name and target.is_file()
         if there and (steps[0] in here or target.stat().st_size == files.size(name)):  # what is whole stays as it is

@@ -40,10 +40,15 @@ def command(module: str, *options: str):
 
 
 def borrow(family: pathlib.Path, parents: pathlib.Path, stages):
-    """Links what is not trained into a family: the stages of another one, its data and its tokenizer."""
+    """Links what is not trained into a family: the stages of another one, its data and its tokenizer.
+
+    Raises UserError where the family has them of somewhere else.
+    """
     family.mkdir(parents=True, exist_ok=True)
     for name in (*[stage for stage in STAGES if stage not in stages], 'data', 'tokenizer'):
         source, link = (parents / name).resolve(), family / name
+        if (link.exists() or link.is_symlink()) and link.resolve() != source:
+            raise UserError(f'{link} is not of {parents}: choose another --name, or remove {family}.')
         if source.exists() and not link.exists():
             link.symlink_to(source, target_is_directory=True)
 
