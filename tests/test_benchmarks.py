@@ -288,6 +288,8 @@ def test_each_seed_may_have_parents_of_its_own(seeds, tmp_path):
     seeds[0](['--seeds=2', '--name=new', '--stages=vision_instruct', parents])
     for seed in (0, 1):
         assert (tmp_path / f'runs/new-seed{seed}/clip').resolve() == tmp_path / f'family-seed{seed}/clip'
+    with pytest.raises(UserError, match=r'new-seed0/clip is not of .*family-seed1: choose another --name'):
+        seeds[0](['--seeds=1', '--name=new', '--stages=vision_instruct', f'--parents={tmp_path}/family-seed1'])
 
 
 @pytest.mark.parametrize(

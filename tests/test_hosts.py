@@ -238,6 +238,26 @@ def _knock(port, said):
     return False
 
 
+@pytest.mark.parametrize('way_out', ['10.0.0.7', None])
+def test_a_machine_whose_name_means_itself_is_reached_by_its_way_out(way_out, monkeypatch):
+    class Out(contextlib.nullcontext):
+        def connect(self, address):
+            if way_out is None:
+                raise OSError('no network')
+
+        def getsockname(self):
+            return way_out, 1
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(hosts.socket, 'gethostbyname', lambda _: '127.0.1.1')
+    monkeypatch.setattr(hosts.socket, 'socket', lambda *_: Out())
+    assert hosts.own_address() == (way_out or '127.0.1.1')
+    monkeypatch.setattr(hosts.socket, 'gethostbyname', lambda _: '10.1.1.1')
+    assert hosts.own_address() == '10.1.1.1'
+
+
 def test_find_takes_flags_then_the_environment():
     slurm = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '3', 'SLURM_STEP_NODELIST': 'gpu[007-009,012],x'}
     slurm |= {'SLURM_JOB_ID': '5001', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)', 'SLURM_LOCALID': '0'}

@@ -179,7 +179,9 @@ def test_chosen_questions_are_spread_and_in_proportion(family):
 def test_chat_is_shown_with_its_pictures(family):
     (family / 'mine.png').write_bytes(png(16, 7))
     turns = [{'image': 'mine.png', 'question': f'Why {i}?', 'answer': 'So.'} for i in range(2)]
-    write_lines(family / 'chat.jsonl', [*turns, {'image': 'gone.png', 'question': 'Where?', 'answer': HOSTILE}])
+    write_lines(
+        family / 'chat.jsonl', [*turns, {'image': 'gone.png', 'question': 'Where?', 'answer': HOSTILE}, {'image': 'x'}]
+    )
     html, markdown = pages(family)
     shown = html.split('never seen</h2>')[1].split('<h2>')[0]
     assert (shown.count('<figure>'), shown.count('<img')) == (2, 1)

@@ -17,9 +17,11 @@ from PIL import Image
 import nanovision_jax
 from nanovision_jax import evaluate
 from nanovision_jax.data import conversation, images
+from nanovision_jax.data.conversation import BadExample
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base, letters, mme, mmstar
 from nanovision_jax.evals import run as evaluating
+from nanovision_jax.evals.published import Pictures
 
 COLOURS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'black': (0, 0, 0)}
 NAMES = list(COLOURS)
@@ -458,6 +460,7 @@ def test_what_was_answered_is_not_asked_again(task, model_run, tmp_path):
     ('task', 'file', 'content', 'message'),
     [
         ('mme', 'color/1.txt', 'Is it red?\tMaybe\n', r'1\.txt: a line of MME is question, tab, answer: .*Maybe'),
+        ('mme', 'color/1.txt', 'Ist er grün?\tYes\n'.encode('latin-1'), r'1\.txt cannot be read: '),
         ('mme', 'other/1.txt', 'Is it red?\tYes\n', r'has no test\*\.parquet or'),
         ('gqa', 'testdev_balanced_questions.json', {'1': {'question': 'x'}}, 'a question of GQA has imageId'),
         ('gqa', 'testdev_balanced_questions.json', [], r'testdev_balanced_questions\.json holds no JSON object'),
@@ -473,6 +476,24 @@ def test_a_file_that_is_not_as_published_is_one_sentence(task, file, content, me
     model_run()
     with pytest.raises(UserError, match=message):
         evaluating.evaluate(tmp_path / 'run', task, data=tmp_path / 'data')
+
+
+def test_images_of_a_table_are_read_once_and_in_any_order(tmp_path):
+    """Of a table, which may be of half a gigabyte, one row group is in memory."""
+    encoded = {name: [f'{name} {row}'.encode() for row in range(10)] for name in ('image', 'other')}
+    rows = pa.table({name: [{'bytes': one, 'path': None} for one in column] for name, column in encoded.items()})
+    pq.write_table(rows, tmp_path / 'a#1.parquet', row_group_size=4)
+    (tmp_path / 'b#2.png').write_bytes(b'png')
+    pictures = Pictures(tmp_path)
+    for row in (0, 9, 3, 4, 0, 9):
+        assert pictures.read(f'a#1.parquet#{row}') == encoded['image'][row]
+        assert pictures.read(f'a#1.parquet#{row}#other') == encoded['other'][row]
+        assert len(pictures._held) <= 4
+    (tmp_path / 'a#1.parquet').write_bytes(b'no table')
+    assert pictures.read('a#1.parquet#9') == encoded['image'][9] and pictures.read('b#2.png') == b'png'
+    for name in ('a#1.parquet#1', 'a#1.parquet#1#none', 'none.parquet#1'):
+        with pytest.raises(BadExample, match='has no image in its column'):
+            pictures.read(name)
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,20 @@ def _answer_aborts():
 def _found(times):
     """The Cluster that jax finds by itself, from the metadata of a TPU pod or of Kubernetes, and joins."""
     jax.distributed.initialize(**times)
-    mine = socket.gethostbyname(socket.gethostname()).encode()
-    first = multihost_utils.broadcast_one_to_all(np.frombuffer(mine.ljust(64, b'\0'), np.uint8))
+    mine = np.frombuffer(own_address().encode().ljust(64, b'\0'), np.uint8)
+    first = multihost_utils.broadcast_one_to_all(mine)
     coordinator = f'{bytes(first).decode().rstrip(chr(0))}:{_port("0")}'
     return Cluster(coordinator, jax.process_count(), jax.process_index())
+
+
+def own_address() -> str:
+    """The address by which other machines reach this one: that of its name, unless its name means itself (Debian)."""
+    named = socket.gethostbyname(socket.gethostname())
+    if named.startswith('127.'):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.connect(('192.0.2.1', 9))  # sends nothing: it only finds the way out
+            return out.getsockname()[0]
+    return named
 
 
 class Channel:

@@ -35,8 +35,9 @@ def chapter(folder: pathlib.Path, runs: list[Run]):
         ), ''  # fmt: skip
         turns = [[(r['question'], r['answer'], r['reference'], r['correct'])] for r in chosen]
         yield 'cards', [(found.get(r['image']), r['image'], r['kind'], t) for r, t in zip(chosen, turns, strict=True)]
-    cards = []
-    for name, rows in itertools.groupby(runfolder.read_lines(folder / 'chat.jsonl'), key=lambda row: row['image']):
+    cards, told = [], ('image', 'question', 'answer')
+    chats = [row for row in runfolder.read_lines(folder / 'chat.jsonl') if all(row.get(name) for name in told)]
+    for name, rows in itertools.groupby(chats, key=lambda row: str(row['image'])):
         file = next((path for path in (folder / name, pathlib.Path(name)) if path.is_file()), None)
         turns = [(row['question'], row['answer'], '', 1) for row in rows]
         cards.append((data_uri(file.read_bytes()) if file else '', pathlib.Path(name).name, '', turns))
