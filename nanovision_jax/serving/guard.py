@@ -20,17 +20,9 @@ LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 ONCE = (b'host', b'origin', b'authorization', b'content-type', b'content-length')  # headers that one looks at
 # The routes of the page's library that the page uses; others run programs on what visitors send, or write files.
 USED = (
-    'app_id',
-    'cancel',
-    'heartbeat',
-    'info',
-    'queue',
-    'reset',
-    'startup-events',
-    'theme.css',
-    'upload',
+    'app_id', 'cancel', 'heartbeat', 'info', 'queue', 'reset', 'run', 'startup-events', 'theme.css', 'upload',
     'upload_progress',
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
