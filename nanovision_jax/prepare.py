@@ -34,6 +34,7 @@ states none; LLaVA's captions are under CC-3M's terms, for reproducing LLaVA onl
 
 from nanovision_jax.cli import Parser, run
 from nanovision_jax.data.catalog import SETS
+from nanovision_jax.errors import UserError
 
 
 def main(argv):
@@ -51,6 +52,8 @@ def main(argv):
     parser.add_argument('--beam', help='options of the Apache Beam pipeline that tokenizes')
     args = vars(parser.parse(argv))
     name, output = args.pop('name'), args['output']
+    if args['workers'] is not None and args['workers'] < 1:
+        raise UserError(f'--workers takes a number above 0, not {args["workers"]}.')
     from nanovision_jax.data import preparation  # loads what reads and writes data sets
 
     print('\n'.join(preparation.lines(preparation.prepare(name, **args))))

@@ -9,6 +9,7 @@ import itertools
 import sys
 
 from nanovision_jax import cli
+from nanovision_jax.runs import lock
 from nanovision_jax.stages import stage_of
 from nanovision_jax.training import start
 
@@ -42,12 +43,17 @@ def main(argv):
     """The command: see the module's docstring."""
     config, options = cli.parse(argv, __doc__, rows=2)
 
-    from nanovision_jax.data import pipeline  # opens data sets
+    from nanovision_jax.data import (
+        pipeline,  # opens data sets
+        stores,
+    )
     from nanovision_jax.data.batch import skipped
 
     sources = start.available(config)
-    tokenizer = pipeline.family_tokenizer(config, next((s.tokenizer for s in sources if s.tokenizer), None))
-    rows, bad = pipeline.open_rows(config, tokenizer)
+    stores.fetch(config)
+    with lock.held(config.family / '.lock', f'what the runs of {config.family} share', wait=True):  # as training does
+        tokenizer = pipeline.family_tokenizer(config, next((s.tokenizer for s in sources if s.tokenizer), None))
+        rows, bad = pipeline.open_rows(config, tokenizer)
     batch = next(pipeline.batches(rows, config.data.batch_size, timeout=config.data.timeout))
     for row, example, reason in skipped(batch):
         print(f'row {row} goes without example {example}: {reason}')

@@ -13,7 +13,7 @@ if [ ! -e "$stamp" ]; then
   done
   [ -n "$python" ] || { echo "error: Python 3.11 or newer is needed." >&2; exit 2; }
   echo "installing into $venv (a few minutes the first time)"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear "$venv"  # a half-made one has no pip
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$extras" || return 1
   touch "$stamp"
 fi

@@ -21,17 +21,17 @@ done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 
-"$python" -m nanovision_jax.plan --config="configs/pretrain.py:$size" --hardware="$hardware" --road "${fields[@]}"
+"$python" -m nanovision_jax.plan --config="configs/pretrain.py:$size" --hardware="$hardware" --road ${fields[@]+"${fields[@]}"}
 if [ -z "$yes" ]; then
   read -r -p "Spend that? [y/N] " answer || answer=''
   case "$answer" in [yY]*) ;; *) echo "nothing was spent"; exit 0;; esac
 fi
 for set in fineweb_edu magpie llava_pretrain llava_instruct; do
-  [ -d "data/$set" ] || "$python" -m nanovision_jax.prepare "$set"
+  "$python" -m nanovision_jax.prepare "$set"  # which does nothing where that is done
 done
 for stage in clip pretrain sft vision_pretrain vision_instruct; do
   echo; echo "== $stage"
-  "$python" -m nanovision_jax.train --config="configs/$stage.py:$size" --config.name="$name" "${fields[@]}"
+  "$python" -m nanovision_jax.train --config="configs/$stage.py:$size" --config.name="$name" ${fields[@]+"${fields[@]}"}
 done
 "$python" -m nanovision_jax.evaluate --run="runs/$name/pretrain" --task=bpb
 "$python" -m nanovision_jax.evaluate --run="runs/$name/vision_instruct" --task=vqa --limit=2400

@@ -117,8 +117,6 @@ def test_the_speedrun_plans_asks_and_goes_down_the_road(given, stand_in, monkeyp
     stand_in('python')
     project = tmp_path / 'project'
     shutil.copytree(ROOT / 'scripts', project / 'scripts')
-    for name in ('fineweb_edu', 'magpie'):
-        (project / 'data' / name).mkdir(parents=True)
     monkeypatch.setenv('PYTHON', str(tmp_path / 'python'))
     argv = ['bash', project / 'scripts' / 'speedrun.sh', '--hardware=h100x8', '--config.mesh.fsdp=8', *given]
     done = subprocess.run(argv, input='n\n', capture_output=True, text=True)
@@ -129,9 +127,8 @@ def test_the_speedrun_plans_asks_and_goes_down_the_road(given, stand_in, monkeyp
     if not given:
         assert not rest and 'nothing was spent' in done.stdout
         return
-    assert [call[1:] for call in rest[:2]] == [
-        ['nanovision_jax.prepare', f'llava_{of}'] for of in ('pretrain', 'instruct')
-    ]
+    sets = ('fineweb_edu', 'magpie', 'llava_pretrain', 'llava_instruct')  # of one that is prepared nothing is done
+    assert [call[1:] for call in rest[:4]] == [['nanovision_jax.prepare', name] for name in sets]
     stages = [call for call in rest if call[1] == 'nanovision_jax.train']
     assert [call[2] for call in stages] == [f'--config=configs/{stage}.py:d20' for stage in STAGES]
     assert all(call[3:] == ['--config.name=speedrun', '--config.mesh.fsdp=8'] for call in stages)

@@ -499,15 +499,18 @@ def test_the_card_tells_scores_with_intervals_and_controls(runs, tmp_path, capsy
 def test_engines_that_would_answer_wrongly_are_named():
     """By flavour and projector: who takes it, and who must not."""
 
-    def told(stage, flavour, projector='mlp'):
+    def told(stage, flavour, projector='mlp', split='gpt-2', bias=False):
         cfg = micro.config(stage)
-        cfg.model.flavour, cfg.model.projector = flavour, projector
-        return '\n'.join(engines.told(cfg))
+        cfg.model.flavour, cfg.model.projector, cfg.model.qkv_bias = flavour, projector, bias
+        return '\n'.join(engines.told(cfg, split))
 
     for stage in ('sft', 'vision_instruct'):
         assert 'llama.cpp: NO' in told(stage, 'gpt') and 'train the size l20' in told(stage, 'gpt')
         assert 'vLLM: by its source' in told(stage, 'llama') and 'NO' not in told(stage, 'llama')
         assert 'by convert --to=gguf' in told(stage, 'llama')
+    own = 'reads its tokenizer as Qwen2'
+    assert own in told('sft', 'llama', bias=True) and own not in told('sft', 'llama', split='qwen2', bias=True)
+    assert own not in told('vision_instruct', 'llama', bias=True) and own not in told('sft', 'llama')
     assert 'no linear projector' in told('vision_instruct', 'llama', 'linear')
     assert 'vLLM: no' in told('vision_instruct', 'gpt') and 'SGLang' not in told('sft', 'llama')
 

@@ -303,6 +303,7 @@ def test_new_tokens_get_rows_and_padded_rows_are_zero(tmp_path):
     ('changes', 'why'),
     [
         ({'model_type': 'gpt2'}, "'gpt2' model"),
+        ({'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'yarn'}}, "rope type 'yarn'"),
         ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope type 'yarn'"),
         ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
         ({'mlp_bias': True}, 'a bias in the feed-forward layer'),

@@ -57,6 +57,18 @@ def build(config, tokenizer, split='train'):
     return index.build_index(sources.open_source(config, split), config, tokenizer, split)
 
 
+def test_turns_with_pictures_beyond_the_slots_are_left_out_with_their_answers(made, tokenizer):
+    turns = [{'from': 'human', 'value': '<image>\nand?'}, MORE[1]]
+    rows = [*good(200), {'image': ['a.jpg'] * 3, 'conversations': [*GOOD, *turns, *turns, *MORE]}]
+    config = made(rows)
+    found = build(config, tokenizer)
+    assert not found.bad and found.shortened == 1 and found.images[-1] == 2
+    ids, learned, images = index.encode_example(sources.open_source(config, 'train')[200], config, tokenizer)
+    short = made([{'image': ['a.jpg'] * 2, 'conversations': [*GOOD, *turns]}])
+    wanted = index.encode_example(sources.open_source(short, 'train')[0], short, tokenizer)
+    assert len(images) == 2 and ids.tolist() == wanted[0].tolist() and learned.tolist() == wanted[1].tolist()
+
+
 def test_bad_rows_are_skipped_counted_and_listed(made, tokenizer):
     rows = good(500)
     places = dict(zip(BAD, (0, 7, 100, 333, 504), strict=True))

@@ -310,6 +310,11 @@ def test_published_shards_are_used_where_they_lie(tmp_path, tokenizer):
     assert all(isinstance(shard, np.memmap) for shard in train)
     assert [np.array_equal(a, tokens(tokenizer, s)) for a, s in zip(train, (1, 2), strict=True)] == [True, True]
     assert np.array_equal(validation, tokens(tokenizer, 0))
+    for where, patterns in ((raw, ['*_train_*']), (tmp_path, None)):  # some of a folder; and a folder beside it
+        (tmp_path / 'beside').mkdir(exist_ok=True)
+        np.save(tmp_path / 'beside/a.npy', tokens(tokenizer, 3))
+        with pytest.raises(UserError, match='put those to learn from, and no others, into one folder'):
+            fineweb_edu.prepare(where, tmp_path / 'other', patterns, 'gpt2', 1, '', None)
     np.save(raw / 'edufineweb_train_000001.npy', np.full(100, tokenizer.size, np.uint16))
     with pytest.raises(UserError, match='made with another tokenizer'):
         opened(tmp_path / 'data', tokenizer)

@@ -20,6 +20,7 @@ from nanovision_jax.errors import UserError
 from nanovision_jax.evals import base
 from nanovision_jax.reporting import family as report
 from nanovision_jax.reporting import pictures, runs, scores, training, tree
+from nanovision_jax.runs import config_file as runconfig
 from nanovision_jax.training import loop
 
 
@@ -425,9 +426,14 @@ def test_others_weights_are_a_root_of_their_own(tmp_path):
 
 def test_what_goes_out_names_no_place_of_this_machine(family, tmp_path):
     assert report.for_others(family / 'pretrain') is None
+    config = runconfig.read(family / 'pretrain')
+    config.data.path, config.eval.data = f"{tmp_path}/John Smith's/words.txt", '/Users/John Smith/sets'
+    config.checkpoint.mirror = 's3://BUCKET/runs'
+    runconfig.save(config)
     html = report.write(family).read_text()
-    assert str(tmp_path) in html
+    assert str(tmp_path) in html and 'words.txt' in html and 'BUCKET' in html
     shared = report.for_others(family / 'pretrain')
+    assert 'John' not in shared and 'BUCKET' not in shared and 'words.txt' in shared
     assert str(tmp_path) not in shared and 'chat.json' in shared and len(shared) > 0.9 * len(html)
     (family / 'report.html').write_text('a page of somebody’s own')
     assert report.for_others(family / 'pretrain') is None

@@ -1,5 +1,7 @@
 """Text for pretraining: files with their last 5% held out, tiny_world's texts, published token shards."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from conftest import parse
@@ -180,6 +182,12 @@ def seeds_of(shards, tokenizer):
     return [next(s for s in range(9) if (one == shard(tokenizer, seed=s)).all()) for one in shards]
 
 
+def test_a_shard_is_held_out_by_a_word_of_its_name():
+    held = ['val', 'a_val_0001', 'Validation-1', 'edu.val.3', 'x-val2']
+    for name in (*held, 'retrieval_000', 'medieval_1', 'evaluation', 'values_3', 'train'):
+        assert text.is_held_out(pathlib.Path(f'{name}.npy')) == (name in held)
+
+
 def test_val_shards_are_held_out(tmp_path, tokenizer):
     save(tmp_path, tokenizer, 'a_train_000001.npy', 'b_val_000000.npy', 'c_train_000002.npy')
     config = shards_config(tmp_path)
@@ -197,7 +205,7 @@ def test_without_val_shards_the_last_is_held_out(tmp_path, tokenizer):
 
 def test_one_shard_is_not_enough(tmp_path, tokenizer):
     save(tmp_path, tokenizer, 'a.npy')
-    with pytest.raises(UserError, match='only one shard'):
+    with pytest.raises(UserError, match='nothing but held-out shards'):
         text.token_shards(shards_config(tmp_path), tokenizer, 'train')
     with pytest.raises(UserError, match='no token shards at'):
         text.token_shards(shards_config(tmp_path / 'none'), tokenizer, 'train')

@@ -237,6 +237,21 @@ def test_an_imported_tokenizer_keeps_its_ids(gpt2_folder, tokenizer, texts, tmp_
         assert mine.byte_lengths[list(mine.encode(text))].sum() == len(escape(text).strip().encode())
 
 
+@pytest.mark.parametrize('kind', ['GPT2Tokenizer', 'Qwen2Tokenizer', 'PreTrainedTokenizerFast'])
+def test_text_is_split_as_a_tokenizer_json_says_whatever_its_class_does(kind, tokenizer_folder, tmp_path):
+    """As SmolLM2's is published: digits one by one, and the class of GPT-2, which transformers 5 splits by."""
+    theirs = foreign.make('smollm2', tmp_path / 'theirs', tokenizer_folder)
+    settings = json.loads((theirs / 'tokenizer_config.json').read_text())
+    beside = {str(10_000 + i): {'content': f'<beside {i}>', 'special': True} for i in range(2)}
+    settings |= {'tokenizer_class': kind, 'added_tokens_decoder': beside}
+    (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
+    (theirs / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
+    import_tokenizer(str(theirs), tmp_path / 'mine')
+    mine, raw = Tokenizer(tmp_path / 'mine'), tokenizers.Tokenizer.from_file(str(theirs / 'tokenizer.json'))
+    for text in ('Steps:\n\n1. a\n\n22. b', 'cat  12\t 345', "DON'T\n\n 7 (a)", 'e\u0301a'):
+        assert list(mine.encode(text)) == raw.encode(text, add_special_tokens=False).ids
+
+
 def test_the_template_of_an_imported_tokenizer_gives_our_ids(gpt2_folder, tmp_path):
     import_tokenizer(str(gpt2_folder), tmp_path / 'mine')
     mine, fast = Tokenizer(tmp_path / 'mine'), transformers.AutoTokenizer.from_pretrained(tmp_path / 'mine')

@@ -59,7 +59,7 @@ def tokenizer_folder(name):
     try:
         wanted = ['tokenizer*.json', 'special_tokens_map.json', 'config.json', 'vocab.json', 'merges.txt', '*.jinja']
         return huggingface_hub.snapshot_download(identity, allow_patterns=wanted)
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HTTPError, OSError) as error:
         raise UserError(
             f'data.tokenizer {name!r} is no folder here, and as a hub id it gives no tokenizer '
             f'({type(error).__name__}: not there, or the hub is out of reach): check the name. Offline, name a folder '

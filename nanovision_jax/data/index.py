@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import time
 import zipfile
@@ -98,8 +99,9 @@ def _encode(example, config, tokenizer):
         return ids, np.ones(len(ids), bool), example.images, WHOLE
     slots, patches = data.slots if stage.sees else 0, config.model.vision.patches
     whole = encoded = conversation.encode(example.messages, tokenizer, [patches] * len(example.images))
-    while tokenizer.template.opening and len(encoded.ends) > 1 and encoded.ends[-1] > data.length + 1:
-        # The last answer is written otherwise than those before it: it is another one now.
+    # Of some templates the last answer is written otherwise than those before it: it is another one then.
+    long = data.length + 1 if tokenizer.template.opening else math.inf
+    while len(encoded.ends) > 1 and (encoded.ends[-1] > long or encoded.images[-1] > slots):
         messages = conversation.first_answers(example.messages, len(encoded.ends) - 1)
         encoded = conversation.encode(messages, tokenizer, [patches] * encoded.images[-2])
     ids, learned, kept = conversation.fit(encoded, data.length, cut=data.too_long == 'cut')

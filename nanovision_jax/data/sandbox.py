@@ -4,6 +4,7 @@ It runs in Jinja's immutable sandbox, in a process of its own that may take 10 s
 million characters. It sees the conversations of our probes and the names of special tokens, and nothing else.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -42,7 +43,8 @@ def main():
 
     given = json.loads(sys.stdin.buffer.read())
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which only marks."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -170,19 +171,24 @@ def _shard_folder(config, tokenizer):
     return home / made['shards']
 
 
+def is_held_out(file: pathlib.Path) -> bool:
+    """Whether a shard's name has the word val or validation in it."""
+    return re.search(r'(^|[^a-z])val(idation)?([^a-z]|$)', file.stem.lower()) is not None
+
+
 def _split_files(config, tokenizer, split):
     """The files of a split of published shards (FineWeb-Edu-10B-Tokens-NPY: edufineweb_{train,val}_NNNNNN.npy).
 
-    Files with 'val' in their name are the validation split; without any, the last file is.
+    Files that is_held_out() tells by their names are the validation split; without any, the last file is.
     """
     path = _shard_folder(config, tokenizer)
     files = shard_files(path)
     if not files or not files[0].is_file():
         raise UserError(f'no token shards at {path}: it is an .npy or .bin file or a folder of them.')
-    validation = [f for f in files if 'val' in f.name] or files[-1:]
+    validation = [f for f in files if is_held_out(f)] or files[-1:]
     files = validation if split == 'validation' else [f for f in files if f not in validation]
     if not files:
-        raise UserError(f'{path} holds only one shard: training needs one beside the held-out one.')
+        raise UserError(f'{path} holds nothing but held-out shards: training needs one beside them.')
     return files
 
 

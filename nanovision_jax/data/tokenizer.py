@@ -199,15 +199,21 @@ def import_tokenizer(source, folder, template: str = 'auto'):
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns that PyTorch is missing; it is not needed
     import transformers
 
-    if (file := pathlib.Path(source) / 'tokenizer.json').is_file():
-        _open(file)
+    file = pathlib.Path(source) / 'tokenizer.json'
+    whole = _open(file) if file.is_file() else None
     try:
         fast = transformers.AutoTokenizer.from_pretrained(source, use_fast=True)
     except Exception as error:  # transformers and tokenizers have no one error for a file that they cannot use
         raise UserError(
             f'data.tokenizer {source!r} is no tokenizer folder and no id that can be loaded ({type(error).__name__}).'
         ) from error
-    backend = getattr(fast, 'backend_tokenizer', None)
+    # Of some classes (GPT2Tokenizer, Qwen2Tokenizer) transformers 5 takes words and merges from the file, but splits
+    # text as the class does: the file counts, with the tokens that were added beside it.
+    backend = whole or getattr(fast, 'backend_tokenizer', None)
+    if whole:
+        known = {token.content for token in whole.get_added_tokens_decoder().values()}
+        beside = [token for _, token in sorted(fast.added_tokens_decoder.items()) if token.content not in known]
+        whole.add_tokens(beside)
     content = backend and json.loads(backend.to_str())
     if not content or content['model']['type'] != 'BPE' or '"ByteLevel"' not in json.dumps(content['pre_tokenizer']):
         raise UserError(f'data.tokenizer {source!r} is not a byte-level BPE (as gpt2 is).')

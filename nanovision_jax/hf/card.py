@@ -18,6 +18,8 @@ def card(run, architecture: str) -> str:
     """The text of README.md for a run (inference.run.Run) that was exported as `architecture`."""
     config, stage = run.config, stage_of(run.config)
     vision = stage.sees
+    own = runfolder.read_lineage(run.config.run_dir).get('sessions', [True])
+    made = f'trained with nanovision_jax, step {run.step}' if own else 'converted by nanovision_jax'
     head = [
         '---',
         'library_name: transformers',
@@ -25,8 +27,7 @@ def card(run, architecture: str) -> str:
     ]
     lines = [*head, 'tags: [nanovision_jax]', '---', '', f'# {config.name}: {config.stage}', '']
     lines += [
-        f'A {"vision-language" if vision else "language"} model trained with nanovision_jax, step {run.step}, as '
-        f'`{architecture}`.',
+        f'A {"vision-language" if vision else "language"} model {made}, as `{architecture}`.',
         'It is opened by plain `transformers`, without remote code:',
         '',
         '```python',

@@ -31,7 +31,7 @@ def model_folder(source, files: str = 'config.json and model.safetensors') -> pa
     try:
         wanted = ['*.json', '*.safetensors', 'merges.txt', 'tokenizer.model', '*.jinja']
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HTTPError, OSError) as error:
         raise UserError(
             f'{source!r} is no folder here, and as a hub id it gives no model ({type(error).__name__}: not there, or '
             f'the hub is out of reach): check the name. Offline, place {files} in a folder and name that.'
@@ -62,7 +62,7 @@ def decoder_config(theirs: dict, where: pathlib.Path) -> dict:
             f'{where} holds a {architecture!r} model: a decoder is llama (SmolLM2 too), qwen2, qwen3, or gpt_neox as '
             'we write it.'
         )
-    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+    rope = theirs.get('rope_scaling') or theirs.get('rope_parameters') or {}  # in transformers' order
     kind = rope.get('rope_type', rope.get('type', 'default'))
     neox, act = architecture == 'gpt_neox', theirs.get('hidden_act', 'silu')
     partial = theirs.get('rotary_pct', rope.get('partial_rotary_factor', 1.0))
@@ -78,7 +78,7 @@ def decoder_config(theirs: dict, where: pathlib.Path) -> dict:
     }
     if any(refused.values()):
         raise UserError(f'{where} has {next(n for n, bad in refused.items() if bad)}, which our decoder lacks.')
-    theta = theirs.get('rope_theta') or theirs.get('rotary_emb_base') or rope.get('rope_theta', 1e4)
+    theta = rope.get('rope_theta') or theirs.get('rope_theta') or theirs.get('rotary_emb_base') or 1e4
     fields = dict(
         layers=theirs['num_hidden_layers'], width=theirs['hidden_size'], heads=theirs['num_attention_heads'],
         ffn=theirs['intermediate_size'], positions=theirs['max_position_embeddings'], rope_theta=float(theta),
@@ -159,9 +159,11 @@ def vision_config(folder: pathlib.Path) -> Vision:
     size, stretched = theirs['image_size'], isinstance(image['size'], dict) and 'height' in image['size']
     if image.get('do_pad'):
         fit = 'pad'
+    elif stretched:  # nothing is left to be cropped then
+        fit = 'stretch'
     elif image.get('do_center_crop', kind == 'clip'):
         fit = 'crop'
-    elif stretched or kind == 'siglip':
+    elif kind == 'siglip':
         fit = 'stretch'
     else:
         raise UserError(f'{folder} neither crops (do_center_crop) nor stretches its images to a square.')

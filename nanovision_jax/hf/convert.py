@@ -33,7 +33,8 @@ def to_folder(run, output, dtype: str = 'float32', push: str | None = None):
     output = pathlib.Path(output)
     export(run, output, dtype)
     print(f'written: {output}')
-    print('\n'.join(f'  {line}' for line in engines.told(run.config)))
+    content = runfolder.read_json(run.tokenizer.folder / 'tokenizer.json')
+    print('\n'.join(f'  {line}' for line in engines.told(run.config, llama_cpp.split_name(content))))
     if push:
         if page := report.for_others(run.config.run_dir):
             (output / 'report.html').write_text(page)
@@ -59,7 +60,7 @@ def upload(folder, name: str, kind: str = 'model', kept: bool = True) -> str:
         return str(
             api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message='From nanovision_jax')
         )
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HTTPError, OSError) as error:
         what = f'{folder} was not uploaded' if kept else 'nothing was uploaded'
         then = 'upload it with `hf upload`; the folder is complete' if kept else 'try again'
         raise UserError(
@@ -80,7 +81,7 @@ def from_nanogptvision(source, output, tokenizer: str = 'gpt2'):
     """Makes a pretrain run folder of a nanoGPTVision checkpoint. tokenizer: GPT-2's, as a folder or an id."""
     config, step, weights = nanogptvision.read(pathlib.Path(source))
     with _new(output) as output:
-        config.run_dir, config.name = str(output), output.parent.name
+        config.run_dir, config.name = str(output), output.resolve().parent.name
         config.data.tokenizer = pathlib.Path(tokenizer).name
         (output / 'tokenizer').mkdir()
         import_tokenizer(tokenizer_folder(tokenizer), output / 'tokenizer')

@@ -36,7 +36,7 @@ def read_folder(folder: pathlib.Path, output: pathlib.Path, template: str = 'aut
         config = configs.Config('vision_instruct' if vision else 'sft', size='hf', steps=1)
         config.model, step = dataclasses.replace(config.model, **fields), 1
         config.data = configs.Data(configs.UNKNOWN, tokenizer=folder.name, length=min(1024, config.model.positions))
-    config.run_dir, config.name = str(output), output.parent.name or config.name
+    config.run_dir, config.name = str(output), output.resolve().parent.name or config.name
     target = output / 'tokenizer'
     target.mkdir()
     if ours:

@@ -7,7 +7,7 @@ from nanovision_jax.reporting import charts, tree
 from nanovision_jax.reporting.style import STYLE
 
 LONGEST = 2000  # signs of a text in a card, so that the page stays below 5 MB
-OPTION, OPTION_KEPT = r'(?<= )--\S+', r'<span>\g<0></span>'
+OPTION = r"""(?<= )(--[^\s='"]+(?:=(?:'[^']*'|"[^"]*"|[^\s'"])*)?)"""  # of a command, with what is quoted
 
 
 def page(title: str, blocks: list[tuple], about: str) -> str:
@@ -51,7 +51,10 @@ def block(told: tuple) -> str:
             return tree.draw(nodes)
         case 'commands', lines:
             # Without breaks within an option, between its dashes say.
-            return f'<pre>{re.sub(OPTION, OPTION_KEPT, html.escape(chr(10).join(lines)))}</pre>'
+            parts = re.split(OPTION, '\n'.join(lines))
+            parts[1::2] = [f'<span>{html.escape(part)}</span>' for part in parts[1::2]]
+            parts[::2] = map(html.escape, parts[::2])
+            return f'<pre>{"".join(parts)}</pre>'
     raise ValueError(told[0])
 
 

@@ -71,7 +71,10 @@ def _places(runs):
         told += [run_.lineage.get('data', {}).get(name, '') for name in ('path', 'images')]
     starts = {os.path.dirname(path) for one in filter(None, told) for path in (one, os.path.abspath(one))}
     starts |= {os.getcwd(), os.path.expanduser('~')}
-    return sorted((f'{start}/' for start in starts if start.startswith(('/', '../')) and start != '/'), key=len)[::-1]
+    starts = {f'{start}/' for start in starts if start.startswith(('/', '../')) and start != '/'}
+    starts |= {start.replace("'", "'\"'\"'") for start in starts}  # as a shell reads it
+    starts |= {run_.config.checkpoint.mirror for run_ in runs if run_.config} - {''}
+    return sorted(starts, key=len)[::-1]
 
 
 def title(folder: pathlib.Path) -> str:

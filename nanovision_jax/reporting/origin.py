@@ -42,8 +42,9 @@ def reproduce(runs: list[Run], *last: str):
     lines = [train_command(run_) for run_ in runs if run_.config]
     for run_, part, result in results(runs, 'bpb', 'vqa', *BENCHMARKS):
         line = f'python -m nanovision_jax.evaluate --run={shlex.quote(str(run_.folder))} --task={result.task}'
-        files = ['--data=FOLDER'] * (result.task in BENCHMARKS)
-        lines.append(' '.join([line, *files, *part_options(part)]))
+        options = part_options(part)
+        files = ['--data=FOLDER'] * (result.task in BENCHMARKS and not any(o.startswith('--data=') for o in options))
+        lines.append(' '.join([line, *files, *map(shlex.quote, options)]))
     yield 'heading', 'How to reproduce'
     yield 'commands', [*lines, *last]
 
@@ -54,8 +55,9 @@ def train_command(run_: Run) -> str:
     file = pathlib.Path('configs') / f'{config.stage}.py'
     if run_.lineage and not run_.lineage['sessions']:
         source = next(parent['run'] for parent in run_.lineage['parents'])
+        place = shlex.quote(str(run_.folder))
         kind = 'nanogptvision' if config.size == 'nanogptvision' else 'hf'
-        return f'python -m nanovision_jax.convert --from={kind} --input={shlex.quote(source)} --output={run_.folder}'
+        return f'python -m nanovision_jax.convert --from={kind} --input={shlex.quote(source)} --output={place}'
     line = f'python -m nanovision_jax.train --config={file}:{config.size}'
     if config.name != config.size:
         line += f' --config.name={shlex.quote(config.name)}'

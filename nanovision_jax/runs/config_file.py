@@ -16,7 +16,7 @@ from nanovision_jax.runs import folder as runfolder
 from nanovision_jax.stages import STAGES
 
 TRAINED = 'train'  # the tokenizer that is no path and no hub id
-PATHS = ('init_from', 'data.path', 'data.images')
+PATHS = ('init_from', 'data.path', 'data.images', 'eval.data')
 NAMES = ('model.decoder', 'model.tower', 'data.tokenizer')  # a path, or a name that hub_id() tells from one
 
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import resource
+import sys
 
 import jax
 
@@ -63,7 +64,7 @@ def _going_on(config, before, now, frozen, former):
 
     former: {name: other digests that mean the same}.
     """
-    same = digests(frozen)
+    same = now['frozen_before']
     if not all(digest.startswith('2:') for digest in before['frozen_before'].values()):  # of an older run
         same = {name: former_tree_digest(part) for name, part in frozen.items()}
     for name in ('tokenizer', 'template', 'preprocessing', 'frozen_before'):
@@ -116,7 +117,8 @@ def end(config, step, frozen, peak_memory):
     """Completes lineage.json when a run is finished."""
     file = Paths(config.run_dir).lineage
     record = read_json(file)
-    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts in KiB
+    peak_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     record |= {'finished': step, 'frozen_after': frozen, 'peak_device_bytes': peak_memory, 'peak_host_bytes': peak_host}
     _write(file, record)
 

@@ -14,12 +14,15 @@ LISTED = 10  # are said; all are in the file
 class Skips:
     """The file, of a run with `examples` examples. known: {(row, example)}, which a run that goes on leaves out again.
 
-    So rows are the same on another machine, or once a picture is back.
+    So rows are the same on another machine, or once a picture is back. anew: what is known is of an attempt without a
+    checkpoint, whose rows may have been others.
     """
 
-    def __init__(self, run_dir, examples: int):
+    def __init__(self, run_dir, examples: int, anew: bool = False):
         self.file, self.examples = Paths(run_dir).skipped, examples
-        lines = _lines(self.file)
+        if anew and hosts.is_first():
+            self.file.unlink(missing_ok=True)
+        lines = [] if anew else _lines(self.file)
         if lines and hosts.is_first():
             write_lines(self.file, lines)  # without the half of a line that a crash left
         self.known = {(line['row'], line['example']) for line in lines}

@@ -92,7 +92,8 @@ class Log:
         # Of a skipped step there is nothing to tell; the line of a window without any other has no loss.
         sound = [values for values in every if values['sound']]
         values = {name: float(x) for name, x in sound[-1].items() if name != 'sound'} if sound else {}
-        speed, rate = window['tokens'] / seconds, float(self.rate(step - 1))
+        rate = float(self.rate(step - 1 - self.skipped))  # a skipped step is none of the schedule's
+        speed = window['tokens'] / seconds
         flops = meter.step_flops(
             self.config, self.vocab_size, *(window[name] for name in ('tokens', 'images', 'learned'))
         )

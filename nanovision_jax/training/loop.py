@@ -144,8 +144,10 @@ def open_data(config, mesh, sources: list, start: int) -> RunData:
         lost = lost_examples(config.run_dir) if start else frozenset()
         rows, bad = pipeline.open_rows(config, tokenizer, lost=lost)
         validation, _ = pipeline.open_rows(config, tokenizer, 'validation', lost)
-    steps = config.steps or max(1, round(config.epochs * rows.rows_per_epoch() / config.data.batch_size))
-    return RunData(tokenizer, rows, validation, bad, steps)
+    size, position = config.data.batch_size, runfolder.manifest(config.run_dir, start)['position'] if start else 0
+    # A run that goes on with batches of another size has as many rows before it as it would have had.
+    rows_in_all = config.epochs * rows.rows_per_epoch() + start * size - position
+    return RunData(tokenizer, rows, validation, bad, config.steps or max(1, start, round(rows_in_all / size)))
 
 
 # Act 2: the state, and the compiled step -----------------------------------------------------------------------------
@@ -286,7 +288,8 @@ def run_steps(
     step = saved = start
     with Log(config, data.tokenizer.size, start, data.steps, drawn) as log, Trace(folder, profile) as trace:
         if start and is_evaluated(start) and start not in log.metrics.evaluated:
-            evaluate(start)  # it was stopped between the checkpoint and this
+            with log.clock.paused():
+                evaluate(start)  # it was stopped between the checkpoint and this
         with writer, contextlib.closing(batches):
             if step < data.steps:
                 batch, work = further()

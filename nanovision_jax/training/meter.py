@@ -33,7 +33,8 @@ def step_flops(config, vocab_size: int, tokens: int, images: int, learned: int |
     model, vision = config.model, config.model.vision
 
     def cost(part, length, extra=0, passes=3):
-        return passes * (2 * (matmul_weights(part) + extra) + 4 * part.layers * attention_width(part) * length)
+        attended = 4 * part.layers * attention_width(part) * length  # backward twice that, whatever learns
+        return passes * 2 * (matmul_weights(part) + extra) + (3 if passes > 1 else 1) * attended
 
     patch, seen_tokens = vision.patch_size**2 * 3 * vision.width, vision.patches + vision.class_tokens
     stage = stage_of(config)

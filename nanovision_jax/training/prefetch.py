@@ -16,7 +16,7 @@ def stream(config, rows, mesh, start: int) -> tuple[Iterator, int]:
     """(device batches of packed rows from step `start` on, as prefetch() yields them, the row they begin with)."""
     # The position in the data is counted in rows: with another batch size it goes on at the same row.
     first_row = runfolder.manifest(config.run_dir, start)['position'] if start else 0
-    skips = Skips(config.run_dir, rows.shuffled.n)
+    skips = Skips(config.run_dir, rows.shuffled.n, anew=not start)
     rows.skips = skips.known
     how = config.data.batch_size, first_row, config.data.workers, config.data.timeout
     how = *how, parallel.own_rows(mesh, config.data.batch_size)

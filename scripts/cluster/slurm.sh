@@ -19,7 +19,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 code=0
-srun --kill-on-bad-exit=0 .venv/bin/python -m nanovision_jax.train "$@" || code=$?
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-32}" --kill-on-bad-exit=0 .venv/bin/python -m nanovision_jax.train "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

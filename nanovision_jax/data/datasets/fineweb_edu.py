@@ -21,7 +21,7 @@ from nanovision_jax.data.conversation import hashes_low
 from nanovision_jax.data.datasets import files
 from nanovision_jax.data.download import tokenizer_folder
 from nanovision_jax.data.formats import open_parquet
-from nanovision_jax.data.text import open_shard, shard_files
+from nanovision_jax.data.text import is_held_out, open_shard, shard_files
 from nanovision_jax.data.tokenizer import Tokenizer, import_tokenizer
 from nanovision_jax.data.workers import ordered_map
 from nanovision_jax.errors import UserError
@@ -37,6 +37,12 @@ def prepare(source, home, patterns=(), tokenizer='gpt2', workers=0, beam='', mad
     beam: options of the pipeline, as in '--runner=DataflowRunner …'. Returns what source.json says.
     """
     found = files.find(source, patterns or PATTERNS)
+    beside = [] if found[0].suffix == '.parquet' else shard_files(found[0].parent)
+    if beside and {file.resolve() for file in found} != {file.resolve() for file in beside}:
+        raise UserError(
+            f'{found[0].parent} holds {len(beside)} token shards, and {len(found)} were found or asked for: put '
+            'those to learn from, and no others, into one folder.'
+        )
     partial = home.with_name(f'{home.name}.part')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -48,8 +54,8 @@ def prepare(source, home, patterns=(), tokenizer='gpt2', workers=0, beam='', mad
     else:
         folder = found[0].parent.resolve()
         counts = collections.Counter()
-        for file in shard_files(folder):
-            counts['val_tokens' if 'val' in file.name else 'train_tokens'] += open_shard(file).size
+        for file in found:
+            counts['val_tokens' if is_held_out(file) else 'train_tokens'] += open_shard(file).size
         made = {'shards': str(folder)}
     made = (made_from or {}) | made | counts
     (partial / 'source.json').write_text(json.dumps(made, indent=1) + '\n')
