@@ -212,7 +212,8 @@ def test_a_picture_is_asked_about_stopped_and_asked_again(visit, address, pictur
     shown = len(answer.nth(1).inner_text())
     until(lambda: len(answer.nth(1).inner_text()) > shown)  # it streams
     assert running(address) == 1
-    page.locator('.stop-button:visible').click()
+    # The library's status of another call may lie over the button for a moment, on a busy machine.
+    page.locator('.stop-button:visible').dispatch_event('click')
     until(lambda: running(address) == 0, 5)
 
 

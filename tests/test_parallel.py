@@ -144,6 +144,25 @@ def test_matrices_into_a_layer_and_out_of_it_are_split_the_other_way_round():
 @functools.cache
 def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax', rows_of_captions=0):
     """(loss, gradients) of one batch on a mesh of `sizes`, as numpy arrays."""
+
+    def of(cfg, graphdef, placed, batch):
+        return jax.jit(step.make_gradients(cfg, graphdef))(*step.partition(cfg, placed), batch)
+
+    return on_mesh(of, stage, sizes, accumulate, flavour, contrastive, rows_of_captions)
+
+
+def evaluated(stage, sizes, accumulate, rows_of_captions=0):
+    """The held-out loss of the same batch."""
+
+    def of(cfg, graphdef, placed, batch):
+        return step.make_eval_step(cfg, graphdef)(placed, batch)
+
+    total, count = on_mesh(of, stage, sizes, accumulate, 'gpt', 'softmax', rows_of_captions)
+    return total / count
+
+
+def on_mesh(of, stage, sizes, accumulate, flavour, contrastive, rows_of_captions):
+    """What of(config, graphdef, parameters, batch) gives on a mesh of `sizes`, as numpy arrays."""
     cfg = micro.config(stage)
     cfg.optim.accumulate, cfg.model.contrastive = accumulate, contrastive
     if flavour == 'llama':  # with everything that its kin have
@@ -160,8 +179,7 @@ def gradients(stage, sizes, accumulate=1, flavour='gpt', contrastive='softmax', 
         assert (batch['segments'].max(axis=1) > 1).any()
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parallel.shardings(params, mesh))
-        gradients = jax.jit(step.make_gradients(cfg, graphdef))
-        return jax.device_get(gradients(*step.partition(cfg, placed), parallel.put_batch(batch, mesh)))
+        return jax.device_get(of(cfg, graphdef, placed, parallel.put_batch(batch, mesh)))
 
 
 def assert_equal(found, wanted):
@@ -215,6 +233,15 @@ def test_accumulated_gradients_of_a_mesh_are_those_of_one_device(stage, sizes):
 def test_gradients_of_packed_captions_are_those_of_one_device_in_one_part(sizes, accumulate):
     packed = {'rows_of_captions': 4}
     assert_equal(gradients('clip', sizes, accumulate, **packed), gradients('clip', (1, 1, 1), **packed))
+
+
+@pytest.mark.parametrize('sizes, accumulate', [((1, 1, 1), 4), ((2, 2, 1), 2)])
+@pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
+def test_evaluation_takes_as_many_parts_and_finds_the_same(stage, sizes, accumulate):
+    """A batch that fits into a device in parts alone is not evaluated in one."""
+    rows = 4 if stage == 'clip' else 0
+    found = evaluated(stage, sizes, accumulate, rows)
+    np.testing.assert_allclose(found, gradients(stage, (1, 1, 1), rows_of_captions=rows)[0], rtol=1e-5)
 
 
 def test_siglips_loss_accumulates_over_the_whole_batch_too():

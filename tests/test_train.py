@@ -294,7 +294,7 @@ def test_without_steps_a_run_lasts_its_epochs(road, capsys):
 def test_of_other_batch_sizes_a_run_of_epochs_goes_on_to_as_many_rows(road):
     """It is at its end after 4 steps of 8 rows, whatever the size of the steps that might follow."""
     cfg = road_config('sft', road)
-    mesh = parallel.make_mesh(cfg.mesh, rows=8)
+    mesh = parallel.make_mesh(cfg.mesh, rows=4)
     for cfg.data.batch_size in (4, 8, 16):
         assert train.open_data(cfg, mesh, [], 4).steps == 4
 

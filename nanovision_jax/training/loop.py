@@ -199,7 +199,7 @@ def compile_step(config, data: RunData, optimizer, mesh) -> fit.Program:
         shards = mesh.shape['data'] * mesh.shape['fsdp']
         own = tuple(parallel.own_shards(mesh))
         data.rows.captions = data.rows.pack(shards, config.optim.parts)._replace(own=own)
-        data.validation.captions = data.validation.pack(shards)._replace(own=own)
+        data.validation.captions = data.validation.pack(shards, config.optim.parts)._replace(own=own)
     return program
 
 

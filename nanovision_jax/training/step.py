@@ -238,6 +238,21 @@ def _squares(tree):
 
 
 def make_eval_step(config, graphdef):
-    """The jitted (params, batch) → (sum of losses, their number)."""
-    objective = OBJECTIVES[stage_of(config).objective]
-    return jax.jit(lambda params, batch: objective.total(models.merge(graphdef, params), batch))
+    """The jitted (params, batch) → (sum of losses, their number); in parts as a step, as the whole may not fit."""
+    parts, objective = config.optim.parts, OBJECTIVES[stage_of(config).objective]
+
+    def total(params, batch):
+        def model():
+            return models.merge(graphdef, params)
+
+        if parts == 1:
+            return objective.total(model(), batch)
+        batch = _split(batch, parts)
+        if objective.compare is None:
+            return jax.tree.map(jnp.sum, jax.lax.map(lambda part: objective.total(model(), part), batch))
+        embedded = jax.lax.map(lambda part: objective.embed(model(), part), batch)
+        whole = [x.reshape(-1, x.shape[-1]) for x in embedded]
+        count = jnp.float32(len(whole[0]))
+        return objective.compare(model(), whole) * count, count
+
+    return jax.jit(total)
