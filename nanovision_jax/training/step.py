@@ -127,20 +127,14 @@ def make_gradients(config, graphdef):
             return objective.embed(model_of(learned, frozen), part)
 
         def loss_of(learned, embedded):
-            whole = [x.reshape(-1, x.shape[-1]) for x in embedded]
-            return objective.compare(model_of(learned, frozen), whole)
+            return _compared(objective, model_of(learned, frozen), embedded)
 
         def add(so_far, part_and_slope):
             part, slope = part_and_slope
             _, pull = jax.vjp(lambda learned: embed(learned, part), learned)
             return jax.tree.map(jnp.add, so_far, _in_float32(pull(slope)[0])), None
 
-        alone = 'data' not in jax.sharding.get_abstract_mesh().manual_axes
-        here = 0 if alone else jax.lax.axis_index('data')
-        rows = batch['tokens'].size
-        batch = _split(batch | {'ends': batch['ends'] - here * rows}, parts)
-        embedded = jax.lax.map(lambda part: embed(learned, part), batch)
-        every = jax.tree.map(lambda x: x[None] if alone else jax.lax.all_gather(x, 'data'), embedded)
+        every, here, batch = _embedded(functools.partial(embed, learned), batch, parts)
         loss, (direct, slopes) = jax.value_and_grad(loss_of, (0, 1))(learned, every)
         # What the comparison itself learns is the same on every device, and counts once.
         shares = every[0].shape[0]
@@ -204,6 +198,20 @@ def _split(batch, parts):
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
+def _embedded(embed, batch, parts):
+    """(what is compared, [devices along `data`, parts, …]; this device's place; the parts of its batch)."""
+    alone = 'data' not in jax.sharding.get_abstract_mesh().manual_axes
+    here = 0 if alone else jax.lax.axis_index('data')
+    batch = _split(batch | {'ends': batch['ends'] - here * batch['tokens'].size}, parts)
+    embedded = jax.lax.map(embed, batch)
+    return jax.tree.map(lambda x: x[None] if alone else jax.lax.all_gather(x, 'data'), embedded), here, batch
+
+
+def _compared(objective, model, embedded):
+    """The mean loss of what _embedded() gives of all parts."""
+    return objective.compare(model, [x.reshape(-1, x.shape[-1]) for x in embedded])
+
+
 def make_train_step(config, graphdef, optimizer, shardings):
     """The jitted step (state, batch) → (state, metrics); the old state's memory becomes the new one's.
 
@@ -241,18 +249,20 @@ def make_eval_step(config, graphdef):
     """The jitted (params, batch) → (sum of losses, their number); in parts as a step, as the whole may not fit."""
     parts, objective = config.optim.parts, OBJECTIVES[stage_of(config).objective]
 
+    def model_of(params):
+        return models.merge(graphdef, params)
+
     def total(params, batch):
-        def model():
-            return models.merge(graphdef, params)
+        return objective.total(model_of(params), batch)
 
-        if parts == 1:
-            return objective.total(model(), batch)
-        batch = _split(batch, parts)
+    def in_parts(params, _, batch):
         if objective.compare is None:
-            return jax.tree.map(jnp.sum, jax.lax.map(lambda part: objective.total(model(), part), batch))
-        embedded = jax.lax.map(lambda part: objective.embed(model(), part), batch)
-        whole = [x.reshape(-1, x.shape[-1]) for x in embedded]
-        count = jnp.float32(len(whole[0]))
-        return objective.compare(model(), whole) * count, count
+            sums = jax.lax.map(lambda part: total(params, part), _split(batch, parts))
+            return *jax.tree.map(jnp.sum, sums), {}
+        every, *_ = _embedded(lambda part: objective.embed(model_of(params), part), batch, parts)
+        shares = every[0].shape[0]
+        return _compared(objective, model_of(params), every) / shares, jnp.float32(1 / shares), {}
 
-    return jax.jit(total)
+    if parts == 1:
+        return jax.jit(total)
+    return jax.jit(lambda params, batch: _reduced_once(in_parts, jnp.float32)(params, {}, batch)[:2])
