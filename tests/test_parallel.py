@@ -240,10 +240,19 @@ def test_gradients_of_packed_captions_are_those_of_one_device_in_one_part(sizes,
     [('clip', (1, 1, 1), 4, 4), ('clip', (2, 2, 1), 2, 0), ('vision_instruct', (1, 1, 1), 4, 0),
      ('vision_instruct', (2, 2, 1), 2, 0)],
 )  # fmt: skip
-def test_evaluation_takes_as_many_parts_and_finds_the_same(stage, sizes, accumulate, rows):
-    """A batch that fits into a device in parts alone is not evaluated in one."""
+def test_the_loss_of_an_evaluation_in_parts_is_that_of_the_whole(stage, sizes, accumulate, rows):
     found = evaluated(stage, sizes, accumulate, rows)
     np.testing.assert_allclose(found, gradients(stage, (1, 1, 1), rows_of_captions=rows)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('stage', ['clip', 'vision_instruct'])
+def test_evaluation_holds_one_part_at_a_time(stage):
+    """Of eight parts it makes a loop of eight turns, and of one none."""
+    cfg = micro.config(stage)
+    graphdef, params = micro.params(cfg)
+    for cfg.optim.accumulate in (1, 8):
+        looped = jax.make_jaxpr(step.make_eval_step(cfg, graphdef))(params, micro.batch(cfg))
+        assert ('length=8' in str(looped)) == (cfg.optim.accumulate == 8)
 
 
 def test_siglips_loss_accumulates_over_the_whole_batch_too():

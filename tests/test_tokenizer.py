@@ -247,6 +247,8 @@ def test_text_is_split_as_a_tokenizer_json_says_whatever_its_class_does(kind, to
     (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
     (theirs / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
     import_tokenizer(str(theirs), tmp_path / 'mine')
+    files = [json.loads((folder / 'tokenizer.json').read_text()) for folder in (tmp_path / 'mine', theirs)]
+    assert files[0]['pre_tokenizer'] == files[1]['pre_tokenizer']
     mine, raw = Tokenizer(tmp_path / 'mine'), tokenizers.Tokenizer.from_file(str(theirs / 'tokenizer.json'))
     for text in ('Steps:\n\n1. a\n\n22. b', 'cat  12\t 345', "DON'T\n\n 7 (a)", 'e\u0301a'):
         assert list(mine.encode(text)) == raw.encode(text, add_special_tokens=False).ids

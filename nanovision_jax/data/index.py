@@ -60,11 +60,11 @@ class Index:
     shortened: int = 0
 
     def told(self, length):
-        """What became of conversations that are longer than a row of `length` tokens, as lines of text."""
+        """What became of conversations that do not fit into a row of `length` tokens, as lines of text."""
         what = {
             f'a first answer beyond data.length={length} and are left out': self.dropped,
             f'a first answer beyond data.length={length} and learn its beginning': self.cut,
-            f'more turns than data.length={length} holds and end with the last answer that fits': self.shortened,
+            f'more than data.length={length} and data.slots hold, and end with the last that fits': self.shortened,
         }
         return [
             f'{count:,} of {self.asked:,} conversations ({count / self.asked:.1%}) have {text}'
