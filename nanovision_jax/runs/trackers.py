@@ -5,6 +5,7 @@ None but W&B sends anything anywhere, and W&B is kept from it by WANDB_MODE=offl
 machine, unless TRACKIO_SPACE_ID names a Space.
 """
 
+import contextlib
 import importlib
 import pathlib
 
@@ -67,7 +68,11 @@ class Wandb:
 
     def close(self):
         """Waits until all is sent, or written where it is offline."""
+        import wandb
+
         self.run.finish()
+        with contextlib.suppress(SystemExit):  # which it raises where its own process failed: ours did not
+            wandb.teardown()  # finish() returns before that process has written its file
 
 
 class Trackio:
