@@ -353,6 +353,49 @@ def test_a_word_of_three_million_characters_comes_out(tokenizer, tmp_path):
     train_tokenizer(['a cat'] * 9 + [word[:200_000]], 400, tmp_path / 'a')  # without the bound: a minute
 
 
+class _Noting:
+    """A tokenizer that notes which texts it is given."""
+
+    def __init__(self, tokenizer, given):
+        self.tokenizer, self.given = tokenizer, given
+
+    def encode_batch_fast(self, texts, **options):
+        self.given += texts
+        return self.tokenizer.encode_batch_fast(texts, **options)
+
+
+def test_documents_read_in_parts_have_the_tokens_of_the_whole(tokenizer_folder, tmp_path, monkeypatch):
+    """As published tokenizers split text: GPT-2 and ours, SmolLM, Qwen, Llama 3; also where blanks and lines crowd."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN
+
+    made, rng = tokenizers.pre_tokenizers, random.Random(4)
+    splits = [
+        made.Split(tokenizers.Regex(QWEN.replace(r'|\p{N}|', f'|{n}|')), 'isolated') for n in (r'\p{N}', r'\p{N}{1,3}')
+    ]
+    ways = [[made.ByteLevel(False)], [made.Digits(True), made.ByteLevel(False)]]
+    ways += [[split, made.ByteLevel(False, use_regex=False)] for split in splits]
+    blanks = [' ', ' ', '  ', '\n', '\n', '\r\n', '\n\n', '\t ', '\u00a0', ' \n  ']
+    words = [*'aZé你9', 'cat', "it's", '12345', '...', 'e\u0301', '<|end|>', 'مرحبا', '\U0001f469']
+    texts = [''.join(rng.choice(words) + rng.choice(blanks) for _ in range(40)) for _ in range(60)] + ['', ' a ']
+    for number, steps in enumerate(ways):
+        folder = shutil.copytree(tokenizer_folder, tmp_path / str(number))
+        content = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+        content.pre_tokenizer = made.Sequence(steps)
+        content.train_from_iterator(
+            texts, tokenizers.trainers.BpeTrainer(vocab_size=3000, special_tokens=list(SPECIAL))
+        )
+        content.save(str(folder / 'tokenizer.json'))
+        mine = Tokenizer(folder)
+        whole = mine.encode_documents(texts)
+        assert whole.tolist() == [i for said in texts for i in (mine.end_of_text, *mine.encode(said))]
+        asked = []
+        monkeypatch.setattr('nanovision_jax.data.tokenizer.PART', 9)
+        monkeypatch.setattr(mine, '_tokenizer', _Noting(mine._tokenizer, asked))
+        assert np.array_equal(mine.encode_documents(texts), whole)
+        assert len(asked) > 250
+        monkeypatch.undo()
+
+
 def test_what_is_kept_of_texts_is_bounded(tokenizer_folder):
     """Short turns are kept, as compact arrays; long ones and documents are not."""
     fresh = Tokenizer(tokenizer_folder)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int32
 
 from nanovision_jax.data import templates
 from nanovision_jax.data.templates import IMAGE, OWN
+from nanovision_jax.data.workers import cores
 from nanovision_jax.errors import UserError
 
 # Short turns repeat (questions, mostly), so they are kept as arrays: 4,096 of at most 256 characters, which is 28 MiB a
@@ -25,6 +26,10 @@ CACHED, SHORT = 1 << 12, 256
 # A longer run without white space, or of nothing else, is read in pieces of so many characters: merging, and even more
 # so the training of merges, takes time by the square of a word's length.
 LONGEST_WORD = 4096
+# Characters: tokenizers holds 200 bytes for each while it reads, so a document is read in parts. The patterns of GPT-2,
+# Llama 3, Qwen and SmolLM split between words and between lines anyway: the tokens are those of the whole text.
+PART = 1 << 18
+BETWEEN = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])')
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', IMAGE)  # what our own template is made of
 
 
@@ -131,9 +136,12 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> Int32[np.ndarray, ' n']:
         """Each text as ids with `end_of_text` before it: one int32 array of all of them."""
-        texts = [self.escape(text).strip() for text in texts]
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return np.concatenate([np.array([self.end_of_text, *e.ids], np.int32) for e in encoded])
+        found = []
+        for parts in _batches((self.escape(text).strip() for text in texts), PART * cores()):
+            encoded = self._tokenizer.encode_batch_fast([part for part, _ in parts], add_special_tokens=False)
+            for (_, first), read in zip(parts, encoded, strict=True):
+                found.append(np.array([self.end_of_text, *read.ids] if first else read.ids, np.int32))
+        return np.concatenate([np.int32([]), *found])
 
     def decode(self, ids, special: bool = False) -> str:
         """Ids as text; special tokens are left out unless asked for."""
@@ -149,6 +157,28 @@ class Tokenizer:
             lengths[i] = len(token.content.encode())  # these are written as they are
         lengths[list(self.special)] = 0
         return lengths
+
+
+def _batches(texts, most):
+    """Lists of (part of a text, whether it is its first), in order, of `most` characters and at most a part more."""
+    batch, size = [], 0
+    for text in texts:
+        for number, part in enumerate(_parts(text)):
+            batch.append((part, not number))
+            size += len(part)
+            if size >= most:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(text):
+    start = 0
+    while cut := BETWEEN.search(text, start + PART):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _open(file):
