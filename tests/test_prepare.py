@@ -21,6 +21,7 @@ from nanovision_jax.data.tokenizer import Tokenizer
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals import vqa
 from nanovision_jax.reporting.pictures import find_images
+from nanovision_jax.runs import lock
 
 
 @pytest.fixture
@@ -69,6 +70,16 @@ def test_an_interrupted_preparation_leaves_nothing(captions, tmp_path, monkeypat
     (data / 'llava_pretrain/incomplete.KILLED_1.0.0').mkdir()  # as kill -9 leaves it
     preparation.prepare('llava_pretrain', str(captions), str(data))
     assert [folder.name for folder in (data / 'llava_pretrain').iterdir()] == ['1.0.0']
+
+
+def test_two_preparations_of_one_set_do_not_get_at_each_other(captions, tmp_path):
+    """The second would remove what the first has made so far."""
+    begun = tmp_path / 'llava_pretrain/incomplete.AB_1.0.0/part'
+    begun.mkdir(parents=True)
+    with lock.held(tmp_path / '.llava_pretrain.lock', 'a test'):
+        with pytest.raises(UserError, match=r'llava_pretrain in .* is in use by .*, or choose another --output'):
+            preparation.prepare('llava_pretrain', str(captions), str(tmp_path))
+        assert begun.exists()
 
 
 def test_the_number_of_workers_changes_no_row(captions, tmp_path):

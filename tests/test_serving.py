@@ -522,6 +522,13 @@ def test_the_command_is_closed_unless_told(monkeypatch):
             serve.main(['--run=/nowhere/at/all', *argv])
 
 
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f'--host=127.0.0.1 --port={port} cannot be used: Address already in use'):
+            serve.main(['--run=/nowhere/at/all', f'--port={port}'])
+
+
 def test_streamed_text_is_whole_characters_and_never_a_stop(tokenizer):
     said = 'The 🦔 and the 日本 über\n naïve — fine'
     ids = list(tokenizer.encode(said))

@@ -10,6 +10,7 @@ from nanovision_jax.data.datasets.cauldron import RATINGS
 from nanovision_jax.data.datasets.conversations_builder import build
 from nanovision_jax.data.download import download
 from nanovision_jax.errors import UserError, check_writable, nearest
+from nanovision_jax.runs import lock
 
 # Conversations are counted in characters: how many tokens they are depends on the tokenizer of the run that reads them.
 _TOLD = ('rows', 'train', 'validation', 'pictures', 'characters', 'train_tokens', 'val_tokens', 'left_out', 'bad')
@@ -45,10 +46,11 @@ def prepare(name: str, source: str = '', output: str = 'data', **options) -> dic
     check_writable(home)
     patterns = (options['files'],) if options.get('files') else ()
     made_from = asked
-    if not source:
-        source, fetched = _fetch(record, output, patterns, options)
-        made_from = asked | fetched
-    return _make(record, source, home, patterns, minimum, made_from, options)
+    with lock.held(pathlib.Path(output) / f'.{name}.lock', f'{name} in {output}', other='--output'):
+        if not source:
+            source, fetched = _fetch(record, output, patterns, options)
+            made_from = asked | fetched
+        return _make(record, source, home, patterns, minimum, made_from, options)
 
 
 def lines(made: dict) -> list[str]:

@@ -28,24 +28,25 @@ BEAT, LOST = 5, 60  # seconds, where there is no flock: between signs of life, a
 def of_run(run_dir):
     """Holds a run while the context lasts: one process trains it. The lock lies beside it."""
     folder = pathlib.Path(run_dir)
-    return held(folder.parent / f'.{folder.name}.lock', f'the run {folder}')
+    return held(folder.parent / f'.{folder.name}.lock', f'the run {folder}', other='--config.name')
 
 
 @contextlib.contextmanager
-def held(file, what: str, wait: bool = False):
+def held(file, what: str, wait: bool = False, other: str = ''):
     """Holds a lock while the context lasts. what: what it is about, as in 'the run runs/tiny/sft'.
 
-    wait: until whoever has it is done, which is said; else that raises UserError, and says who it is.
+    wait: until whoever has it is done, which is said; else that raises UserError, and says who it is, and which option
+    (`other`) takes one elsewhere.
     """
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        opened = _flocked(file, what, wait)
+        opened = _flocked(file, what, wait, other)
     except OSError as error:
         if error.errno not in MISSING:
             raise
         file.unlink(missing_ok=True)
-        with _made(file.with_name(f'{file.name}.held'), what, wait):
+        with _made(file.with_name(f'{file.name}.held'), what, wait, other):
             yield
         return
     with opened:
@@ -58,7 +59,7 @@ def held(file, what: str, wait: bool = False):
             file.unlink(missing_ok=True)  # while it is held: who waits sees that another file is needed
 
 
-def _flocked(file, what, wait):
+def _flocked(file, what, wait, other):
     """The file, opened and locked."""
     while True:
         opened = open(file, 'a+', encoding='utf-8')  # noqa: SIM115
@@ -66,7 +67,7 @@ def _flocked(file, what, wait):
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _refuse_or_wait(_told_by(opened), what, wait)
+                _refuse_or_wait(_told_by(opened), what, wait, other)
                 fcntl.flock(opened, fcntl.LOCK_EX)
         except BaseException:
             opened.close()
@@ -88,7 +89,7 @@ def _told_by(opened):
 
 
 @contextlib.contextmanager
-def _made(file, what, wait):
+def _made(file, what, wait, other):
     """Holds a lock where there is no flock: a file that only one can make, and that gives signs of life."""
     said = False
     while not _make(file):
@@ -98,7 +99,7 @@ def _made(file, what, wait):
                 file.with_name(f'{file.name}.{socket.gethostname()}.{os.getpid()}').unlink()
             continue
         if not said:
-            _refuse_or_wait(_read(file), what, wait)
+            _refuse_or_wait(_read(file), what, wait, other)
             said = True
         time.sleep(BEAT / 5)
     ended = threading.Event()
@@ -152,7 +153,7 @@ def _told():
     return json.dumps({'process': os.getpid(), 'host': socket.gethostname(), 'since': now}) + '\n'
 
 
-def _refuse_or_wait(text, what, wait):
+def _refuse_or_wait(text, what, wait, other):
     """Says who has the lock, and that it is waited for; or raises UserError."""
     try:
         told = json.loads(text)
@@ -160,5 +161,5 @@ def _refuse_or_wait(text, what, wait):
     except (ValueError, KeyError, TypeError):
         holder = 'another process'
     if not wait:
-        raise UserError(f'{what} is in use by {holder}: wait until that is done, or choose another --config.name.')
+        raise UserError(f'{what} is in use by {holder}: wait until that is done, or choose another {other}.')
     print(f'waiting for {holder}, which works on {what}', flush=True)
