@@ -303,6 +303,16 @@ def test_the_index_is_made_once(made, tokenizer, monkeypatch):
         assert np.array_equal(getattr(first, name), getattr(again, name))
 
 
+def test_an_index_without_its_list_of_bad_rows_is_made_again(made, tokenizer, capsys):
+    config = made([*good(150), BAD['no answer']])
+    first = build(config, tokenizer)
+    (listed,) = (config.family / 'data').glob('*.bad_rows.jsonl')
+    listed.unlink()
+    again = build(config, tokenizer)
+    assert again.bad == first.bad == [{'row': 150, 'reason': 'no answer'}] and listed.exists()
+    assert 'is damaged (' in capsys.readouterr().out
+
+
 def test_another_file_or_config_has_another_index(made, tokenizer):
     assert len(build(made(good(10)), tokenizer).rows) == 10
     assert len(build(made(good(12)), tokenizer).rows) == 12

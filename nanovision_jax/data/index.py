@@ -133,22 +133,19 @@ def build_index(source, config, tokenizer, split: str, lost: frozenset = frozens
     if not file.exists():
         _scan(source, config, tokenizer, file)
     try:
-        lengths, images, sides, fits, *looked_at = _saved(file)
+        lengths, images, sides, fits, bad, *looked_at = _saved(file)
     except DAMAGE as error:
         print(f'{file} is damaged ({error}), and is made again')
         file.unlink()
         file = made
         _scan(source, config, tokenizer, file)
-        lengths, images, sides, fits, *looked_at = _saved(file)
+        lengths, images, sides, fits, bad, *looked_at = _saved(file)
     key = looked_at[0] if looked_at else source.key  # older ones do not say
-    listed = _list_of_bad(file)
     place = f'{source.name} {data.path}'.strip()
-    if (count := int((lengths == 0).sum())) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
-        told = '; '.join(f'{n} × {reason}' for reason, n in _count(read_lines(listed)).most_common(3))
-        raise UserError(
-            f'{count} of {asked} examples of {place} are bad (at most 1% may be): {told}. {listed} lists them.'
-        )
-    bad = list(read_lines(listed))
+    if len(bad) > 0.01 * (asked := int(((lengths >= 0) | (fits == DROPPED)).sum())):
+        told = '; '.join(f'{n} × {reason}' for reason, n in _count(bad).most_common(3))
+        listed = f'{_list_of_bad(file)} lists them'
+        raise UserError(f'{len(bad)} of {asked} examples of {place} are bad (at most 1% may be): {told}. {listed}.')
     _check_dropped(int((fits == DROPPED).sum()), asked, data, place)
     in_split = sides == (split == 'validation') if source.mixes_splits else np.ones(len(sides), bool)
     rows = np.flatnonzero((lengths > 0) & in_split).astype(np.int32)
@@ -164,9 +161,12 @@ def build_index(source, config, tokenizer, split: str, lost: frozenset = frozens
 
 
 def _saved(file):
-    """(lengths, images, sides, fits) of a file, and then what _seen() was."""
+    """(lengths, images, sides, fits, bad) of a file and the list beside it, and then what _seen() was."""
     with open(file, 'rb') as opened, np.load(opened) as saved:
         found = [saved[name] for name in ('lengths', 'pictures', 'sides', 'fits')]
+        found.append(list(read_lines(_list_of_bad(file))))
+        if len(found[-1]) != (count := int((found[0] == 0).sum())):
+            raise ValueError(f'{_list_of_bad(file).name} lists {len(found[-1])} bad rows of {count}')
         return found + ([str(saved['key']), str(saved['base']), saved['stamps']] if 'key' in saved else [])
 
 
@@ -181,7 +181,7 @@ def _of_before(folder, stage, source, digest, lost):
     now = _seen(source)
     for file in sorted(folder.glob(f'index-{stage}-*.npz'), key=lambda file: file.stat().st_mtime):
         with contextlib.suppress(*DAMAGE):
-            key, base, stamps = _saved(file)[4:] or ('', '', ())
+            key, base, stamps = _saved(file)[5:] or ('', '', ())
             same = base and base == now['base'] and file.stem.endswith(digest(key))
             if same and lost.issuperset(np.flatnonzero(stamps != now['stamps'])):
                 return file
