@@ -114,10 +114,9 @@ def tiny_family(tmp_path_factory):
 
     family = tmp_path_factory.mktemp('runs') / 'tiny'
     few = {
-        'scenes': {'train': 40, 'validation': 24, 'heldout': 24},
+        'scenes': {'train': 64, 'validation': 24, 'heldout': 24},
         'text': {'train': 96, 'validation': 16},
         'chat': {'train': 48, 'validation': 16},
-        'unnamed': {'train': 24},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_world, 'EXAMPLES', few)

@@ -14,7 +14,6 @@ tiny_world.EXAMPLES = {
     'scenes': {'train': 400, 'validation': 160, 'heldout': 24},
     'text': {'train': 400, 'validation': 40},
     'chat': {'train': 200, 'validation': 40},
-    'unnamed': {'train': 200},
 }
 for stage in ('clip', 'pretrain', 'sft', 'vision_pretrain', 'vision_instruct'):
     fields = {'run_dir': f'{sys.argv[1]}/{stage}', 'steps': 2, 'eval.batches': 1}

@@ -91,7 +91,7 @@ def stands(first, relation, second):
 
 
 def named(question):
-    return re.search(rf'\ban? ({C}|) ?({S})\b', question).groups()
+    return re.search(rf'\ban? ({C}) ({S})\b', question).groups()
 
 
 def count_of(noun, things):
@@ -149,7 +149,7 @@ def test_heldout_pairs_are_balanced():
     assert set(shapes) == set(scenes.SHAPES)
 
 
-@pytest.mark.parametrize('content', ('scenes', 'text', 'chat'))
+@pytest.mark.parametrize('content', tw.EXAMPLES)
 @pytest.mark.parametrize('split', WORDS_SPLITS)
 def test_no_unseen_pair_in_a_seen_scene(content, split):
     pairs = {t.pair for i in range(N_WORDS) for t in tw.scene(split, i, content=content)}
@@ -362,33 +362,28 @@ def test_captions_tell_the_truth_about_every_thing(examples, split):
     assert 0.3 < told['size', 'colour', 'place'] / told.total() < 0.5
 
 
-def test_things_whose_colours_have_no_names():
-    asked = Counter()
-    for i in range(1000):
-        row, things = tw.example('train', i, content='unnamed'), tw.scene('train', i, content='unnamed')
-        assert row['id'] == f'unnamed-{i:05d}' and not any(t.colour for t in things)
-        assert len({t.shape for t in things}) == len({t.place for t in things}) == len(things)
-        assert Counter(re.findall(rf'\b({S})\b', row['caption'])) == Counter(t.shape for t in things)
-        for kind, question, answer in turns(row['conversation']):
-            asked[kind] += 1
-            assert answer == right_answer(kind, question, things), question
-            assert not re.search(rf'\b(?:{C}|colour)\b|  ', f'{row["caption"]} {question} {answer}')
-    assert set(asked) == set(words.KINDS) - {'colour', 'description'}
+def test_training_shows_every_shade_that_no_other_name_is_nearer_to():
+    rng, known = np.random.default_rng(0), np.array(list(scenes.RGB.values()))
+    for number, colour in enumerate(scenes.COLOURS):
+        wide = np.array([scenes.shade(colour, rng, wide=True) for _ in range(500)])
+        assert (np.linalg.norm(wide[:, None] - known, axis=-1).argmin(axis=1) == number).all()
+        assert np.ptp(wide, axis=0).max() > 80 and abs(wide - 120).max(axis=1).min() > 60
+        assert wide.min() >= 0 and wide.max() <= 255 and abs(wide - known[number]).max() <= 120
+        near = np.array([scenes.shade(colour, rng) for _ in range(100)])
+        assert abs(near - known[number]).max() <= 10
 
+    def shades(split):
+        """How far the middles of some things are from their colours' own RGB."""
+        found = []
+        for i in range(60):
+            pixels = np.asarray(Image.open(io.BytesIO(tw.example(split, i)['image']))).astype(int)
+            for thing in tw.scene(split, i):
+                if thing.shape == 'square':
+                    row, column = divmod(scenes.PLACES.index(thing.place), 3)
+                    found.append(abs(pixels[20 * row + 10, 20 * column + 10] - scenes.RGB[thing.colour]).max())
+        return found
 
-def test_no_shape_is_painted_like_an_unseen_pair(monkeypatch):
-    rng, named = np.random.default_rng(0), np.array(list(scenes.RGB.values()))
-    for shape in scenes.SHAPES:
-        painted = np.array([scenes.unnamed_colour([shape], rng) for _ in range(500)])
-        nearest = np.linalg.norm(painted[:, None] - named, axis=-1).argmin(axis=1)
-        assert not {(scenes.COLOURS[i], shape) for i in nearest} & UNSEEN
-        assert len(set(nearest)) == 8 - sum(pair[1] == shape for pair in UNSEEN)
-        assert abs(painted - 120).max(axis=1).min() > 80
-    monkeypatch.setattr(scenes, 'unnamed_colour', lambda shapes, rng: np.array([3.0, 250.0, 3.0]))
-    things = [scenes.Thing('large', '', 'square', 'centre')]
-    seen = {tuple(map(int, scenes.render(things, np.random.default_rng(seed))[30, 30])) for seed in range(20)}
-    plain = {rgb for rgb in seen if rgb[1] > 200}  # the others are muted things before a colour
-    assert plain and len(seen) > len(plain) and all(max(abs(np.subtract(rgb, (3, 250, 3)))) <= 1 for rgb in plain)
+    assert max(shades('validation')) <= 12 and max(shades('heldout')) <= 12 and max(shades('train')) > 40
 
 
 def test_a_description_is_the_right_answer():
@@ -482,7 +477,7 @@ def test_what_processes_draw_is_what_is_drawn_here(monkeypatch):
     monkeypatch.setattr(tw, 'cores', lambda: 2)
     started, plain = [], tw.Workers
     monkeypatch.setattr(tw, 'Workers', lambda *arguments: started.append(arguments[1]) or plain(*arguments))
-    few, many = (list(tw._examples('scenes', 'train', n, seed=5)) for n in (99, 150))
+    few, many = (list(tw._examples('train', n, seed=5)) for n in (99, 150))
     assert started == [2] and many == [tw.example('train', i, seed=5) for i in range(150)] and few == many[:99]
 
 
@@ -502,5 +497,5 @@ def test_text_and_chats_build(tmp_path, monkeypatch):
 
 
 def test_default_configs():
-    assert [config.name for config in tw.TinyWorld.BUILDER_CONFIGS] == ['scenes', 'text', 'chat', 'unnamed']
+    assert [config.name for config in tw.TinyWorld.BUILDER_CONFIGS] == ['scenes', 'text', 'chat']
     assert all(config.content == config.name for config in tw.TinyWorld.BUILDER_CONFIGS)

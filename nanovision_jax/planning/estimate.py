@@ -183,7 +183,7 @@ def steps_of(config) -> int:
 def process_of(config, peak: int, images: int) -> int:
     """Bytes of the process that trains on a CPU: the libraries, a step of `peak` bytes and `images` pictures, and the
     pictures that stay in memory."""
-    drawn = sum(tiny_world.EXAMPLES[content]['train'] for content in tiny_world.PICTURES)
+    drawn = tiny_world.EXAMPLES['scenes']['train']
     read = min(config.steps * images, drawn) if config.data.source == 'tiny_world' else 0  # others may not fit
     kept = read * (config.model.vision.image_size**2 * 3 + OVERHEAD)
     return LIBRARIES + round(MORE * peak) + kept * (kept <= MEMORY)

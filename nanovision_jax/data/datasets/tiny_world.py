@@ -4,10 +4,9 @@ A scene holds one to three things on a 3 x 3 grid. Everything about an example (
 pure function of (seed, content, split, index), so nothing is downloaded and the same call gives the same bytes.
 
 Contents and their splits:
-    scenes:  pictures with a caption and a conversation; train, validation, heldout.
-    text:    paragraphs, stories and question lines about imagined scenes; train, validation.
-    chat:    conversations about a scene that the user describes in words; train, validation.
-    unnamed: as scenes, of things whose colours have no names, so that shapes are learned in any colour; train.
+    scenes: pictures with a caption and a conversation; train, validation, heldout.
+    text:   paragraphs, stories and question lines about imagined scenes; train, validation.
+    chat:   conversations about a scene that the user describes in words; train, validation.
 
 Held-out rule: seven of the 48 colour-shape pairs (`heldout_pairs`) appear nowhere in train and validation, whether in a
 picture or in words. See `TinyWorld`.
@@ -27,16 +26,14 @@ from PIL import Image
 
 from nanovision_jax.data.datasets import tiny_world_words as words
 from nanovision_jax.data.datasets.builders import Info, build
-from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render, unnamed_scene
+from nanovision_jax.data.datasets.tiny_world_scenes import PIXELS, Thing, choose_scene, pick, render
 from nanovision_jax.data.workers import Workers, cores, ordered_map
 
 EXAMPLES = {
-    'scenes': {'train': 24_000, 'validation': 1_000, 'heldout': 1_000},
+    'scenes': {'train': 40_000, 'validation': 1_000, 'heldout': 1_000},
     'text': {'train': 20_000, 'validation': 500},
     'chat': {'train': 10_000, 'validation': 500},
-    'unnamed': {'train': 16_000},
 }
-PICTURES = ('scenes', 'unnamed')  # the contents that hold pictures; both are learned from
 BLOCK, WORTH_PROCESSES = 64, 5_000  # examples a process draws at once, and from how many on there are processes
 # The id of a stream is part of the random seed, so the order of the streams must not change.
 _STREAMS = tuple((content, split) for content, splits in EXAMPLES.items() for split in splits)
@@ -44,31 +41,29 @@ _STREAMS = tuple((content, split) for content, splits in EXAMPLES.items() for sp
 
 def scene(split: str, index: int, seed: int = 0, content: str = 'scenes') -> list[Thing]:
     """The things of one example in reading order: one to three, each in a cell and a colour-shape pair of its own."""
-    return _choose(_rng(content, split, index, seed), content, split)
+    return choose_scene(_rng(content, split, index, seed), split == 'heldout')
 
 
-def example(split: str, index: int, seed: int = 0, content: str = 'scenes') -> dict:
-    """One example of scenes or unnamed: id, image (PNG bytes), caption, conversation (a list of messages)."""
-    rng = _rng(content, split, index, seed)
-    things = _choose(rng, content, split)
+def example(split: str, index: int, seed: int = 0) -> dict:
+    """One example of the scenes: id, image (PNG bytes), caption, conversation (a list of messages)."""
+    rng = _rng('scenes', split, index, seed)
+    things = choose_scene(rng, split == 'heldout')
     png = io.BytesIO()
-    Image.fromarray(render(things, rng)).save(png, 'PNG', compress_level=3)
-    # Where no colour has a name, a caption of everything would tell just that, and the tower would look for it.
-    whole = things[0].colour and rng.random() < 0.4
-    caption = words.caption(things, rng) if whole else words.short_caption(things, rng)
+    Image.fromarray(render(things, rng, wide=split == 'train')).save(png, 'PNG', compress_level=3)
+    caption = words.caption(things, rng) if rng.random() < 0.4 else words.short_caption(things, rng)
     if split == 'train':
         # Few questions on many pictures: the answers of a long conversation are told by its other questions.
         turns = words.turns(things, rng, int(rng.integers(1, 4)))
     else:
         turns = words.exam(things, rng, split == 'heldout')
-    first = [{'type': 'image'}, {'type': 'text', 'text': turns[0][1]}]
+    content = [{'type': 'image'}, {'type': 'text', 'text': turns[0][1]}]
     if rng.random() < 0.2:
-        first.reverse()
+        content.reverse()
     return {
-        'id': f'{split if content == "scenes" else content}-{index:05d}',
+        'id': f'{split}-{index:05d}',
         'image': png.getvalue(),
         'caption': caption,
-        'conversation': words.messages(turns, first),
+        'conversation': words.messages(turns, content),
     }
 
 
@@ -100,25 +95,23 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     question is about one: the thing asked about, one of the two compared, or the pair whose existence is asked. The
     plain count and the description are asked of a scene that holds one.
 
-    Two training pictures of five, `unnamed`, show things of any colour, which no caption, question or answer tells.
-    None is painted in an RGB nearest to that of a colour in which its shape is never seen.
+    Training pictures show colours in any shade to which no other name is nearer, so none is painted like an unseen
+    pair; those of the other splits keep near the colours themselves.
     """
 
-    VERSION = tfds.core.Version('2.1.0')
+    VERSION = tfds.core.Version('2.2.0')
     BUILDER_CONFIGS: ClassVar = [TinyWorldConfig(name=content, content=content) for content in EXAMPLES]
 
     def _info(self) -> Info:
         conversation = tfds.features.Text(doc='JSON: a list of messages')
-        pictures = {
-            'image': tfds.features.Image(shape=(PIXELS, PIXELS, 3), encoding_format='png'),
-            'caption': tfds.features.Text(),
-            'conversation': conversation,
-        }
         features = {
-            'scenes': pictures,
+            'scenes': {
+                'image': tfds.features.Image(shape=(PIXELS, PIXELS, 3), encoding_format='png'),
+                'caption': tfds.features.Text(),
+                'conversation': conversation,
+            },
             'text': {'text': tfds.features.Text()},
             'chat': {'conversation': conversation},
-            'unnamed': pictures,
         }[self.builder_config.content]
         return Info(
             builder=self,
@@ -134,8 +127,8 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split, n):
         content, seed = self.builder_config.content, self.builder_config.seed
-        if content in PICTURES:
-            for row in _examples(content, split, n, seed):
+        if content == 'scenes':
+            for row in _examples(split, n, seed):
                 picture = {'image': io.BytesIO(row['image']), 'conversation': json.dumps(row['conversation'])}
                 yield row['id'], row | picture
             return
@@ -148,9 +141,9 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
             yield row['id'], row
 
 
-def _examples(content, split, n, seed):
-    """Yields the first n pictures of a content: drawn in processes where they are worth starting."""
-    draw, starts = functools.partial(_block, content, split, n, seed), range(0, n, BLOCK)
+def _examples(split, n, seed):
+    """Yields the first n examples of the scenes: drawn in processes where they are worth starting."""
+    draw, starts = functools.partial(_block, split, n, seed), range(0, n, BLOCK)
     if n < WORTH_PROCESSES or cores() == 1:
         yield from itertools.chain.from_iterable(map(draw, starts))
         return
@@ -158,8 +151,8 @@ def _examples(content, split, n, seed):
         yield from itertools.chain.from_iterable(ordered_map(pool, pool.call, starts, 2 * cores()))
 
 
-def _block(content, split, n, seed, start):
-    return [example(split, index, seed, content) for index in range(start, min(start + BLOCK, n))]
+def _block(split, n, seed, start):
+    return [example(split, index, seed) for index in range(start, min(start + BLOCK, n))]
 
 
 def open_rows(folder, content: str, split: str):
@@ -168,16 +161,12 @@ def open_rows(folder, content: str, split: str):
     if not pathlib.Path(builder.data_dir).exists():
         print(f'making tiny_world/{content} in {folder} (once)')
         build(builder)
-    decoders = {'image': tfds.decode.SkipDecoding()} if content in PICTURES else None
+    decoders = {'image': tfds.decode.SkipDecoding()} if content == 'scenes' else None
     return builder.as_data_source(split, decoders=decoders)
 
 
 def _rng(content, split, index, seed):
     return np.random.default_rng([seed, _STREAMS.index((content, split)), index])
-
-
-def _choose(rng, content, split):
-    return unnamed_scene(rng) if content == 'unnamed' else choose_scene(rng, split == 'heldout')
 
 
 def _text(split, index, seed):

@@ -1,6 +1,5 @@
 """tiny_world's scenes: which things there are, which pairs are unseen, how a scene is chosen and drawn."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ SEEN = tuple(pair for pair in _PAIRS if pair not in UNSEEN)
 
 
 class Thing(NamedTuple):
-    """One object of a scene, in the words of SIZES, COLOURS, SHAPES and PLACES; its colour is '' if it has no name."""
+    """One object of a scene, in the words of SIZES, COLOURS, SHAPES and PLACES."""
 
     size: str
     colour: str
@@ -89,33 +88,30 @@ def choose_scene(rng, heldout):
     return [Thing(pick(rng, SIZES), *pairs[i], PLACES[cells[i]]) for i in order]
 
 
-def unnamed_scene(rng):
-    """A scene of one to three things whose colours have no names; each has a cell and a shape of its own."""
-    n = pick(rng, (1, 1, 2, 2, 2, 3, 3, 3))
-    shapes, cells = rng.permutation(len(SHAPES))[:n], np.sort(rng.permutation(9)[:n])
-    return [Thing(pick(rng, SIZES), '', SHAPES[i], PLACES[cell]) for i, cell in zip(shapes, cells, strict=True)]
+def shade(colour: str, rng: np.random.Generator, wide: bool = False) -> np.ndarray:
+    """An RGB of a colour, up to 10 levels from its own in each channel.
 
-
-def unnamed_colour(shapes: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """Any RGB that stands out before grey and is not nearest to a colour in which one of these shapes is never seen."""
-    named = np.array(list(RGB.values()))
+    wide: up to 120, as long as no other colour is nearer and it stands out before grey. Of colours that vary so much
+    none is evidence against a shape, so that shapes are told of pairs that were never seen.
+    """
+    rgb, known = np.array(RGB[colour]), np.array(list(RGB.values()))
+    if not wide:
+        return np.clip(rgb + rng.uniform(-10, 10, 3), 0, 255)
     while True:
-        rgb = rng.uniform(0, 255, 3)
-        nearest = COLOURS[((named - rgb) ** 2).sum(axis=1).argmin()]
-        if abs(rgb - 120).max() > 80 and not {(nearest, shape) for shape in shapes} & set(UNSEEN):
-            return rgb
+        found = np.clip(rgb + rng.uniform(-120, 120, 3), 0, 255)
+        nearest = COLOURS[((known - found) ** 2).sum(axis=1).argmin()]
+        if nearest == colour and abs(found - 120).max() > 60:
+            return found
 
 
-def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
+def render(things: list[Thing], rng: np.random.Generator, wide: bool = False) -> np.ndarray:
     """Draw a scene as (60, 60, 3) uint8: muted background, soft gradient, mild noise, anti-aliased things.
 
-    Half of the scenes without names of colours are the other way round: muted things before any colour.
+    wide: in any shades of their colours, as shade() has it.
     """
     axis = np.arange(PIXELS, dtype=np.float32) + 0.5
     # Mid grey with a tint: at least 70 levels from white and from black in every channel.
-    base = grey = (rng.uniform(95, 145) + rng.uniform(-12, 12, 3)).astype(np.float32)
-    if turned := not things[0].colour and rng.random() < 0.5:
-        base = unnamed_colour([thing.shape for thing in things], rng).astype(np.float32)
+    base = (rng.uniform(95, 145) + rng.uniform(-12, 12, 3)).astype(np.float32)
     slope = rng.uniform(-15, 15, 2).astype(np.float32) * rng.integers(2)
     ramp = axis / PIXELS - 0.5
     image = base + (slope[0] * ramp[:, None] + slope[1] * ramp)[..., None]
@@ -129,11 +125,8 @@ def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
         rows, columns = (slice(i * PIXELS // 3, (i + 1) * PIXELS // 3 + 1) for i in (row, column))
         distance = _distance(thing.shape, axis[columns] - np.float32(x), axis[rows, None] - np.float32(y), half)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        if thing.colour or turned:
-            rgb = np.clip((grey if turned else RGB[thing.colour]) + rng.uniform(-10, 10, 3), 0, 255)
-        else:
-            rgb = unnamed_colour([thing.shape], rng)
-        image[rows, columns] += cover * (rgb.astype(np.float32) - image[rows, columns])
+        colour = shade(thing.colour, rng, wide).astype(np.float32)
+        image[rows, columns] += cover * (colour - image[rows, columns])
     # One noise value for all three channels keeps the PNG small.
     image += rng.integers(-1, 2, (PIXELS, PIXELS, 1))
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)

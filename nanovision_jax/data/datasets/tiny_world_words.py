@@ -89,16 +89,12 @@ def _a(words):
     return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
 
 
-def _spaced(*words):
-    return ' '.join(filter(None, words))
-
-
 def _name(thing):
     return _a(f'{thing.size} {thing.colour} {thing.shape}')
 
 
 def _full(thing):
-    return _spaced('the', *thing.pair)
+    return f'the {thing.colour} {thing.shape}'
 
 
 def _plural(shape):
@@ -139,7 +135,7 @@ def short_caption(things, rng):
     Contrastive learning looks no further than it must: where captions tell everything, colours and places are enough
     to tell a batch's pictures apart, and no shape is learned.
     """
-    told = pick(rng, ('', '', 'colour', 'size', 'place') if things[0].colour else ('', 'size', 'place'))
+    told = pick(rng, ('', '', 'colour', 'size', 'place'))
     things = [things[i] for i in rng.permutation(len(things))]
     if told == 'place':
         return _join([f'{_a(thing.shape)} in the {thing.place}' for thing in things])
@@ -178,7 +174,7 @@ def _references(kind, thing, things):
     options = [_full(thing)] * {'size': 2, 'place': 2, 'thing': 1}.get(kind, 0)
     if kind != 'place':
         options.append(f'the thing in the {thing.place}')
-    if kind != 'colour' and only_colour and thing.colour:
+    if kind != 'colour' and only_colour:
         options.append(f'the {thing.colour} thing')
     if kind != 'shape' and only_shape:
         options.append(f'the {thing.shape}')
@@ -189,8 +185,7 @@ def _count(things, rng, focus=None):
     """What to count (a plural) and how many there are; with a focus, only what that thing is one of."""
     if rng.random() < 0.4:
         return 'things', len(things)
-    colours = COLOURS if things[0].colour else ()
-    counts = {f'{colour} things': sum(thing.colour == colour for thing in things) for colour in colours}
+    counts = {f'{colour} things': sum(thing.colour == colour for thing in things) for colour in COLOURS}
     counts |= {_plural(shape): sum(thing.shape == shape for thing in things) for shape in SHAPES}
     if focus:
         counts = {noun: counts[noun] for noun in (f'{focus.colour} things', _plural(focus.shape))}
@@ -202,8 +197,6 @@ def _count(things, rng, focus=None):
 def _absent(things, rng, heldout=False):
     """A pair that the scene lacks; where it can, it mostly recombines a colour and a shape of the scene."""
     present = [thing.pair for thing in things]
-    if not things[0].colour:
-        return '', pick(rng, [shape for shape in SHAPES if ('', shape) not in present])
     colours, shapes = zip(*present, strict=True)
     shared = ([], [], [])
     for colour, shape in UNSEEN if heldout else SEEN:
@@ -231,7 +224,7 @@ def _ask(kind, things, rng, yes, heldout=False):
         return {'noun': noun}, _sentence(NUMBERS[count])
     if kind == 'existence':
         pair = focus.pair if yes else _absent(things, rng, heldout)
-        return {'name': _a(_spaced(*pair))}, 'Yes.' if yes else 'No.'
+        return {'name': _a(' '.join(pair))}, 'Yes.' if yes else 'No.'
     if kind == 'comparison':
         first, second = focus, pick(rng, [thing for thing in things if thing != focus])
         if rng.random() < 0.5:
@@ -249,9 +242,6 @@ def turns(things, rng, n):
     """n different questions of mixed kinds, each (kind, question, answer), in random order."""
     # So many existence and comparison questions have enough different ones even if all the answers are 'Yes.'.
     left = _LIMITS | {'existence': len(things), 'comparison': (0, 2, 3)[len(things) - 1]}
-    if not things[0].colour:
-        # A whole description would make the model judge which colours have names, and leave out those of unseen pairs.
-        left |= {'colour': 0, 'thing': 0, 'description': 0, 'shape': len(things), 'place': len(things)}
     turns, asked = [], set()
     while len(turns) < n:
         kind, yes, key = pick(rng, _WEIGHTED_KINDS), rng.random() < 0.5, None

@@ -8,17 +8,12 @@ from nanovision_jax.data.sources.base import Example, Source
 
 
 class TinyWorldSource(Source):
-    """One split of tiny_world: `view` is caption or conversation (images), or chat (text only).
-
-    To the pictures of train belong those of things whose colours have no names.
-    """
+    """One split of tiny_world: `view` is caption or conversation (images), or chat (text only)."""
 
     decoded = True  # no image can be bad: they are drawn here
 
     def __init__(self, folder, split: str, view: str):
         self.folder, self.split, self.view = str(folder), split, view
-        pictures = tiny_world.PICTURES if split == 'train' else tiny_world.PICTURES[:1]
-        self.contents = ('chat',) if view == 'chat' else pictures
         self._lock, self._opened = threading.Lock(), None
 
     def __reduce__(self):
@@ -34,19 +29,19 @@ class TinyWorldSource(Source):
         """As Source.pictures: captions and conversations are about the same."""
         return f'tiny_world {tiny_world.TinyWorld.VERSION} {self.split} scenes'
 
-    def _parts(self):
+    def _rows(self):
         with self._lock:
             if self._opened is None:
-                self._opened = [tiny_world.open_rows(self.folder, content, self.split) for content in self.contents]
+                self._opened = tiny_world.open_rows(
+                    self.folder, 'chat' if self.view == 'chat' else 'scenes', self.split
+                )
             return self._opened
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts()))
+        return len(self._rows())
 
     def __getitem__(self, i) -> Example:
-        rows = self._parts()
-        part, i = (0, int(i)) if i < len(rows[0]) else (1, int(i) - len(rows[0]))
-        row = rows[part][i]
+        row = self._rows()[int(i)]
         name = row['id'].decode()
         if self.view == 'chat':
             return Example(name, json.loads(row['conversation']), [], [])
