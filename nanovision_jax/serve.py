@@ -10,9 +10,8 @@ the server's address, which asks for the key once. The folder of a family stands
 """
 
 import atexit
-import contextlib
+import errno
 import gc
-import importlib
 import itertools
 import os
 import pathlib
@@ -48,10 +47,23 @@ def main(argv):
             raise UserError(f'--{name} takes a number above 0, not {value}.')
     if not 0 < args.port < 1 << 16:
         raise UserError(f'--port takes a number from 1 to 65535, not {args.port}.')
-    _check_extra(args.page)
-    import uvicorn
+    try:
+        import uvicorn
 
-    from nanovision_jax.serving.connection import Connection
+        from nanovision_jax.serving.api import build_app
+        from nanovision_jax.serving.connection import Connection
+        from nanovision_jax.serving.jobs import Served
+
+        if args.page:
+            _settle_page()
+            from nanovision_jax.serving.page import mount
+    except ImportError as error:
+        extra = 'page' if args.page else 'serve'
+        raise UserError(
+            f"this takes an extra: pip install 'nanovision_jax[{extra}]' ({error.name} is missing)."
+        ) from error
+    from nanovision_jax.inference.run import load
+    from nanovision_jax.inference.scheduler import Scheduler
     from nanovision_jax.serving.guard import LOOPBACK, Settings
     from nanovision_jax.serving.protocol import PUBLIC, Limits
 
@@ -60,46 +72,7 @@ def main(argv):
         raise UserError(f'--host={args.host} is open to others: give --api-key (or NANOVISION_API_KEY), or --public.')
     hosts = None if '*' in args.allow_host or args.public else (*LOOPBACK, args.host, *args.allow_host)
     settings = Settings(key, hosts, PUBLIC if args.public else Limits(), args.page)
-    with _bound(args.host, args.port) as listens:
-        app = _app(args, settings)
-        # Garbage is looked for rarely while jax loads (see cli.run): here it would be images that clients sent.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(700)
-        options = uvicorn.Config(
-            app,
-            http=Connection,
-            log_level='warning',
-            server_header=False,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=int(settings.leave_in),
-            h11_max_incomplete_event_size=1 << 16,
-        )
-        with contextlib.suppress(KeyboardInterrupt):  # which it raises again when it has ended
-            uvicorn.Server(options).run(sockets=[listens])
-
-
-def _check_extra(page):
-    """Loads what the server is made of; of --page, after it is settled what its library may send."""
-    if page:
-        _settle_page()
-    try:
-        for name in ('api', 'connection', *(['page'] if page else [])):
-            importlib.import_module(f'nanovision_jax.serving.{name}')
-    except ImportError as error:
-        extra = 'page' if page else 'serve'
-        raise UserError(
-            f"this takes an extra: pip install 'nanovision_jax[{extra}]' ({error.name} is missing)."
-        ) from error
-
-
-def _app(args, settings):
-    """The runs, loaded and compiled, as an application."""
-    from nanovision_jax.inference.run import load
-    from nanovision_jax.inference.scheduler import Scheduler
-    from nanovision_jax.serving.api import build_app
-    from nanovision_jax.serving.jobs import Served
-
+    _check_address(args.host, args.port)
     served = []
     for folder in itertools.chain(*map(_runs, args.run)):
         opened = load(folder, args.weights, args.devices)
@@ -115,26 +88,44 @@ def _app(args, settings):
     print(f'serving {", ".join(one.name for one in served)} at http://{args.host}:{args.port}/v1', flush=True)
     app = build_app(served, settings)
     if args.page:
-        from nanovision_jax.serving.page import mount
-
         app = mount(app, served, settings)
         print(f'the page is at http://{args.host}:{args.port}/', flush=True)
-    return app
+    # Garbage is looked for rarely while jax loads (see cli.run): here it would be images that clients sent.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        http=Connection,
+        log_level='warning',
+        server_header=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(settings.leave_in),
+        h11_max_incomplete_event_size=1 << 16,
+    )
 
 
-def _bound(host, port):
-    """The socket to listen on later: that an address is taken is said before minutes go into compiling."""
-    bound = None
+def _check_address(host, port):
+    """Raises UserError where nothing can be listened at an address, before minutes go into compiling."""
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        if bound:
-            bound.close()
-        raise UserError(f'--host={host} --port={port} cannot be used: {error.strerror}.') from error
-    return bound
+        found, failed = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), []
+        for family, kind, protocol, _, address in found:
+            try:
+                with socket.socket(family, kind, protocol) as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    tried.bind(address)
+                    tried.listen(1)
+            except OSError as error:
+                failed.append(error)
+        # Of a name with several addresses this machine may lack one, as it may have no IPv6.
+        taken = [error for error in failed if error.errno in (errno.EADDRINUSE, errno.EACCES)]
+        if taken or len(failed) == len(found):
+            raise (taken or failed)[0]
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise UserError(f'--host={host} --port={port} cannot be listened at: {why}.') from error
 
 
 def _runs(folder):

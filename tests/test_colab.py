@@ -56,10 +56,13 @@ def work(tmp_path_factory, tiny_family):
         yield folder
 
 
-@pytest.mark.parametrize('device, extra', [('gpu', '[cuda12]'), ('cpu', '')])
+@pytest.mark.parametrize(
+    'device, extra', [('gpu', '[cuda12]'), ('cpu', ''), ('accel0', '[tpu]'), ('vfio/0', '[tpu]'), ('vfio/vfio', '')]
+)
 def test_what_is_installed_has_the_libraries_of_the_device(device, extra, tmp_path):
     """Colab's own are of another jax: beside a newer one they are not used, and the CPU is."""
     (tmp_path / 'code').mkdir()
+    (tmp_path / 'dev' / device).mkdir(parents=True)
     for name, does in (('pip', 'echo "$@"'), ('nvidia-smi', f'[ {device} = gpu ]'), ('git', 'exit 1')):
         (tmp_path / name).write_text(f'#!/bin/sh\n{does}\n')
         (tmp_path / name).chmod(0o755)
@@ -67,7 +70,7 @@ def test_what_is_installed_has_the_libraries_of_the_device(device, extra, tmp_pa
     for file in sorted(FOLDER.glob('*.ipynb')):
         (cell,) = [c for c in nbformat.read(file, as_version=4).cells if 'pip install' in c.source]
         assert 'setup' in cell.metadata.tags and cell.source.startswith('%%bash\n')
-        script = cell.source.removeprefix('%%bash\n')
+        script = cell.source.removeprefix('%%bash\n').replace("'/dev/", f"'{tmp_path}/dev/")
         done = subprocess.run(['bash', '-c', script], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == f'install --quiet -e {tmp_path}/code{extra}\n'
 

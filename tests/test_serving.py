@@ -508,15 +508,17 @@ def test_a_client_that_leaves_frees_its_slot(client, address):
 
 def test_the_command_is_closed_unless_told(monkeypatch):
     monkeypatch.delenv('NANOVISION_API_KEY', raising=False)
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        free = f'--port={other.getsockname()[1]}'
     for argv, said in (
         (['--host=0.0.0.0'], 'is open to others'),
         (['--slots=0'], '--slots takes a number above 0'),
         (['--port=x'], 'port'),
         (['--port=70000'], 'from 1 to 65535'),
         (['--queues=3'], "Did you mean '--queue'"),
-        ([], 'no run folder'),
-        (['--host=0.0.0.0', '--api-key=k'], 'no run folder'),  # it would be opened then
-        (['--host=0.0.0.0', '--public'], 'no run folder'),
+        ([free], 'no run folder'),
+        ([free, '--host=0.0.0.0', '--api-key=k'], 'no run folder'),  # it would be opened then
+        ([free, '--host=0.0.0.0', '--public'], 'no run folder'),
     ):
         with pytest.raises(UserError, match=said):
             serve.main(['--run=/nowhere/at/all', *argv])
@@ -525,8 +527,10 @@ def test_the_command_is_closed_unless_told(monkeypatch):
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
     with socket.create_server(('127.0.0.1', 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f'--host=127.0.0.1 --port={port} cannot be used: Address already in use'):
+        with pytest.raises(UserError, match=f'--host=127.0.0.1 --port={port} cannot be listened at: Address already'):
             serve.main(['--run=/nowhere/at/all', f'--port={port}'])
+    with pytest.raises(UserError, match=r'--host=a\.\.b --port=8000 cannot be listened at'):
+        serve.main(['--run=/nowhere/at/all', '--host=a..b', '--api-key=k'])
 
 
 def test_streamed_text_is_whole_characters_and_never_a_stop(tokenizer):

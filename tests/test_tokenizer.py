@@ -365,7 +365,7 @@ class _Noting:
 
 
 def test_documents_read_in_parts_have_the_tokens_of_the_whole(tokenizer_folder, tmp_path, monkeypatch):
-    """As published tokenizers split text: GPT-2 and ours, SmolLM, Qwen, Llama 3; also where blanks and lines crowd."""
+    """As GPT-2 and ours, SmolLM, Qwen, Llama 3 split text; also where blanks, lines and marks crowd."""
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN
 
     made, rng = tokenizers.pre_tokenizers, random.Random(4)
@@ -375,7 +375,20 @@ def test_documents_read_in_parts_have_the_tokens_of_the_whole(tokenizer_folder, 
     ways = [[made.ByteLevel(False)], [made.Digits(True), made.ByteLevel(False)]]
     ways += [[split, made.ByteLevel(False, use_regex=False)] for split in splits]
     blanks = [' ', ' ', '  ', '\n', '\n', '\r\n', '\n\n', '\t ', '\u00a0', ' \n  ']
-    words = [*'aZé你9', 'cat', "it's", '12345', '...', 'e\u0301', '<|end|>', 'مرحبا', '\U0001f469']
+    words = [
+        *'aZé你9',
+        'cat',
+        "it's",
+        '12345',
+        '...',
+        'e\u0301',
+        '<|end|>',
+        'مرحبا',
+        '\U0001f469',
+        'x,y.',
+        '你好，再见。',
+        '1,2!',
+    ]
     texts = [''.join(rng.choice(words) + rng.choice(blanks) for _ in range(40)) for _ in range(60)] + ['', ' a ']
     for number, steps in enumerate(ways):
         folder = shutil.copytree(tokenizer_folder, tmp_path / str(number))

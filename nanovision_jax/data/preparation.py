@@ -32,14 +32,7 @@ def prepare(name: str, source: str = '', output: str = 'data', **options) -> dic
     asked |= {key: options.get(key) for key in ('repo', 'revision', 'files', 'tokenizer')}
     asked = {key: value for key, value in asked.items() if value}
     home = pathlib.Path(output) / name / ('' if record.is_text else catalog.PREPARED_VERSION)
-    if (home / 'source.json').exists():
-        made = json.loads((home / 'source.json').read_text())
-        for key, value in asked.items():
-            if made.get(key) != value:
-                raise UserError(
-                    f'{home} was prepared with --{key}={made.get(key)}: remove it, or choose another --output.'
-                )
-        print(f'{name} is prepared already, in {home}: nothing to do')
+    if made := _made_already(home, name, asked):
         return made
     if source and not pathlib.Path(source).exists():
         raise UserError(f'no folder {source}: say with --from where the files of {name} are.')
@@ -47,10 +40,24 @@ def prepare(name: str, source: str = '', output: str = 'data', **options) -> dic
     patterns = (options['files'],) if options.get('files') else ()
     made_from = asked
     with lock.held(pathlib.Path(output) / f'.{name}.lock', f'{name} in {output}', other='--output'):
+        if made := _made_already(home, name, asked):  # meanwhile
+            return made
         if not source:
             source, fetched = _fetch(record, output, patterns, options)
             made_from = asked | fetched
         return _make(record, source, home, patterns, minimum, made_from, options)
+
+
+def _made_already(home, name, asked):
+    """What source.json says of a set that is there. Raises UserError where it was made with other options."""
+    if not (home / 'source.json').exists():
+        return None
+    made = json.loads((home / 'source.json').read_text())
+    for key, value in asked.items():
+        if made.get(key) != value:
+            raise UserError(f'{home} was prepared with --{key}={made.get(key)}: remove it, or choose another --output.')
+    print(f'{name} is prepared already, in {home}: nothing to do')
+    return made
 
 
 def lines(made: dict) -> list[str]:

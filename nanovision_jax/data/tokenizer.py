@@ -26,10 +26,10 @@ CACHED, SHORT = 1 << 12, 256
 # A longer run without white space, or of nothing else, is read in pieces of so many characters: merging, and even more
 # so the training of merges, takes time by the square of a word's length.
 LONGEST_WORD = 4096
-# Characters: tokenizers holds 200 bytes for each while it reads, so a document is read in parts. The patterns of GPT-2,
-# Llama 3, Qwen and SmolLM split between words and between lines anyway: the tokens are those of the whole text.
+# Characters: tokenizers holds 200 bytes for each while it reads, so a document of words is read in parts: behind a word
+# the patterns of GPT-2, Llama 3, Qwen and SmolLM split anyway, so that the tokens are those of the whole text.
 PART = 1 << 18
-BETWEEN = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])')
+BEHIND_WORD = re.compile(r'(?<=[^\W\d_])(?=[\s,.;:!?，。、；：！？])')
 SPECIAL = ('<|endoftext|>', '<|user|>', '<|assistant|>', '<|end|>', IMAGE)  # what our own template is made of
 
 
@@ -137,7 +137,7 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> Int32[np.ndarray, ' n']:
         """Each text as ids with `end_of_text` before it: one int32 array of all of them."""
         found = []
-        for parts in _batches((self.escape(text).strip() for text in texts), PART * cores()):
+        for parts in _batches((self.escape(text).strip() for text in texts), PART * min(cores(), 8)):
             encoded = self._tokenizer.encode_batch_fast([part for part, _ in parts], add_special_tokens=False)
             for (_, first), read in zip(parts, encoded, strict=True):
                 found.append(np.array([self.end_of_text, *read.ids] if first else read.ids, np.int32))
@@ -160,7 +160,7 @@ class Tokenizer:
 
 
 def _batches(texts, most):
-    """Lists of (part of a text, whether it is its first), in order, of `most` characters and at most a part more."""
+    """Lists of (part of a text, whether it is its first), in order, of `most` characters and the rest of a part."""
     batch, size = [], 0
     for text in texts:
         for number, part in enumerate(_parts(text)):
@@ -175,7 +175,7 @@ def _batches(texts, most):
 
 def _parts(text):
     start = 0
-    while cut := BETWEEN.search(text, start + PART):
+    while cut := BEHIND_WORD.search(text, start + PART):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]

@@ -10,6 +10,7 @@ import pathlib
 
 from nanovision_jax.data import images, sources
 from nanovision_jax.data.conversation import BadExample
+from nanovision_jax.data.datasets import tiny_world
 from nanovision_jax.errors import UserError
 from nanovision_jax.evals.base import split_of
 from nanovision_jax.reporting.runs import Run, results, rows_of
@@ -72,8 +73,8 @@ def find_images(config, split: str, names: set[str]) -> dict[str, str]:
     """{name: data: URI} of the images of a split of the run's data that still are where the run read them."""
     found, data = {}, config.data
     if data.source == 'tiny_world':
-        scenes = pathlib.Path(data.local_path) / 'tiny_world' / 'scenes'
-        if scenes.exists():  # opening what is not there would make it
+        version = str(tiny_world.TinyWorld.VERSION)
+        if (pathlib.Path(data.local_path) / 'tiny_world/scenes' / version).exists():  # what is not there would be made
             source = sources.TinyWorldSource(data.local_path, split, 'conversation')
             examples = (source[i] for i in range(len(source)))
             found = {e.names[0]: data_uri(e.images[0]) for e in examples if e.names[0] in names}

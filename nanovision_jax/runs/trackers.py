@@ -5,9 +5,9 @@ None but W&B sends anything anywhere, and W&B is kept from it by WANDB_MODE=offl
 machine, unless TRACKIO_SPACE_ID names a Space.
 """
 
-import contextlib
 import importlib
 import pathlib
+import sys
 
 from nanovision_jax.errors import UserError
 
@@ -71,8 +71,12 @@ class Wandb:
         import wandb
 
         self.run.finish()
-        with contextlib.suppress(SystemExit):  # which it raises where its own process failed: ours did not
-            wandb.teardown()  # finish() returns before that process has written its file
+        try:
+            wandb.teardown()  # finish() returns before W&B's own process has written its file
+        except SystemExit as ended:  # that one failed, and this one did not
+            print(
+                f'warning: W&B ended with code {ended.code}: what it has of this run may not be whole', file=sys.stderr
+            )
 
 
 class Trackio:

@@ -95,8 +95,8 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     question is about one: the thing asked about, one of the two compared, or the pair whose existence is asked. The
     plain count and the description are asked of a scene that holds one.
 
-    Training pictures show colours in any shade to which no other name is nearer, so none is painted like an unseen
-    pair; those of the other splits keep near the colours themselves.
+    Training pictures show colours in any shade to which no other name is nearer, so that none is painted like an unseen
+    pair, but for a level of noise; those of the other splits keep near the colours themselves.
     """
 
     VERSION = tfds.core.Version('2.2.0')

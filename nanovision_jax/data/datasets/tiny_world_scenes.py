@@ -91,8 +91,8 @@ def choose_scene(rng, heldout):
 def shade(colour: str, rng: np.random.Generator, wide: bool = False) -> np.ndarray:
     """An RGB of a colour, up to 10 levels from its own in each channel.
 
-    wide: up to 120, as long as no other colour is nearer and it stands out before grey. Of colours that vary so much
-    none is evidence against a shape, so that shapes are told of pairs that were never seen.
+    wide: up to 120, as long as no other colour is nearer and one channel is 60 levels from mid grey. Of colours that
+    vary so much none is evidence against a shape, so that shapes are told of pairs that were never seen.
     """
     rgb, known = np.array(RGB[colour]), np.array(list(RGB.values()))
     if not wide:
@@ -110,7 +110,7 @@ def render(things: list[Thing], rng: np.random.Generator, wide: bool = False) ->
     wide: in any shades of their colours, as shade() has it.
     """
     axis = np.arange(PIXELS, dtype=np.float32) + 0.5
-    # Mid grey with a tint: at least 70 levels from white and from black in every channel.
+    # Mid grey with a tint: at least 70 levels from RGB's white and black in every channel.
     base = (rng.uniform(95, 145) + rng.uniform(-12, 12, 3)).astype(np.float32)
     slope = rng.uniform(-15, 15, 2).astype(np.float32) * rng.integers(2)
     ramp = axis / PIXELS - 0.5
