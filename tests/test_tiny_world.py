@@ -362,30 +362,6 @@ def test_captions_tell_the_truth_about_every_thing(examples, split):
     assert 0.3 < told['size', 'colour', 'place'] / told.total() < 0.5
 
 
-def test_training_shows_every_shade_that_no_other_name_is_nearer_to():
-    rng, known = np.random.default_rng(0), np.array(list(scenes.RGB.values()))
-    for number, colour in enumerate(scenes.COLOURS):
-        wide = np.array([scenes.shade(colour, rng, wide=True) for _ in range(500)])
-        assert (np.linalg.norm(wide[:, None] - known, axis=-1).argmin(axis=1) == number).all()
-        assert np.ptp(wide, axis=0).max() > 80 and abs(wide - 120).max(axis=1).min() > 60
-        assert wide.min() >= 0 and wide.max() <= 255 and abs(wide - known[number]).max() <= 120
-        near = np.array([scenes.shade(colour, rng) for _ in range(100)])
-        assert abs(near - known[number]).max() <= 10
-
-    def shades(split):
-        """How far the middles of some things are from their colours' own RGB."""
-        found = []
-        for i in range(60):
-            pixels = np.asarray(Image.open(io.BytesIO(tw.example(split, i)['image']))).astype(int)
-            for thing in tw.scene(split, i):
-                if thing.shape == 'square':
-                    row, column = divmod(scenes.PLACES.index(thing.place), 3)
-                    found.append(abs(pixels[20 * row + 10, 20 * column + 10] - scenes.RGB[thing.colour]).max())
-        return found
-
-    assert max(shades('validation')) <= 12 and max(shades('heldout')) <= 12 and max(shades('train')) > 40
-
-
 def test_a_description_is_the_right_answer():
     assert words.describe(tw.scene('train', 0)) == right_answer('description', '', tw.scene('train', 0))
 
@@ -419,33 +395,33 @@ def likest(mask):
 @pytest.mark.parametrize('split', ['train', 'heldout'])
 def test_picture_shows_the_scene(examples, split):
     rgb = np.array([scenes.RGB[colour] for colour in scenes.COLOURS])
-    seen = Counter()
+    seen = set()
     for i, row in enumerate(examples[split][:150]):
         image = Image.open(io.BytesIO(row['image']))
         assert (image.size, image.mode, image.format) == ((60, 60), 'RGB', 'PNG')
         pixels = np.asarray(image).astype(int)
         background = np.median(pixels, (0, 1))
-        away = np.abs(pixels - background).max(-1)
+        near = np.abs(pixels[:, :, None] - rgb).max(-1) <= 25  # (60, 60, colours)
         things = {t.place: t for t in tw.scene(split, i)}
         for place in scenes.PLACES:
             rows, columns = (slice(round(k * 60 / 3), round((k + 1) * 60 / 3)) for k in row_and_column(place))
-            cell = away[rows, columns]
+            cell = near[rows, columns]
             if place not in things:
-                assert cell.max() <= 25
+                assert not cell.any()
                 continue
-            thing, painted = things[place], pixels[rows, columns][cell >= cell.max() - 4].mean(0)
-            assert np.linalg.norm(rgb - painted, axis=-1).argmin() == scenes.COLOURS.index(thing.colour)
-            step = painted - background
-            if abs(step).max() < 60:  # a pale shade, in which the background's slope is seen too
-                continue
+            thing = things[place]
+            counts = cell.sum((0, 1))
+            assert counts.argmax() == scenes.COLOURS.index(thing.colour)
+            assert counts.max() >= 15
             # Pixels on the thing's side of halfway from the background to its colour.
+            step = rgb[counts.argmax()] - background
             mask = (pixels[rows, columns] - background) @ step > step @ step / 2
             ys, xs = np.nonzero(mask)
             across = max(np.ptp(ys), np.ptp(xs)) + 1
             assert 8 <= across <= 11 if thing.size == 'small' else 13 <= across <= 17
             assert likest(mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]) == thing.shape
-            seen[thing.size, thing.shape] += 1
-    assert len(seen) == len(scenes.SIZES) * len(scenes.SHAPES) and seen.total() > 250
+            seen.add((thing.size, thing.shape))
+    assert len(seen) == len(scenes.SIZES) * len(scenes.SHAPES)
 
 
 def build(tmp_path, content, sizes):

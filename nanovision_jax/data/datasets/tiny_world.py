@@ -49,7 +49,7 @@ def example(split: str, index: int, seed: int = 0) -> dict:
     rng = _rng('scenes', split, index, seed)
     things = choose_scene(rng, split == 'heldout')
     png = io.BytesIO()
-    Image.fromarray(render(things, rng, wide=split == 'train')).save(png, 'PNG', compress_level=3)
+    Image.fromarray(render(things, rng)).save(png, 'PNG', compress_level=3)
     caption = words.caption(things, rng) if rng.random() < 0.4 else words.short_caption(things, rng)
     if split == 'train':
         # Few questions on many pictures: the answers of a long conversation are told by its other questions.
@@ -94,12 +94,9 @@ class TinyWorld(tfds.core.GeneratorBasedBuilder):
     'No.' included), answer or text. Every heldout scene holds at least one thing of such a pair, and every heldout
     question is about one: the thing asked about, one of the two compared, or the pair whose existence is asked. The
     plain count and the description are asked of a scene that holds one.
-
-    Training pictures show colours in any shade to which no other name is nearer, so that none is painted like an unseen
-    pair, but for a level of noise; those of the other splits keep near the colours themselves.
     """
 
-    VERSION = tfds.core.Version('2.2.0')
+    VERSION = tfds.core.Version('2.0.0')
     BUILDER_CONFIGS: ClassVar = [TinyWorldConfig(name=content, content=content) for content in EXAMPLES]
 
     def _info(self) -> Info:

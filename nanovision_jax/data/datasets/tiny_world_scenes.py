@@ -88,29 +88,10 @@ def choose_scene(rng, heldout):
     return [Thing(pick(rng, SIZES), *pairs[i], PLACES[cells[i]]) for i in order]
 
 
-def shade(colour: str, rng: np.random.Generator, wide: bool = False) -> np.ndarray:
-    """An RGB of a colour, up to 10 levels from its own in each channel.
-
-    wide: up to 120, as long as no other colour is nearer and one channel is 60 levels from mid grey. Of colours that
-    vary so much none is evidence against a shape, so that shapes are told of pairs that were never seen.
-    """
-    rgb, known = np.array(RGB[colour]), np.array(list(RGB.values()))
-    if not wide:
-        return np.clip(rgb + rng.uniform(-10, 10, 3), 0, 255)
-    while True:
-        found = np.clip(rgb + rng.uniform(-120, 120, 3), 0, 255)
-        nearest = COLOURS[((known - found) ** 2).sum(axis=1).argmin()]
-        if nearest == colour and abs(found - 120).max() > 60:
-            return found
-
-
-def render(things: list[Thing], rng: np.random.Generator, wide: bool = False) -> np.ndarray:
-    """Draw a scene as (60, 60, 3) uint8: muted background, soft gradient, mild noise, anti-aliased things.
-
-    wide: in any shades of their colours, as shade() has it.
-    """
+def render(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene as (60, 60, 3) uint8: muted background, soft gradient, mild noise, anti-aliased things."""
     axis = np.arange(PIXELS, dtype=np.float32) + 0.5
-    # Mid grey with a tint: at least 70 levels from RGB's white and black in every channel.
+    # Mid grey with a tint: at least 70 levels from white and from black in every channel.
     base = (rng.uniform(95, 145) + rng.uniform(-12, 12, 3)).astype(np.float32)
     slope = rng.uniform(-15, 15, 2).astype(np.float32) * rng.integers(2)
     ramp = axis / PIXELS - 0.5
@@ -125,7 +106,7 @@ def render(things: list[Thing], rng: np.random.Generator, wide: bool = False) ->
         rows, columns = (slice(i * PIXELS // 3, (i + 1) * PIXELS // 3 + 1) for i in (row, column))
         distance = _distance(thing.shape, axis[columns] - np.float32(x), axis[rows, None] - np.float32(y), half)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        colour = shade(thing.colour, rng, wide).astype(np.float32)
+        colour = np.clip(np.array(RGB[thing.colour]) + rng.uniform(-10, 10, 3), 0, 255).astype(np.float32)
         image[rows, columns] += cover * (colour - image[rows, columns])
     # One noise value for all three channels keeps the PNG small.
     image += rng.integers(-1, 2, (PIXELS, PIXELS, 1))
