@@ -169,9 +169,9 @@ def test_a_report_draws_no_pictures_that_are_not_there(tmp_path):
     """Not for a family either whose data are of another version."""
     config = configs.base_config('vision_instruct', 'tiny')
     config.data.path = str(tmp_path)
-    (tmp_path / 'tiny_world/scenes/2.0.0').mkdir(parents=True)
+    (tmp_path / 'tiny_world/scenes/1.0.0').mkdir(parents=True)
     assert pictures.find_images(config, 'validation', {'validation-00002.png'}) == {}
-    assert [folder.name for folder in (tmp_path / 'tiny_world/scenes').iterdir()] == ['2.0.0']
+    assert [folder.name for folder in (tmp_path / 'tiny_world/scenes').iterdir()] == ['1.0.0']
 
 
 def test_chosen_questions_are_spread_and_in_proportion(family):
