@@ -110,7 +110,8 @@ def main(argv):
 def _check_address(host, port):
     """Raises UserError where nothing can be listened at an address, before minutes go into compiling."""
     try:
-        found, failed = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), []
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # '': any
+        failed = []
         for family, kind, protocol, _, address in found:
             try:
                 with socket.socket(family, kind, protocol) as tried:

@@ -161,5 +161,6 @@ def _refuse_or_wait(text, what, wait, other):
     except (ValueError, KeyError, TypeError):
         holder = 'another process'
     if not wait:
-        raise UserError(f'{what} is in use by {holder}: wait until that is done, or choose another {other}.')
+        instead = f', or choose another {other}' if other else ''
+        raise UserError(f'{what} is in use by {holder}: wait until that is done{instead}.')
     print(f'waiting for {holder}, which works on {what}', flush=True)
